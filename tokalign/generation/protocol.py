@@ -1,0 +1,254 @@
+"""What every generation engine takes and gives: token ids in; token ids, log-probs and a finish reason out.
+
+Ids are the interface because every signal in this package is bound to ids: no engine encodes a prompt or re-encodes
+its own text. The three engines (`transformers_engine`, `vllm_engine`, `openai_engine`) are interchangeable through
+`load_engine(EngineArguments(...))`; their greedy ids agree in fp32. A request's `seed` fixes its completions whatever
+else is in the batch, so shards, processes and resumed jobs do not change results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from transformers import PreTrainedTokenizerBase
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one prompt is continued.
+
+    Attributes:
+        n: completions drawn from the prompt.
+        temperature: 0 is greedy decoding (then all `n` completions are equal).
+        top_p: the smallest set of most probable tokens whose probabilities sum to at least `top_p` is kept.
+        max_tokens: most tokens a completion may have, its end token included.
+        seed: fixes the completions of this request alone; None draws a fresh seed.
+        stop: a completion ends with the token that completes one of these strings (that token is kept).
+        stop_token_ids: a completion ends with one of these ids (kept), besides the model's own end tokens.
+        banned_token_ids: ids that are never sampled, with probability exactly 0.
+        banned_steps: the ban holds for this many first tokens (1 masks a critical token at its own position
+            only); None is every token.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    banned_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}: ask for at least 1 completion a prompt.")
+        if not self.temperature >= 0 or math.isinf(self.temperature):
+            raise ValueError(f"temperature is {self.temperature}: use 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: use a number above 0 and at most 1.")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: allow at least 1 token.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: use a number from 0 to 2**63 - 1, or None for a fresh one.")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise ValueError(f"stop is {self.stop!r}: give a tuple of non-empty strings, e.g. ('\\n',).")
+        if self.banned_steps is not None and self.banned_steps < 1:
+            raise ValueError(f"banned_steps is {self.banned_steps}: use at least 1, or None for every token.")
+        for name in ("stop", "stop_token_ids", "banned_token_ids"):  # YAML and JSON give lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+@dataclass
+class Completion:
+    """One sampled continuation.
+
+    Attributes:
+        token_ids: sampled ids, the end token included if the model wrote one.
+        logprobs: log-probability in nats of each id under the model itself: temperature 1, before top-p and bans.
+        finish_reason: "stop" (an end token, stop id or stop string) or "length" (`max_tokens` reached).
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Continues token-id prompts. `tokenizer` belongs to the model, for callers that build prompts."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapter: str | None = None,
+    ) -> list[list[Completion]]:
+        """Completions of every prompt in the caller's order, `params.n` of them each.
+
+        Args:
+            prompts: token ids, one sequence a prompt.
+            params: one for all prompts, or one each. One `seed` for all prompts gives them common random numbers.
+            adapter: path of a LoRA adapter on the engine's base (OpenAI engine: served model name); None is the
+                adapter that the engine was loaded with, or the base model.
+
+        Raises:
+            ValueError: one sentence naming the row, for an empty prompt, one that the model cannot hold, ids
+                outside the vocabulary, or an adapter of another base.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model or the connections."""
+        ...
+
+
+@dataclass
+class EngineArguments:
+    """Command-line and YAML arguments of `load_engine`, for `TrlParser`."""
+
+    model: str = field(metadata={"help": "Hub id or path of the model (OpenAI engine: of its tokenizer too)."})
+    engine: Literal["transformers", "vllm", "openai"] = field(
+        default="transformers",
+        metadata={
+            "help": "What generates: `transformers` (any device), `vllm` in this process, or `openai`, any server "
+            "of the OpenAI completions API that returns token ids (vLLM's does)."
+        },
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "LoRA adapter used unless a call names another: hub id or path (OpenAI engine: model name)."},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub id or path of the tokenizer, where it is not the model's."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Weights' type; `auto` is the checkpoint's own."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel of transformers, e.g. `sdpa` or `flash_attention_2`."}
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "transformers: `auto` spreads a model over all visible GPUs; unset is one a process."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the checkpoint. Only for sources you trust."}
+    )
+    token_budget: int = field(
+        default=65536,
+        metadata={"help": "transformers: most rows x (prompt + max_tokens) in one batch; bounds the KV cache."},
+    )
+    base_urls: list[str] | None = field(
+        default=None,
+        metadata={"help": "openai: server addresses such as http://host:8000/v1, used in turn."},
+    )
+    served_model: str | None = field(
+        default=None, metadata={"help": "openai: the model's name on the servers, where it is not `model`."}
+    )
+    api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "openai: environment variable that holds the key, if any."}
+    )
+    concurrency: int = field(
+        default=64, metadata={"help": "openai: most requests in flight from this process, all servers together."}
+    )
+    timeout: float = field(default=600.0, metadata={"help": "openai: seconds that one request may take."})
+    max_retries: int = field(
+        default=6, metadata={"help": "openai: repeats of a failed request, with exponential backoff."}
+    )
+    gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "vllm: share of memory to take; unset is vLLM's own (0.3 on CPU)."}
+    )
+    max_model_len: int | None = field(default=None, metadata={"help": "vllm: longest prompt + completion."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs that share one model."})
+    enforce_eager: bool | None = field(
+        default=None, metadata={"help": "vllm: no graph capture; unset is vLLM's own (true on CPU)."}
+    )
+    max_lora_rank: int = field(default=16, metadata={"help": "vllm: largest rank of any adapter."})
+
+
+def load_engine(arguments: EngineArguments) -> Engine:
+    """The engine that `arguments.engine` names, loaded and ready. Only its own dependencies are imported."""
+    if arguments.engine == "transformers":
+        from tokalign.generation.transformers_engine import TransformersEngine
+
+        return TransformersEngine(arguments)
+    if arguments.engine == "vllm":
+        from tokalign.generation.vllm_engine import VLLMEngine
+
+        return VLLMEngine(arguments)
+    if arguments.engine == "openai":
+        from tokalign.generation.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(arguments)
+    raise ValueError(f"engine is {arguments.engine!r}: use `transformers`, `vllm` or `openai`.")
+
+
+def continue_from_prefixes(
+    engine: Engine,
+    prompt_ids: Ids,
+    completion_ids: Ids,
+    lengths: Sequence[int],
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    adapter: str | None = None,
+) -> list[list[Completion]]:
+    """Completions of `prompt_ids + completion_ids[:t]` for every t in `lengths`, in that order, `params.n` each.
+
+    Equal to `engine.generate` on those prefixes. An engine that can share one KV cache among the prefixes of one
+    completion has a method of this name, which is used; vLLM shares by its prefix cache.
+
+    Args:
+        params: one for all prefixes (they then share random numbers, which steadies differences between prefixes),
+            or one each.
+    """
+    shared = getattr(engine, "continue_from_prefixes", None)
+    if shared is not None:
+        return shared(prompt_ids, completion_ids, lengths, params, adapter=adapter)
+    prefixes = prefixes_of(prompt_ids, completion_ids, lengths)
+    return engine.generate(prefixes, params, adapter=adapter)
+
+
+def prefixes_of(prompt_ids: Ids, completion_ids: Ids, lengths: Sequence[int]) -> list[list[int]]:
+    """`prompt_ids + completion_ids[:t]` for every t, refusing a t that the completion does not have."""
+    for t in lengths:
+        if not 0 <= t <= len(completion_ids):
+            raise ValueError(
+                f"Prefix length {t} is outside the completion: use 0 to {len(completion_ids)}, its number of tokens."
+            )
+    return [[*prompt_ids, *completion_ids[:t]] for t in lengths]
+
+
+def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """`params` as one for each of `count` prompts."""
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"There are {count} prompts but {len(params)} SamplingParams: give one for all or one each.")
+    return list(params)
+
+
+def check_prompts(prompts: Sequence[Ids], vocab_size: int, max_length: int | None) -> None:
+    """Refuse, naming the row, an empty prompt, an id outside the vocabulary, or one that leaves no position free."""
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"Prompt {row} is empty: give at least one token id, e.g. the tokenizer's bos token.")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"Prompt {row} has token id {low if low < 0 else high} but the model's vocabulary has {vocab_size}: "
+                "encode it with this model's tokenizer."
+            )
+        if max_length is not None and len(prompt) >= max_length:
+            raise ValueError(
+                f"Prompt {row} has {len(prompt)} tokens but the model holds {max_length} positions: "
+                "shorten it or choose a model with a longer context."
+            )
