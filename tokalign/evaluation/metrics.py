@@ -1,0 +1,270 @@
+"""Accuracy, pass@k and differences between runs, every figure with its count and its interval.
+
+- Wilson (1927) score interval for one completion a problem.
+- Unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374), Eq. 1: 1 − C(n−c, k) / C(n, k).
+- Several samples of one problem are not independent, so intervals resample *problems* (Efron's bootstrap), never
+  samples.
+- Two runs on the same problems are compared problem by problem: paired bootstrap, and McNemar's exact test (1947)
+  where every problem has one 0/1 outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+# Resampled counts held at once (numbers, not bytes): 8 MiB however many problems and samples there are.
+CHUNK_CELLS = 1 << 20
+
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share, inside [0, 1] and never of zero width.
+
+    Args:
+        successes: number of successes out of `n`. A fraction is allowed: per-problem shares vary less than 0/1
+            outcomes of the same mean, so the interval is then too wide rather than too narrow.
+        n: number of trials, at least 1.
+        confidence: coverage, between 0 and 1.
+
+    Raises:
+        ValueError: no trials, more successes than trials, or a confidence outside (0, 1).
+    """
+    if n < 1:
+        raise ValueError(f"There are {n} results: an interval needs at least one.")
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes out of {n} are impossible: pass counts with 0 <= successes <= n.")
+    z = float(stats.norm.ppf(0.5 + _checked_confidence(confidence) / 2))
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # The ends are exact where rounding would leave them 1e-17 outside.
+    low = 0.0 if successes == 0 else max(0.0, (centre - half) / scale)
+    high = 1.0 if successes == n else min(1.0, (centre + half) / scale)
+    return low, high
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of `k` samples is right, from `c` right ones among `n` (arXiv 2107.03374, Eq. 1).
+
+    (C(n,k) − C(n−c,k)) / C(n,k) in whole numbers up to one division, so exact to the last bit for any n.
+
+    Raises:
+        ValueError: k outside 1..n, or c outside 0..n.
+    """
+    if not 0 <= c <= n:
+        raise ValueError(f"{c} right samples of {n} are impossible: pass counts with 0 <= c <= n.")
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} cannot be estimated from {n} samples: use 1 <= k <= n.")
+    ways = math.comb(n, k)
+    return (ways - math.comb(n - c, k)) / ways
+
+
+def accuracy(correct: Sequence[bool], *, confidence: float = 0.95) -> dict[str, Any]:
+    """Share of right answers, one a problem, with Wilson's interval: `accuracy`, `n`, `ci95`.
+
+    Raises:
+        ValueError: nothing to average, or a value that is not 0 or 1.
+    """
+    values = _values(correct, "correct")
+    if not np.isin(values, (0.0, 1.0)).all():
+        raise ValueError("accuracy takes one True or False a problem: use sampled_accuracy for shares.")
+    successes = int(values.sum())
+    return {
+        "accuracy": successes / len(values),
+        "n": len(values),
+        "ci95": list(wilson_interval(successes, len(values), confidence)),
+    }
+
+
+def sampled_accuracy(
+    correct: Sequence[Sequence[bool]], *, samples: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> dict[str, Any]:
+    """Mean over problems of each problem's share of right samples, with a bootstrap over problems.
+
+    Args:
+        correct: one list of outcomes a problem; lists may differ in length, and every problem weighs the same.
+        samples: bootstrap resamples.
+
+    Returns:
+        `accuracy`, `n` (problems), `completions`, `ci95`.
+    """
+    for row, outcomes in enumerate(correct):
+        if len(outcomes) == 0:
+            raise ValueError(f"Problem {row} has no samples: drop it, or sample it again.")
+    shares = [sum(map(bool, outcomes)) / len(outcomes) for outcomes in correct]
+    return {
+        "accuracy": float(np.mean(_values(shares, "correct"))),
+        "n": len(shares),
+        "completions": sum(map(len, correct)),
+        "ci95": list(share_interval(shares, samples=samples, seed=seed, confidence=confidence)),
+    }
+
+
+def pass_at_k_report(
+    n: Sequence[int],
+    c: Sequence[int],
+    ks: Sequence[int] | None = None,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> list[dict[str, Any]]:
+    """Mean pass@k over problems for every k, with a bootstrap over problems.
+
+    Args:
+        n: samples of each problem.
+        c: right samples of each problem.
+        ks: values of k; unset is 1, 2, 4 … up to the smallest n.
+
+    Returns:
+        For every k: `k`, `mean`, `ci95`, `n` (problems).
+    """
+    if len(n) != len(c) or len(n) == 0:
+        raise ValueError(f"There are {len(n)} sample counts and {len(c)} right counts: pass one of each a problem.")
+    if ks is None:
+        ks = [2**power for power in range(max(0, min(n)).bit_length())]
+    report = []
+    for k in ks:
+        values = [pass_at_k(total, right, k) for total, right in zip(n, c, strict=True)]
+        low, high = share_interval(values, samples=samples, seed=seed, confidence=confidence)
+        report.append({"k": k, "mean": float(np.mean(values)), "ci95": [low, high], "n": len(values)})
+    return report
+
+
+def share_interval(
+    values: Sequence[float], *, samples: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of the mean of per-problem shares in [0, 1]: percentile bootstrap over problems.
+
+    Resampling equal values cannot vary, which is no evidence of certainty: Wilson's interval is used then.
+    """
+    data = _values(values, "values")
+    if (data < 0).any() or (data > 1).any():
+        raise ValueError("A per-problem share lies outside [0, 1]: pass shares, not counts.")
+    if (data == data[0]).all():
+        return wilson_interval(float(data[0]) * len(data), len(data), confidence)
+    means = np.concatenate(list(bootstrap_means(data, samples=samples, seed=seed)))
+    return _percentile_interval(means, confidence)
+
+
+def mean_interval(
+    values: Sequence[float], *, samples: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile-bootstrap interval of the mean of any numbers, e.g. log-probabilities in nats."""
+    means = np.concatenate(list(bootstrap_means(_values(values, "values"), samples=samples, seed=seed)))
+    return _percentile_interval(means, confidence)
+
+
+def paired_bootstrap(
+    a: Mapping[str, float] | Sequence[float],
+    b: Mapping[str, float] | Sequence[float],
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Difference a − b of two runs on the same problems, resampling problems.
+
+    Args:
+        a: outcome of each problem, 0/1 or a share of right samples: by problem id, or in one order for both.
+        b: the same problems under the other run.
+
+    Returns:
+        `difference` (mean of a − b), `ci95`, `p` (two-sided, of the bootstrap: twice the smaller tail at 0, never below
+        2 / (samples + 1)), `n`, `wins`, `losses`, `ties`, and `mcnemar_p` (exact; None unless all outcomes are 0/1).
+
+    Raises:
+        ValueError: the runs do not hold the same problems.
+    """
+    first, second = _joined(a, b)
+    differences = first - second
+    at_most_zero = at_least_zero = 0
+    chunks = []
+    for means in bootstrap_means(differences, samples=samples, seed=seed):
+        chunks.append(means)
+        # A mean that is 0 in exact arithmetic may come out as 1e-17: it belongs to both tails.
+        at_most_zero += int((means <= 1e-12).sum())
+        at_least_zero += int((means >= -1e-12).sum())
+    low, high = _percentile_interval(np.concatenate(chunks), confidence)
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    binary = bool(np.isin(first, (0.0, 1.0)).all() and np.isin(second, (0.0, 1.0)).all())
+    return {
+        "difference": float(differences.mean()),
+        "ci95": [low, high],
+        "p": min(1.0, 2 * (min(at_most_zero, at_least_zero) + 1) / (samples + 1)),
+        "n": len(differences),
+        "wins": wins,
+        "losses": losses,
+        "ties": len(differences) - wins - losses,
+        "mcnemar_p": mcnemar(wins, losses) if binary else None,
+    }
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Exact two-sided p of McNemar's test: problems that only one run solves, against a fair coin."""
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def bootstrap_means(values: np.ndarray, *, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Means of `samples` resamples with replacement of `values`, in chunks.
+
+    Only how often each *distinct* value is drawn matters, and those counts are multinomial. Drawing the counts gives
+    the same distribution as drawing problems, at (samples × distinct values): three columns for 0/1 differences. The
+    chunks hold at most CHUNK_CELLS numbers, and chunking does not change the draws.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}: use at least 1, e.g. 10000.")
+    distinct, counts = np.unique(values, return_counts=True)
+    generator = np.random.default_rng(seed)
+    rows = max(1, CHUNK_CELLS // len(distinct))
+    for start in range(0, samples, rows):
+        drawn = generator.multinomial(
+            len(values), counts / len(values), size=min(rows, samples - start)
+        )  # (rows, distinct)
+        yield drawn @ distinct / len(values)
+
+
+def _percentile_interval(means: np.ndarray, confidence: float) -> tuple[float, float]:
+    tail = (1 - _checked_confidence(confidence)) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _checked_confidence(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: use a number between 0 and 1, e.g. 0.95.")
+    return confidence
+
+
+def _values(values: Sequence[float], name: str) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"{name} has shape {array.shape}: pass one number a problem, at least one.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} of problem {int(np.argmin(np.isfinite(array)))} is not a number: evaluate it again.")
+    return array
+
+
+def _joined(
+    a: Mapping[str, float] | Sequence[float], b: Mapping[str, float] | Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        missing = [key for key in a if key not in b] + [key for key in b if key not in a]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} problems are in one run only, the first with id {missing[0]!r}: "
+                "evaluate both runs on the same problems."
+            )
+        # Sorted, so that the order in which a run stored its rows cannot change the last digit.
+        keys = sorted(a)
+        return _values([a[key] for key in keys], "a"), _values([b[key] for key in keys], "b")
+    if isinstance(a, Mapping) or isinstance(b, Mapping):
+        raise ValueError("One run has problem ids and the other has none: pass two mappings or two sequences.")
+    if len(a) != len(b):
+        raise ValueError(f"One run has {len(a)} problems and the other {len(b)}: evaluate both on the same problems.")
+    return _values(a, "a"), _values(b, "b")
