@@ -1,0 +1,1 @@
+"""Datasets: the column contract and its checks, preference pairs, and the made-up ledger world."""
