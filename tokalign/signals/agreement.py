@@ -1,0 +1,194 @@
+"""How well token signals find the critical token of a wrong solution, and what each costs.
+
+The target is one token a wrong solution: the first wrong one where a world knows it, or the critical token of the
+rollout estimate (arXiv 2411.19943v3, section 3.1). A signal should be lowest there. Reported, with 95 % intervals from
+a bootstrap over solutions (tokens of one solution are not independent):
+
+- AUROC of −score for "is the target" against all other tokens of the wrong solutions, ties counted half (Mann-Whitney);
+- hit@1: the solution's lowest score is at the target; hit within 1: at most one token away. Of several lowest tokens
+  one is taken at random, in expectation, so a constant score gets exactly the chance level;
+- cost: tokens through a model for each scored token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from tokalign.evaluation.metrics import share_interval
+
+CHANCE = "chance"  # the baseline that every report holds
+
+
+def auroc(scores: Sequence[float] | np.ndarray, is_target: Sequence[bool] | np.ndarray) -> float:
+    """Chance that a target token scores below another token, ties counted half; 0.5 is no information.
+
+    Args:
+        scores: (N,) finite scores, low = suspicious.
+        is_target: (N,) booleans.
+
+    Raises:
+        ValueError: lengths differ, or one of the two groups is empty.
+    """
+    scores, is_target = np.asarray(scores, dtype=np.float64), np.asarray(is_target, dtype=bool)
+    if scores.shape != is_target.shape or scores.ndim != 1:
+        raise ValueError(f"scores {scores.shape} and is_target {is_target.shape} must be vectors of one length.")
+    targets = int(is_target.sum())
+    others = len(scores) - targets
+    if targets == 0 or others == 0:
+        raise ValueError(f"AUROC needs targets and other tokens; there are {targets} and {others}.")
+    ranks = stats.rankdata(-scores)
+    return float((ranks[is_target].sum() - targets * (targets + 1) / 2) / (targets * others))
+
+
+def auroc_interval(
+    scores: np.ndarray,
+    is_target: np.ndarray,
+    rows: np.ndarray,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap over rows of `auroc`; `rows` (N,) is the row 0..R−1 of each token.
+
+    A resample is one weight a row, so tokens are sorted once and each resample costs one pass over them.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ordered = -scores[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # first token of each group of equal scores
+    target, row = is_target[order], rows[order]
+    count = int(rows.max()) + 1
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(samples):
+        weight = generator.multinomial(count, np.full(count, 1 / count))[row]
+        hits = np.add.reduceat(np.where(target, weight, 0), starts)
+        others = np.add.reduceat(np.where(target, 0, weight), starts)
+        below = np.cumsum(others) - others  # other tokens that look less suspicious than this group
+        pairs = hits.sum() * others.sum()
+        if pairs:
+            values.append(float((hits * (below + others / 2)).sum() / pairs))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def hit(scores: Sequence[float] | np.ndarray, target: int, *, within: int = 0) -> float:
+    """Chance that the lowest score, one of the lowest at random, is at most `within` tokens from `target`."""
+    scores = np.asarray(scores)
+    lowest = np.flatnonzero(scores == scores.min())
+    return float((np.abs(lowest - target) <= within).mean())
+
+
+def report(
+    signals: Mapping[str, Sequence[Sequence[float]]],
+    targets: Sequence[int | None],
+    *,
+    costs: Mapping[str, float] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Agreement of signals with the target tokens.
+
+    Args:
+        signals: for each name one list of scores a wrong solution, low = suspicious, all of one shape.
+        targets: index of the target token of each solution; None or −1 where unknown (left out and counted).
+        costs: tokens through a model for each scored token, by signal.
+        samples: bootstrap resamples of solutions.
+
+    Returns:
+        `solutions`, `unknown`, `tokens`, and `signals`: by name `auroc`, `hit1`, `hit_within_1`, each with `…_ci95`,
+        and `tokens_per_scored_token`. The entry "chance" is a signal that says nothing.
+
+    Raises:
+        ValueError: no known target, lengths that disagree, NaN, or a target outside its solution.
+    """
+    known = [i for i, target in enumerate(targets) if target is not None and target >= 0]
+    if not known:
+        raise ValueError(f"None of the {len(targets)} solutions has a known target token: compute the target first.")
+    if not signals:
+        raise ValueError("There is no signal to compare: pass at least one.")
+    shape = next(iter(signals.values()))
+    lengths = [len(shape[i]) for i in known]
+    target_of = [int(targets[i]) for i in known]  # type: ignore[arg-type]  # None was left out
+    for i, length, target in zip(known, lengths, target_of, strict=True):
+        if target >= length:
+            raise ValueError(f"Row {i}: the target is token {target} but the solution has {length}: recompute it.")
+    rows = np.repeat(np.arange(len(known)), lengths)
+    is_target = np.zeros(len(rows), dtype=bool)
+    is_target[np.cumsum([0, *lengths[:-1]]) + target_of] = True
+
+    result: dict[str, Any] = {
+        "solutions": len(known),
+        "unknown": len(targets) - len(known),
+        "tokens": len(rows),
+        "signals": {},
+    }
+    costs = {CHANCE: 0.0, **(costs or {})}
+    for name, values in {**signals, CHANCE: [[0.0] * len(row) for row in shape]}.items():
+        if len(values) != len(targets):
+            raise ValueError(f"Signal {name} has {len(values)} rows but there are {len(targets)} targets.")
+        chosen = [np.asarray(values[i], dtype=np.float64) for i in known]
+        for i, length, scores in zip(known, lengths, chosen, strict=True):
+            if len(scores) != length:
+                raise ValueError(
+                    f"Row {i}: signal {name} has {len(scores)} scores for {length} tokens: score it again."
+                )
+            if not np.isfinite(scores).all():
+                raise ValueError(f"Row {i}: signal {name} holds NaN or infinity: score it again.")
+        flat = np.concatenate(chosen)
+        entry: dict[str, Any] = {
+            "auroc": auroc(flat, is_target),
+            "auroc_ci95": list(auroc_interval(flat, is_target, rows, samples=samples, seed=seed)),
+        }
+        for key, within in (("hit1", 0), ("hit_within_1", 1)):
+            hits = [hit(s, t, within=within) for s, t in zip(chosen, target_of, strict=True)]
+            entry[key] = float(np.mean(hits))
+            entry[f"{key}_ci95"] = list(share_interval(hits, seed=seed))
+        entry["tokens_per_scored_token"] = costs.get(name)
+        result["signals"][name] = entry
+    return result
+
+
+_MEASURES = (("auroc", "AUROC"), ("hit1", "hit@1"), ("hit_within_1", "hit within 1"))
+
+
+def print_report(result: Mapping[str, Any], title: str, console: Console | None = None) -> None:
+    """One line a signal: every measure with its interval, and the cost."""
+    table = Table("signal", *(label for _, label in _MEASURES), "tokens / scored token", title=title)
+    for name, entry in result["signals"].items():
+        cells = [f"{entry[k]:.3f} [{entry[f'{k}_ci95'][0]:.3f}, {entry[f'{k}_ci95'][1]:.3f}]" for k, _ in _MEASURES]
+        cost = entry["tokens_per_scored_token"]
+        table.add_row(name, *cells, "unknown" if cost is None else f"{cost:,.1f}")
+    table.caption = (
+        f"{result['solutions']:,} wrong solutions, {result['tokens']:,} tokens; {result['unknown']:,} without"
+    )
+    (console or Console()).print(table)
+
+
+def plot_reports(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """PNG: one row of panels a target, one panel a measure, one bar a signal with its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.8 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), len(_MEASURES), squeeze=False)
+    for panels, (target, result) in zip(grid, results.items(), strict=True):
+        names = list(result["signals"])
+        for axes, (key, label) in zip(panels, _MEASURES, strict=True):
+            values = [result["signals"][name][key] for name in names]
+            intervals = [result["signals"][name][f"{key}_ci95"] for name in names]
+            spread = [
+                [max(0.0, v - low) for v, (low, _) in zip(values, intervals, strict=True)],
+                [max(0.0, high - v) for v, (_, high) in zip(values, intervals, strict=True)],
+            ]
+            axes.barh(names, values, xerr=spread, color="tab:blue", ecolor="black", capsize=3)
+            axes.set(xlim=(0, 1.02), title=f"{label} · {target}")
+            axes.invert_yaxis()
+    figure.savefig(path, dpi=150)
