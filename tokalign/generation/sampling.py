@@ -1,0 +1,81 @@
+"""Drawing the next token of every row of a batch at once, each row from its own random numbers.
+
+Inverse-CDF sampling: with probabilities p over the vocabulary and one uniform number u in [0, 1), the token is the
+first v with p_1 + … + p_v > u. u is a hash of (request seed, sample, step), not a draw from a shared generator: that
+is what makes a request's tokens independent of the rows it happens to be batched with. The hash is the finaliser of
+SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied once for each of the three numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# SplitMix64's increment and multipliers, as the signed numbers that torch.int64 wraps to.
+_INCREMENT = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+GREEDY_BELOW = 1e-5  # a temperature under this is greedy, as in vLLM: logits divided by it would overflow
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift; torch's own repeats the sign bit."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = x + _INCREMENT
+    x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift(x, 31)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it: in float32 a cumulative sum over a large vocabulary loses its tail."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def uniforms(seeds: torch.Tensor, samples: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """One number in [0, 1) a row from its seed, sample index and step, all int64 (B,) -> (B,).
+
+    The largest value stays so far below 1 that `u * total` is below `total` after rounding, so that the search in
+    `sample` never runs past the last token of positive probability.
+    """
+    bits = _mix(_mix(_mix(seeds) ^ samples) ^ steps)
+    dtype = wide_dtype(seeds.device)
+    keep = 52 if dtype is torch.float64 else 23
+    return _shift(bits, 64 - keep).to(dtype) * 2.0**-keep
+
+
+def sample(
+    logits: torch.Tensor,
+    u: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+) -> torch.Tensor:
+    """Next token of each row.
+
+    Args:
+        logits: (B, V) float32, -inf where a token is banned.
+        u: (B,) uniform numbers in [0, 1).
+        temperature: (B,), below `GREEDY_BELOW` for greedy rows.
+        top_p: (B,) in (0, 1]; the smallest set of most probable tokens with at least this probability is kept.
+
+    Returns:
+        (B,) int64.
+    """
+    greedy = temperature < GREEDY_BELOW
+    some_greedy, all_greedy, some_top_p = torch.stack([greedy.any(), greedy.all(), (top_p < 1).any()]).tolist()
+    if all_greedy:
+        return logits.argmax(-1)
+    probs = (logits / temperature.masked_fill(greedy, 1.0)[:, None]).softmax(-1)
+    if some_top_p:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1, dtype=u.dtype) - ordered  # probability of the strictly likelier tokens
+        whole = top_p >= 1
+        dropped = (before >= top_p[:, None]) & ~whole[:, None]
+        # Back to vocabulary order, so that a row draws the same token whether or not its neighbours use top_p.
+        probs = torch.zeros_like(probs).scatter_(1, order, ordered.masked_fill_(dropped, 0.0))
+    cdf = probs.cumsum(-1, dtype=u.dtype)
+    target = (u * cdf[:, -1])[:, None]
+    ids = torch.searchsorted(cdf, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    return torch.where(greedy, logits.argmax(-1), ids) if some_greedy else ids
