@@ -1,0 +1,79 @@
+"""Train with critical-token DPO as told by a JSON file, and write what the launcher really gave us and the losses.
+
+Run by test_accelerate_configs.py, alone or under `accelerate launch`:
+    python tests/launch/probe.py plan.json report.json
+The plan is a list of runs: {"model", "dataset", "lora", "arguments": {CriticalTokenDPOConfig fields}, "resume"}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from tokalign.data.contract import load_stage
+from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+
+ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,  # in the training arguments, where DeepSpeed survives it
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "max_length": 64,
+    "save_strategy": "no",
+}
+
+
+def build(run: dict[str, Any]) -> CriticalTokenDPOTrainer:
+    """The trainer of one run of the plan."""
+    tokenizer = AutoTokenizer.from_pretrained(run["model"])
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return CriticalTokenDPOTrainer(
+        model=run["model"],
+        args=CriticalTokenDPOConfig(**ARGUMENTS | run["arguments"]),
+        train_dataset=load_stage(run["dataset"], stage="preferences", tokenizer=tokenizer, signals=["contrast"]),
+        processing_class=tokenizer,
+        peft_config=lora if run["lora"] else None,
+    )
+
+
+def describe(trainer: CriticalTokenDPOTrainer) -> dict[str, Any]:
+    """What accelerate and DeepSpeed ended up with, after training."""
+    state = trainer.accelerator.state
+    report: dict[str, Any] = {
+        "distributed_type": state.distributed_type.value,
+        "num_processes": state.num_processes,
+        "zero_stage": None,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if trainer.is_deepspeed_enabled:
+        zero = trainer.deepspeed.config["zero_optimization"]
+        report["zero_stage"] = zero["stage"]
+        report["offload"] = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+        report["partitioned"] = all(hasattr(p, "ds_id") for p in trainer.model.parameters())
+    return report
+
+
+def main(plan_path: str, report_path: str) -> None:
+    with open(plan_path) as file:
+        plan = json.load(file)
+    reports = []
+    for run in plan:
+        trainer = build(run)
+        trainer.train(resume_from_checkpoint=run.get("resume"))
+        trainer.save_model(trainer.args.output_dir)
+        reports.append(describe(trainer))
+    if trainer.accelerator.is_main_process:
+        with open(report_path, "w") as file:
+            json.dump(reports, file)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,191 @@
+"""Every file of accelerate_configs/ gives what its first comment says.
+
+Parsed by accelerate's own loader; launched for real with two processes on the CPU where the CPU can show it (plain
+data parallel, every ZeRO stage, offload, two machines played by two launchers); for the rest (ddp, fsdp2) the
+environment that `accelerate launch` would hand to the workers is built and read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from tests.launch import probe
+from tests.launch.support import CONFIGS, free_port, launch, launch_command, start, wait, write_preferences
+
+PROBE = Path(probe.__file__)
+NAMES = ["cpu", "ddp", "fsdp2", "multi_node", "zero1", "zero2", "zero3", "zero3_offload"]
+# two processes x 2 rows x 2 accumulated = the 8 rows a step of the one-process reference below
+TWO_PROCESSES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+
+
+def test_these_are_all_the_configs() -> None:
+    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_parses_the_config(name: str) -> None:
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # raises on an unknown key
+    assert config.num_processes >= 2
+    assert config.use_cpu is False  # true here would silently start one process without DeepSpeed
+    comment = path.read_text().split("compute_environment")[0]
+    assert all(line.startswith("#") for line in comment.splitlines())
+    assert f"accelerate_configs/{name}.yaml" in comment  # the launch command
+    # keys inside a nested block are copied onto the launcher's arguments unchecked: a misspelt one would do nothing
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(config.deepspeed_config) | set(config.fsdp_config) <= set(known)
+
+
+# ---------------------------------------------------------------------------------------------------- dry runs
+
+
+def worker_environment(name: str, *options: str) -> tuple[dict[str, str], object]:
+    """What `accelerate launch` would put into the workers' environment, and its arguments for torchrun."""
+    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_port", str(free_port()), *options]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "script.py"]))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        command, environment = prepare_deepspeed_cmd_env(args)
+        assert command is None  # torchrun, not DeepSpeed's own ssh launcher
+        return environment, args
+    return prepare_multi_gpu_env(args), args
+
+
+def test_ddp_starts_one_process_a_gpu() -> None:
+    environment, args = worker_environment("ddp", "--num_processes", "4")
+    assert (args.multi_gpu, args.use_deepspeed, args.use_fsdp) == (True, False, False)
+    assert args.nproc_per_node == "4"
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert args.gpu_ids == "all"
+
+
+def test_fsdp2_builds_the_version_2_plugin() -> None:
+    environment, args = worker_environment("fsdp2", "--num_processes", "8")
+    assert args.use_fsdp and args.nproc_per_node == "8"
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    with patch_environment(**{k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}):
+        plugin = FullyShardedDataParallelPlugin()  # reads the environment, as it does in a worker
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert plugin.cpu_ram_efficient_loading is True
+    assert type(plugin.cpu_offload).__name__ == "OffloadPolicy"  # its subclass CPUOffloadPolicy would offload
+
+
+def test_multi_node_gives_each_machine_its_share() -> None:
+    environment, args = worker_environment("multi_node", "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", 1)
+    assert args.rdzv_endpoint.startswith("10.0.0.1:")
+    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+# ------------------------------------------------------------------------------------------------ real launches
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_path, tmp_path_factory) -> str:
+    return write_preferences(tmp_path_factory.mktemp("signals"), tiny_path, rows=16)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_path, dataset, tmp_path_factory):
+    """run(arguments, lora=…) -> one run of a probe's plan; outputs go to a folder of its own."""
+
+    def make(arguments: dict, *, lora: bool, resume: str | None = None) -> dict:
+        arguments = {"output_dir": str(tmp_path_factory.mktemp("run"))} | arguments
+        return {"model": tiny_path, "dataset": dataset, "lora": lora, "arguments": arguments, "resume": resume}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_process_losses(run) -> dict[bool, list[float]]:
+    """Losses of one plain process at the same effective batch, keyed by `lora`."""
+    losses = {}
+    for lora in (False, True):
+        trainer = probe.build(run({"per_device_train_batch_size": 8, "max_steps": 4}, lora=lora))
+        trainer.train()
+        losses[lora] = probe.describe(trainer)["losses"]
+    assert losses[False][0] - losses[False][-1] > 0.01  # the comparison below sees updates, not only the start
+    return losses
+
+
+def write_plan(tmp_path: Path, runs: list[dict]) -> tuple[str, str]:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(runs))
+    return str(plan), str(tmp_path / "report.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "distributed_type", "zero_stage", "lora"),
+    [
+        ("cpu", "MULTI_CPU", None, True),
+        ("zero1", "DEEPSPEED", 1, False),
+        ("zero2", "DEEPSPEED", 2, False),  # full: a separate reference model
+        ("zero3_offload", "DEEPSPEED", 3, False),
+    ],
+)
+def test_two_processes_train_as_one(
+    name, distributed_type, zero_stage, lora, run, one_process_losses, tmp_path
+) -> None:
+    plan, report = write_plan(tmp_path, [run(TWO_PROCESSES, lora=lora)])
+    launch(f"{name}.yaml", PROBE, plan, report)
+    (seen,) = json.loads(Path(report).read_text())
+    assert seen["distributed_type"] == distributed_type
+    assert seen["num_processes"] == 2
+    assert seen["zero_stage"] == zero_stage
+    assert seen["losses"] == pytest.approx(one_process_losses[lora][:2], abs=1e-5)
+    if zero_stage == 3:
+        assert seen["partitioned"]
+    if name == "zero3_offload":
+        assert seen["offload"] == ["cpu", "cpu"]
+
+
+@pytest.mark.slow
+def test_zero3_lora_with_cached_reference_resumes_exactly(run, one_process_losses, tmp_path) -> None:
+    """One launch, three runs: 4 steps; 2 steps, saved; resumed from there to 4. Reference log-probs computed ahead."""
+    cached = TWO_PROCESSES | {"precompute_ref_log_probs": True}
+    whole = run(cached | {"max_steps": 4}, lora=True)
+    # constant learning rate: a run of 2 steps is the first half of a run of 4
+    half = run(cached | {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}, lora=True)
+    resumed = run(cached | {"max_steps": 4}, lora=True, resume=half["arguments"]["output_dir"] + "/checkpoint-2")
+    plan, report = write_plan(tmp_path, [whole, half, resumed])
+    launch("zero3.yaml", PROBE, plan, report)
+    reports = json.loads(Path(report).read_text())
+    for seen in reports:
+        assert (seen["distributed_type"], seen["num_processes"], seen["zero_stage"]) == ("DEEPSPEED", 2, 3)
+        assert seen["partitioned"]
+    assert reports[0]["losses"] == pytest.approx(one_process_losses[True], abs=1e-5)
+    assert reports[2]["losses"][-2:] == pytest.approx(one_process_losses[True][2:], abs=1e-5)
+    adapters = [load_file(r["arguments"]["output_dir"] + "/adapter_model.safetensors") for r in (whole, half, resumed)]
+    assert adapters[0].keys() == adapters[2].keys()
+    torch.testing.assert_close(adapters[2], adapters[0], rtol=0, atol=1e-6)
+    moved = max((adapters[0][k] - adapters[1][k]).abs().max().item() for k in adapters[0])
+    assert moved > 1e-4  # steps 3 and 4 did something, so equality above is not empty
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_process(run, one_process_losses, tmp_path) -> None:
+    """Two launchers on this machine, one worker each, stand for two machines."""
+    plan, report = write_plan(tmp_path, [run(TWO_PROCESSES, lora=True)])
+    options = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    wait(
+        [
+            start(launch_command("multi_node.yaml", PROBE, [plan, report], [*options, "--machine_rank", rank]))
+            for rank in ("0", "1")
+        ]
+    )
+    (seen,) = json.loads(Path(report).read_text())
+    assert (seen["distributed_type"], seen["num_processes"], seen["zero_stage"]) == ("DEEPSPEED", 2, 3)
+    assert seen["losses"] == pytest.approx(one_process_losses[True][:2], abs=1e-5)
