@@ -1,0 +1,123 @@
+"""An evaluation is verified, resumable, independent of its shards, and comparable by problem."""
+
+import hashlib
+import json
+
+import pytest
+from datasets import Dataset
+
+from tests.support import tiny_tokenizer
+from tokalign.data.contract import ContractError
+from tokalign.evaluation.run import compare_runs, evaluate, problem_seed, prompt_ids, write_metrics
+from tokalign.generation.protocol import Completion
+
+TOKENIZER = tiny_tokenizer()
+
+
+class Solver:
+    """Engine that answers `a + b` right for greedy decoding where a < `skill`, and by the seed's coin for samples."""
+
+    def __init__(self, skill):
+        self.skill, self.calls, self.closed, self.tokenizer = skill, 0, False, TOKENIZER
+
+    def generate(self, prompts, params, *, adapter=None):
+        self.calls += 1
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        return [[self._answer(p, q, i) for i in range(q.n)] for p, q in zip(prompts, each, strict=True)]
+
+    def _answer(self, prompt, params, sample):
+        a, b = map(int, TOKENIZER.decode(prompt).split(" + "))
+        coin = hashlib.sha256(f"{params.seed}/{sample}".encode()).digest()[0] % 2 == 0
+        right = a < self.skill if params.temperature == 0 else coin
+        ids = TOKENIZER(f"#### {a + b + (not right)}")["input_ids"][: params.max_tokens]
+        return Completion([*ids, 1], [0.0] * (len(ids) + 1), "stop" if len(ids) < params.max_tokens else "length")
+
+    def close(self):
+        self.closed = True
+
+
+def _problems(count=20):
+    return Dataset.from_list([{"id": f"p{i}", "prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(count)])
+
+
+def _evaluate(output_dir, skill=15, problems=None, **settings):
+    engine = Solver(skill)
+    metrics = evaluate(
+        lambda: engine,
+        problems or _problems(),
+        output_dir,
+        extract=lambda text: text.removeprefix("#### ") or None,
+        match=lambda prediction, reference: prediction == reference,
+        tokenizer=TOKENIZER,
+        **settings,
+    )
+    return metrics, engine
+
+
+def test_figures_of_a_known_solver(tmp_path):
+    metrics, engine = _evaluate(tmp_path, samples=4, shard_size=6)
+    assert metrics["greedy_accuracy"] == 0.75 and metrics["n"] == 20 and metrics["truncated"] == 0
+    assert metrics["ci95"][0] < 0.75 < metrics["ci95"][1]
+    coins = [
+        [hashlib.sha256(f"{problem_seed(0, f'p{i}')}/{s}".encode()).digest()[0] % 2 == 0 for s in range(4)]
+        for i in range(20)
+    ]
+    assert metrics["sampled_accuracy"] == pytest.approx(sum(map(sum, coins)) / 80)
+    assert [row["k"] for row in metrics["pass_at_k"]] == [1, 2, 4]
+    assert metrics["pass_at_k"][2]["mean"] == pytest.approx(sum(map(any, coins)) / 20)
+    assert engine.closed
+    write_metrics(tmp_path, metrics)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def test_shards_change_no_figure_and_a_finished_run_needs_no_engine(tmp_path):
+    first, _ = _evaluate(tmp_path / "a", samples=3, shard_size=4)
+    second, _ = _evaluate(tmp_path / "b", samples=3, shard_size=20)
+    again, engine = _evaluate(tmp_path / "b", samples=3, shard_size=20)
+    assert engine.calls == 0
+    assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+    assert again == second
+
+
+def test_greedy_alone(tmp_path):
+    metrics, engine = _evaluate(tmp_path)
+    assert metrics["sampled_accuracy"] is None and metrics["pass_at_k"] is None and engine.calls == 1
+
+
+def test_truncated_answers_are_counted(tmp_path):
+    metrics, _ = _evaluate(tmp_path, max_tokens=3)
+    assert metrics["truncated"] == 1 and metrics["greedy_accuracy"] == 0
+
+
+def test_runs_are_compared_by_problem(tmp_path):
+    _evaluate(tmp_path / "weak", skill=5, samples=2)
+    # The same problems in another order.
+    _evaluate(tmp_path / "strong", skill=15, samples=2, problems=_problems().select(range(19, -1, -1)))
+    comparison = compare_runs(tmp_path / "strong", tmp_path / "weak")
+    assert comparison["greedy"]["difference"] == 0.5
+    assert (comparison["greedy"]["wins"], comparison["greedy"]["losses"]) == (10, 0)
+    assert comparison["sampled"]["difference"] == 0  # the same seeds, the same coins
+    assert comparison["logps"] is None and comparison["settings"] == {}
+    _evaluate(tmp_path / "other", problems=_problems(21), max_tokens=99)
+    with pytest.raises(ValueError, match="1 problems are in one run only, the first with id 'p20'"):
+        compare_runs(tmp_path / "other", tmp_path / "weak")
+
+
+def test_settings_that_differ_are_told(tmp_path):
+    _evaluate(tmp_path / "a")
+    _evaluate(tmp_path / "b", max_tokens=99)
+    assert compare_runs(tmp_path / "a", tmp_path / "b")["settings"] == {"max_tokens": [512, 99]}
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    problems = Dataset.from_list([{"id": "p", "prompt": "1 + 1", "answer": "2"}] * 2)
+    with pytest.raises(ContractError, match="Row 1: `id` 'p' occurs twice"):
+        _evaluate(tmp_path, problems=problems)
+
+
+def test_prompts_become_the_ids_that_the_model_is_trained_on():
+    messages = [{"role": "user", "content": "1 + 1"}]
+    templated = TOKENIZER.decode(prompt_ids({"prompt": messages}, TOKENIZER))
+    assert templated == "<|user|>1 + 1<|end|><|assistant|>"
+    assert prompt_ids({"prompt": "1 + 1"}, TOKENIZER) == TOKENIZER("1 + 1")["input_ids"]
+    assert prompt_ids({"prompt": "x", "prompt_ids": [5, 6]}, TOKENIZER) == [5, 6]
