@@ -1,0 +1,126 @@
+"""Bad data and bad settings: one sentence that names row or option and remedy, before any training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from tests.trainers.preferences import as_text, make_trainer, preference_rows, settings
+from tokalign.data.contract import ContractError, tokenizer_hash
+from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+
+
+@pytest.fixture
+def rows(tiny_path):
+    return preference_rows(tiny_path, 4)
+
+
+def _with_manifest(rows, **manifest) -> Dataset:
+    dataset = Dataset.from_list(rows)
+    dataset.info.description = json.dumps(manifest)
+    return dataset
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("rejected_contrast", [0.5, 0.5], r"p2.*`rejected_contrast` has 2 scores for \d+ ids in `rejected_ids`"),
+        ("rejected_contrast", float("nan"), r"p2.*`rejected_contrast` holds nan, not a finite number"),
+        ("rejected_contrast", 1.5, r"p2.*`rejected_contrast` holds 1.5, but a contrastive score is a probability"),
+        ("chosen_ids", [], r"p2.*`chosen_ids` is empty"),
+        ("rejected_ids", 9999, r"p2.*`rejected_ids` holds id 9999, but the tokenizer has"),
+    ],
+)
+def test_bad_row(tiny_path, tmp_path, rows, column, value, message, streamed):
+    rows[2][column] = value if isinstance(value, list) else [value] * len(rows[2][column])
+    dataset = Dataset.from_list(rows)
+    with pytest.raises(ContractError, match=message) as error:
+        trainer = make_trainer(tiny_path, tmp_path, dataset.to_iterable_dataset() if streamed else dataset)
+        trainer.train()
+    assert str(error.value).count("\n") == 0
+
+
+def test_missing_scores(tiny_path, tmp_path, rows):
+    with pytest.raises(ContractError, match="no column `rejected_contrast`"):
+        make_trainer(tiny_path, tmp_path, Dataset.from_list(rows).remove_columns("rejected_contrast"))
+    with pytest.raises(ContractError, match="no column `chosen_entropy`"):
+        make_trainer(tiny_path, tmp_path, rows, weight_side="chosen", signal="entropy")
+    with pytest.raises(ContractError, match=r"text only .*scripts/score_contrast.py, or set `weight_side='none'`"):
+        make_trainer(tiny_path, tmp_path, as_text(rows))
+    with pytest.raises(ContractError, match="no rows"):
+        make_trainer(tiny_path, tmp_path, Dataset.from_list(rows).select([]))
+
+
+def test_ids_of_another_tokenizer(tiny_path, tmp_path, rows):
+    with pytest.raises(ContractError, match="train dataset were made with another tokenizer"):
+        make_trainer(tiny_path, tmp_path, _with_manifest(rows, tokenizer_hash="0" * 64))
+    for row in rows:
+        row["rejected_ids"] = [i + 1 for i in row["rejected_ids"]]
+    with pytest.raises(ContractError, match="use the tokenizer that made these ids"):
+        make_trainer(tiny_path, tmp_path, rows)
+
+
+def test_beta_of_the_estimate_is_recorded_from_the_data(tiny_path, tmp_path, rows):
+    own = tokenizer_hash(AutoTokenizer.from_pretrained(tiny_path))
+    dataset = _with_manifest(rows, tokenizer_hash=own, parameters={"beta": 0.5})
+    assert make_trainer(tiny_path, tmp_path, dataset).args.estimate_beta == 0.5
+    assert make_trainer(tiny_path, tmp_path, dataset, weight_side="none").args.estimate_beta is None
+    with pytest.raises(ContractError, match=r"made with beta 0.5, but `estimate_beta` is 1.0"):
+        make_trainer(tiny_path, tmp_path, dataset, estimate_beta=1.0)
+
+
+def test_prompts_that_fill_max_length_are_dropped_and_counted(tiny_path, tmp_path, rows, caplog):
+    lengths = sorted(len(row["prompt_ids"]) for row in rows)
+    assert lengths[0] < lengths[-1]
+    kept = sum(length < lengths[-1] for length in lengths)
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(tiny_path, tmp_path, rows, max_length=lengths[-1])
+    assert len(trainer.train_dataset) == kept
+    assert f"Dropped {4 - kept} of 4 rows of the train dataset" in caplog.text
+    streamed = make_trainer(tiny_path, tmp_path, Dataset.from_list(rows).to_iterable_dataset(), max_length=lengths[-1])
+    assert len(list(streamed.train_dataset)) == kept
+    with pytest.raises(ContractError, match="raise `max_length`"):
+        make_trainer(tiny_path, tmp_path, rows, max_length=lengths[0])
+
+
+def test_reference_of_a_stream_cannot_be_precomputed(tiny_path, tmp_path, rows):
+    with pytest.raises(ValueError, match="not supported with IterableDataset"):
+        make_trainer(tiny_path, tmp_path, Dataset.from_list(rows).to_iterable_dataset(), precompute_ref_log_probs=True)
+
+
+def test_collator_without_weights(tiny_path, tmp_path, rows):
+    trainer = CriticalTokenDPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_path, dtype="float32"),
+        args=CriticalTokenDPOConfig(**settings(tmp_path)),
+        data_collator=DataCollatorForPreference(pad_token_id=0),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_path),
+    )
+    with pytest.raises(ContractError, match="batch has no `token_weights`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_side": "left"}, "`weight_side` must be one of"),
+        ({"aggregation": "token"}, "`aggregation` must be"),
+        ({"aggregation": "position", "loss_type": "ipo"}, "replaces the 'sigmoid' loss"),
+        ({"aggregation": "position", "ld_alpha": 0.5}, "no sequence log-ratio"),
+        ({"use_weighting": True, "loss_type": ["sigmoid", "sft"], "weight_side": "both"}, "scales the NLL"),
+    ],
+)
+def test_settings_that_contradict_each_other(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        CriticalTokenDPOConfig(**settings(tmp_path, **options))
+
+
+def test_arguments_of_another_trainer(tiny_path, tmp_path, rows):
+    with pytest.raises(TypeError, match="must be a CriticalTokenDPOConfig, got DPOConfig"):
+        CriticalTokenDPOTrainer(tiny_path, args=DPOConfig(**settings(tmp_path)), train_dataset=Dataset.from_list(rows))
