@@ -1,0 +1,116 @@
+"""What `CriticalTokenDPOTrainer` relies on in TRL: when one fails, TRL has changed, and the message says where."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+from tokalign.trainers import CriticalTokenDPOTrainer
+
+OVERRIDDEN = {
+    "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+    "_set_signature_columns_if_needed": ["self"],
+    "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
+    "compute_ref_log_probs": ["self", "model", "inputs"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overridden_methods_keep_their_arguments(name):
+    theirs = list(inspect.signature(getattr(DPOTrainer, name)).parameters)
+    assert theirs == OVERRIDDEN[name], f"TRL's DPOTrainer.{name} now takes {theirs}: adapt our override."
+    assert list(inspect.signature(getattr(CriticalTokenDPOTrainer, name)).parameters) == theirs
+
+
+def test_constructor_takes_trls_arguments():
+    theirs = inspect.signature(DPOTrainer.__init__).parameters
+    ours = inspect.signature(CriticalTokenDPOTrainer.__init__).parameters
+    assert list(ours) == list(theirs), "DPOTrainer.__init__ takes other arguments: pass them through in ours."
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+def test_precompute_reads_what_trl_computes_in_init():
+    source = inspect.getsource(DPOTrainer.__init__)
+    for name in ("_precompute_model_hash", "_precompute_engine", "_is_vision_dataset", "loss_weights", "loss_types"):
+        assert f"self.{name} =" in source, f"DPOTrainer.__init__ no longer sets self.{name}, which we read."
+    assert "compute_ref_log_probs(model, " in inspect.getsource(DPOTrainer._precompute_ref_logps)
+    calls = inspect.getsource(dpo_trainer).count(".compute_ref_log_probs(")
+    assert calls == 1, "TRL calls compute_ref_log_probs in another place too: check what weights it should see."
+
+
+def test_loss_runs_policy_then_reference_through_their_hooks():
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    policy = source.find("outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)")
+    adapter = source.find("ref_outputs = self.model(**ref_model_kwargs, labels=labels, fused_lm_head=True)")
+    reference = source.find("ref_outputs = self.ref_model(**ref_model_kwargs, labels=labels, fused_lm_head=True)")
+    assert 0 < policy < adapter < reference, "DPOTrainer._compute_loss calls its models otherwise: check _token_hook."
+    for use in ("outputs.log_probs[:, -seq_len:]", "outputs.log_sum_sq_probs[:, -seq_len:]"):
+        assert use in source, f"DPOTrainer._compute_loss no longer reads {use}, where our weights are applied."
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_fused_forward(tiny_path, lora):
+    model = AutoModelForCausalLM.from_pretrained(tiny_path, dtype="float32")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    fired = []
+    model.register_forward_hook(lambda module, arguments, output: fired.append(output))
+    ids = torch.randint(6, 60, (4, 7))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    labels[0, 5:] = -100
+    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert fired == [output], "A forward hook on the outermost model no longer sees the fused output."
+    assert isinstance(output, FusedCausalLMOutput), "The fused LM head returns another type."
+    assert output.log_probs.shape == (4, 6), "log_probs is no longer (2B, L − 1)."
+    assert output.log_sum_sq_probs.shape == (4, 6), "WPO's statistic no longer lies beside log_probs."
+    outside = labels[:, 1:] == -100
+    assert (output.log_probs[outside] == 0).all(), "log_probs is no longer 0 outside the completions."
+    assert (output.log_probs[~outside] < 0).all()
+    output.log_probs = output.log_probs * 0.5
+    assert output["log_probs"] is output.log_probs, "Setting a field of the output no longer changes its entry."
+    assert getattr(model(input_ids=ids), "log_probs", None) is None, "An ordinary forward now has log_probs too."
+
+
+def test_collator_layout():
+    collator = DataCollatorForPreference(pad_token_id=0, max_length=4, truncation_mode="keep_end")
+    rows = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5, 6]},
+        {"prompt_ids": [7], "chosen_ids": [8, 9], "rejected_ids": [10]},
+    ]
+    batch = collator(rows)
+    assert sorted(batch) == ["attention_mask", "completion_mask", "input_ids"], "The collator returns other keys."
+    wanted = [[1, 2, 3, 0], [7, 8, 9, 0], [2, 4, 5, 6], [7, 10, 0, 0]]
+    assert batch["input_ids"].tolist() == wanted, "The collator's layout (chosen first, padded right) has changed."
+    fields = ["pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"]
+    assert list(vars(collator)) == fields, "The collator has other fields: DataCollatorForCriticalTokens copies them."
+
+
+def test_metric_names_and_signature_columns(tiny_path, tmp_path):
+    row = {"prompt": "ab", "chosen": "cd", "rejected": "e"}
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_path, dtype="float32"),
+        args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([row, row]),
+        processing_class=AutoTokenizer.from_pretrained(tiny_path),
+    )
+    assert {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(trainer.train_dataset.column_names)
+    trainer._set_signature_columns_if_needed()
+    wanted = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+    assert trainer._signature_columns == wanted, "TRL keeps other columns."
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]]))
+    metrics = trainer._metrics["train"]
+    for name in ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert len(metrics[name]) == 1, f"TRL no longer logs {name} once a step, which we overwrite or document."
