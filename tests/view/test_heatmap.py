@@ -143,7 +143,7 @@ def _row(tokenizer, text="1 + 1 = 3", **columns):
 
 def test_page_holds_every_token_value_and_mark():
     tokenizer = tiny_tokenizer()
-    row = _row(tokenizer, first_error=8, rejected_critical=6, rejected_entropy=[0.12345678] * 9)
+    row = _row(tokenizer, first_error=8, critical_index=6, rejected_entropy=[0.12345678] * 9)
     page = Page(token_heatmap([row], tokenizer, extract=lambda text: text[-1]))
     chosen, rejected = page.tokens[:9], page.tokens[9:]
     assert "".join(t["text"] for t in rejected) == "1 + 1 = 3"
@@ -155,6 +155,14 @@ def test_page_holds_every_token_value_and_mark():
     assert "contrast 0.1111" in title and "entropy 0.1235" in title and "true first error" in title
     assert "entropy –" in chosen[0]["title"]  # the chosen side was not scored
     assert rejected[8]["data-s"].split()[0] == "s9" and rejected[0]["data-s"].split()[0] == "s0"  # low is strong
+
+
+@pytest.mark.parametrize("unknown", [-1, None])
+def test_unknown_marks_are_not_drawn(unknown):
+    tokenizer = tiny_tokenizer()
+    html = token_heatmap([_row(tokenizer, first_error=unknown, critical_index=unknown)], tokenizer)
+    assert not any({"err", "roll"} & set(t["class"].split()) for t in Page(html).tokens)
+    assert "true first error" not in html
 
 
 def test_page_is_alone_and_works_from_the_keyboard():
@@ -254,7 +262,8 @@ def test_open_scale_takes_its_ends_from_the_rows():
         ({"rejected_contrast": [0.5]}, r"Row 1 \(id 'bad'\): `rejected_contrast` has 1 scores for 9 ids; score"),
         ({"rejected_contrast": [math.nan] * 9}, r"Row 1 \(id 'bad'\): `rejected_contrast` holds nan at position 0"),
         ({"first_error": 9}, r"Row 1 \(id 'bad'\): `first_error` is 9, outside the completion's 9 tokens"),
-        ({"rejected_critical": -1}, "`rejected_critical` is -1, outside"),
+        ({"critical_index": -2}, "`critical_index` is -2, outside"),
+        ({"chosen_first_error": 12}, "`chosen_first_error` is 12, outside"),
         ({"chosen_ids": [10**6] * 9}, "`chosen_ids` holds id 1000000, but the tokenizer has"),
         ({"chosen_ids": [], "chosen_contrast": []}, "`chosen_ids` is empty; drop the row"),
         ({"chosen_ids": None, "rejected_ids": None}, "has none of the columns `chosen_ids`, `rejected_ids`"),

@@ -120,8 +120,8 @@ def token_heatmap(
 
     Args:
         rows: rows of a signals dataset: `id`, `prompt`, `<side>_ids`, `<side>_<signal>`; shown where present:
-            `prompt_ids`, `answer`, `first_error` or `<side>_first_error` (index of the true first wrong token; without
-            a side it is the rejected one's), `<side>_critical` (index of the rollout estimate's critical token).
+            `prompt_ids`, `answer`, `first_error` (index of the true first wrong token), `critical_index` (the rollout
+            estimate's); these two are the rejected side's, or `<side>_first_error` …; None and -1 are unknown.
         tokenizer: the one that made the ids.
         signals: names without a side; unset shows every list of numbers found. The first one colours the page.
         sides: completions to show; one absent from the rows is left out.
@@ -226,10 +226,8 @@ def _read_row(
             continue
         _check_ids(ids, f"{side}_ids", where, len(tokenizer))
         values = [_read_signal(row.get(f"{side}_{name}"), len(ids), f"{side}_{name}", where) for name in names]
-        error = _read_index(row, f"{side}_first_error", len(ids), where)
-        if error is None and side == "rejected":
-            error = _read_index(row, "first_error", len(ids), where)
-        critical = _read_index(row, f"{side}_critical", len(ids), where)
+        error = _read_index(row, "first_error", side, len(ids), where)
+        critical = _read_index(row, "critical_index", side, len(ids), where)
         tokens = []
         for position, (token_id, piece) in enumerate(zip(ids, token_pieces(tokenizer, ids), strict=True)):
             tokens.append(
@@ -287,16 +285,18 @@ def _read_signal(values: Sequence[float] | None, length: int, column: str, where
     return values
 
 
-def _read_index(row: Mapping[str, Any], column: str, length: int, where: str) -> int | None:
-    index = row.get(column)
-    if index is None:
+def _read_index(row: Mapping[str, Any], name: str, side: str, length: int, where: str) -> int | None:
+    """Token index in `<side>_<name>`, or in `<name>`, which is the rejected side's; None and -1 are unknown."""
+    columns = (f"{side}_{name}", name) if side == "rejected" else (f"{side}_{name}",)
+    column = next((column for column in columns if row.get(column) is not None), None)
+    if column is None or row[column] == -1:
         return None
-    if not 0 <= index < length:
+    if not 0 <= row[column] < length:
         raise ContractError(
-            f"{where}: `{column}` is {index}, outside the completion's {length} tokens; "
+            f"{where}: `{column}` is {row[column]}, outside the completion's {length} tokens; "
             "compute it again from these ids."
         )
-    return int(index)
+    return int(row[column])
 
 
 def _prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,66 @@
+"""`scripts/evaluate.py` and `scripts/view.py` run from their command lines on a tiny model."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from tests.support import tiny_tokenizer
+from tokalign.data.contract import ContractError
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def _run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+
+
+def _stages(folder):
+    """A problems stage and a signals stage as plain parquet folders."""
+    tokenizer = tiny_tokenizer()
+    problems = [{"id": f"p{i}", "prompt": f"{i} + 1 = ", "answer": str(i + 1)} for i in range(6)]
+    pairs = []
+    for problem in problems:
+        row = {"id": problem["id"], "prompt": problem["prompt"], "answer": problem["answer"]}
+        row |= {"chosen": f"#### {problem['answer']}", "rejected": "#### <b>", "first_error": 5}
+        row |= {f"{side}_ids": tokenizer(row[side])["input_ids"] for side in ("prompt", "chosen", "rejected")}
+        row["rejected_contrast"] = [0.5] * len(row["rejected_ids"])
+        pairs.append(row)
+    for name, rows in (("problems", problems), ("pairs", pairs)):
+        (folder / name).mkdir()
+        Dataset.from_list(rows).to_parquet(folder / name / "train.parquet")
+    return folder / "problems", folder / "pairs"
+
+
+def test_evaluate_compare_and_resume(tiny_path, tmp_path, monkeypatch, capsys):
+    problems, pairs = _stages(tmp_path)
+    common = ["--model", tiny_path, "--problems", problems, "--split", "train", "--max_tokens", 8, "--samples", 2]
+    common += ["--shard_size", 4, "--preferences", pairs]
+    _run(monkeypatch, "evaluate.py", *common, "--output_dir", tmp_path / "a")
+    first = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert first["n"] == 6 and 0 <= first["ci95"][0] <= first["greedy_accuracy"] <= first["ci95"][1] <= 1
+    assert first["sampled_ci95"] and [row["k"] for row in first["pass_at_k"]] == [1, 2]
+    assert first["logps"]["chosen"]["n"] == 6 and first["logps"]["chosen"]["mean"] < 0
+    _run(monkeypatch, "evaluate.py", *common, "--output_dir", tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "metrics.json").read_text()) == first
+    capsys.readouterr()
+    _run(monkeypatch, "evaluate.py", *common, "--output_dir", tmp_path / "b", "--compare", tmp_path / "a")
+    second = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert second["comparison"]["greedy"]["difference"] == 0 and second["comparison"]["greedy"]["p"] == 1
+    assert second["comparison"]["logps"]["chosen"]["difference"] == 0
+    assert "greedy accuracy" in capsys.readouterr().out
+
+
+def test_view_writes_one_page(tiny_path, tmp_path, monkeypatch):
+    _, pairs = _stages(tmp_path)
+    page = tmp_path / "page.html"
+    _run(monkeypatch, "view.py", "--dataset", pairs, "--tokenizer", tiny_path, "--output", page, "--limit", 2)
+    html = page.read_text(encoding="utf-8")
+    assert "Rows 0–1 of 6" in html and "true first error" in html and "<b>p1</b>" in html
+    assert "reference answer: <b>2</b>" in html and "answer read: 2" in html
+    with pytest.raises(ContractError, match="no row 9"):
+        _run(monkeypatch, "view.py", "--dataset", pairs, "--tokenizer", tiny_path, "--start", 9)
