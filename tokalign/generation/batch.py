@@ -134,21 +134,19 @@ class Batch:
 
     def _stop_strings(self) -> torch.Tensor:
         """Rows whose newest token completes one of their stop strings."""
-        ages = self.columns["age"].tolist()
-        ids = self.columns["ids"].tolist() if max(ages) < 64 else None
-        hits = [False] * len(self.rows)
-        tails = {}
-        for k, row in enumerate(self.rows):
-            if row.params.stop:
-                # Every token but a string's first spells at least one byte of it; a few more tokens give the
-                # decoder its context.
-                window = max(len(text.encode()) for text in row.params.stop) + 4
-                first = max(0, ages[k] - window)
-                tails[k] = ids[k][first : ages[k]] if ids else self.columns["ids"][k, first : ages[k]].tolist()
-        texts = self.plan.decode(list(tails.values()))
-        for k, text in zip(tails, texts, strict=True):
-            hits[k] = any(stop in text for stop in self.rows[k].params.stop)
-        return torch.tensor(hits, device=self.mask.device)
+        asking = [k for k, row in enumerate(self.rows) if row.params.stop]
+        hits = torch.zeros(len(self.rows), dtype=torch.bool)
+        if asking:
+            # Every token of a string but its first spells at least one byte of it; a few more give the decoder context.
+            window = max(len(text.encode()) for k in asking for text in self.rows[k].params.stop) + 4
+            index = torch.tensor(asking, device=self.mask.device)
+            age = self.columns["age"][index]
+            slots = age[:, None] - window + torch.arange(window, device=age.device)
+            tails = self.columns["ids"][index].gather(1, slots.clamp_(min=0)).tolist()
+            texts = self.plan.decode([tail[max(0, window - a) :] for tail, a in zip(tails, age.tolist(), strict=True)])
+            for k, text in zip(asking, texts, strict=True):
+                hits[k] = any(stop in text for stop in self.rows[k].params.stop)
+        return hits.to(self.mask.device)
 
     def retire(self) -> None:
         """Hand finished rows their completions and drop them from the batch."""

@@ -9,8 +9,8 @@ else is in the batch, so shards, processes and resumed jobs do not change result
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -18,6 +18,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.data.contract import weights_hash
+from tokalign.generation.sampling import GREEDY_BELOW
 
 Ids = Sequence[int]
 
@@ -66,6 +67,16 @@ class SamplingParams:
             raise ValueError(f"banned_steps is {self.banned_steps}: use at least 1, or None for every token.")
         for name in ("stop", "stop_token_ids", "banned_token_ids"):  # YAML and JSON give lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def greedy(self) -> bool:
+        """A temperature under 1e-5 is greedy, as in vLLM: logits divided by it would overflow."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def draws(self) -> int:
+        """Completions that have to be computed: the `n` of a greedy request are one and the same."""
+        return 1 if self.greedy else self.n
 
 
 @dataclass
@@ -176,7 +187,9 @@ class EngineArguments:
     enforce_eager: bool | None = field(
         default=None, metadata={"help": "vllm: no graph capture; unset is vLLM's own (true on CPU)."}
     )
-    max_lora_rank: int = field(default=16, metadata={"help": "vllm: largest rank of any adapter."})
+    max_lora_rank: int = field(
+        default=16, metadata={"help": "vllm: largest rank of any adapter; 0 serves the base model alone."}
+    )
 
 
 def load_engine(arguments: EngineArguments) -> Engine:
@@ -240,9 +253,11 @@ def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int
     return list(params)
 
 
-def check_prompts(prompts: Sequence[Ids], vocab_size: int, max_length: int | None) -> None:
-    """Refuse, naming the row, an empty prompt, an id outside the vocabulary, or one that leaves no position free."""
-    for row, prompt in enumerate(prompts):
+def check_prompts(
+    prompts: Sequence[Ids], vocab_size: int, max_length: int | None, each: Sequence[SamplingParams]
+) -> None:
+    """Refuse, naming the row, what the model cannot continue: see `Engine.generate`."""
+    for row, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
         if len(prompt) == 0:
             raise ValueError(f"Prompt {row} is empty: give at least one token id, e.g. the tokenizer's bos token.")
         low, high = min(prompt), max(prompt)
@@ -256,6 +271,63 @@ def check_prompts(prompts: Sequence[Ids], vocab_size: int, max_length: int | Non
                 f"Prompt {row} has {len(prompt)} tokens but the model holds {max_length} positions: "
                 "shorten it or choose a model with a longer context."
             )
+        banned = set(params.banned_token_ids)
+        if banned and (min(banned) < 0 or max(banned) >= vocab_size or len(banned) == vocab_size):
+            raise ValueError(
+                f"Prompt {row} bans token ids outside the vocabulary of {vocab_size}, or all of it: "
+                "ban ids of this model's tokenizer and leave at least one."
+            )
+
+
+def repeat_greedy(results: list[list[Completion]], each: Sequence[SamplingParams]) -> list[list[Completion]]:
+    """`results` with a greedy request's one completion copied to make `n`."""
+    return [
+        completions
+        + [replace(one, token_ids=list(one.token_ids), logprobs=list(one.logprobs)) for _ in range(params.n - 1)]
+        if params.greedy
+        else completions
+        for params, completions in zip(each, results, strict=True)
+        for one in completions[:1]
+    ]
+
+
+def generate_with_early_bans(
+    generate: Callable[[Sequence[Ids], Sequence[SamplingParams]], list[list[Completion]]],
+    prompts: Sequence[Ids],
+    each: Sequence[SamplingParams],
+) -> list[list[Completion]]:
+    """`generate` for an engine that can only ban ids for a whole completion, with `banned_steps` obeyed.
+
+    A request with `banned_steps` = m is asked for m tokens with the ban, then its unfinished completions for the rest
+    without it. A stop string could straddle the two parts unseen, so the two options exclude each other here.
+    """
+    early = [p.banned_steps is not None and bool(p.banned_token_ids) for p in each]
+    for row, params in enumerate(each):
+        if early[row] and params.stop:
+            raise ValueError(
+                f"Prompt {row} has both banned_steps and stop strings, which only engine=transformers combines: "
+                "use stop_token_ids instead of stop."
+            )
+    first = [
+        replace(p, max_tokens=min(p.max_tokens, p.banned_steps or p.max_tokens)) if is_early else p
+        for p, is_early in zip(each, early, strict=True)
+    ]
+    results = generate(prompts, first)
+    rest: list[tuple[Completion, list[int], SamplingParams]] = []
+    for prompt, params, is_early, completions in zip(prompts, each, early, results, strict=True):
+        for k, done in enumerate(completions):
+            left = params.max_tokens - len(done.token_ids)
+            if is_early and done.finish_reason == "length" and left > 0 and len(done.token_ids) == params.banned_steps:
+                seed = None if params.seed is None else (params.seed + 1_000_003 * (k + 1)) % 2**63
+                again = replace(params, n=1, max_tokens=left, seed=seed, banned_token_ids=(), banned_steps=None)
+                rest.append((done, [*prompt, *done.token_ids], again))
+    if rest:
+        continued = generate([prompt for _, prompt, _ in rest], [params for _, _, params in rest])
+        for (done, _, _), (more,) in zip(rest, continued, strict=True):
+            done.token_ids += more.token_ids
+            done.logprobs += more.logprobs
+            done.finish_reason = more.finish_reason
+    return results
 
 
 def adapter_config(path: str, base: str | None) -> PeftConfig:

@@ -42,8 +42,8 @@ from tokalign.generation.protocol import (
     check_prompts,
     params_of_each,
     prefixes_of,
+    repeat_greedy,
 )
-from tokalign.generation.sampling import GREEDY_BELOW
 
 # Rows leave, and waiting ones join, once this share of the batch has finished or is free: each change copies the cache.
 COMPACT_SHARE = 1 / 8
@@ -106,7 +106,7 @@ class TransformersEngine:
     ) -> list[list[Completion]]:
         """See `Engine.generate`. Greedy requests are decoded once and repeated `n` times."""
         each = params_of_each(params, len(prompts))
-        check_prompts(prompts, self.vocab_size, self.max_length)
+        check_prompts(prompts, self.vocab_size, self.max_length, each)
         rows = self._rows(prompts, each)
         with self._using(adapter):
             self._run(rows, self._prefill_prompts)
@@ -129,7 +129,7 @@ class TransformersEngine:
         if not self._plain:
             return self.generate(prefixes, params, adapter=adapter)
         each = params_of_each(params, len(prefixes))
-        check_prompts(prefixes, self.vocab_size, self.max_length)
+        check_prompts(prefixes, self.vocab_size, self.max_length, each)
         rows = self._rows(prefixes, each)
         whole = max(prefixes, key=len, default=[])
         with self._using(adapter):
@@ -159,18 +159,11 @@ class TransformersEngine:
     def _rows(self, prompts: Sequence[Ids], each: list[SamplingParams]) -> list[Row]:
         rows = []
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
-            banned = set(params.banned_token_ids)
-            if banned and (min(banned) < 0 or max(banned) >= self.vocab_size or len(banned) == self.vocab_size):
-                raise ValueError(
-                    f"Prompt {i} bans token ids outside the vocabulary of {self.vocab_size}, or all of it: "
-                    "ban ids of this model's tokenizer and leave at least one."
-                )
             seed = secrets.randbits(63) if params.seed is None else params.seed
             limit = params.max_tokens
             if self.max_length is not None:
                 limit = min(limit, self.max_length - len(prompt))
-            draws = 1 if params.temperature < GREEDY_BELOW else params.n
-            rows += [Row(i, prompt, params, seed, k, limit) for k in range(draws)]
+            rows += [Row(i, prompt, params, seed, k, limit) for k in range(params.draws)]
         return rows
 
     @torch.inference_mode()
@@ -295,7 +288,10 @@ class TransformersEngine:
                 self._peft = PeftModel(self.model, config, adapter_name=name)
             self._peft.load_adapter(path, adapter_name=name, is_trainable=False)
         except (RuntimeError, ValueError) as error:
-            if self._peft is not None and name in self._peft.peft_config:
+            if self._peft is not None and not self._adapters:
+                self._peft.unload()
+                self._peft = None
+            elif self._peft is not None and name in self._peft.peft_config:
                 self._peft.delete_adapter(name)
             raise ValueError(
                 f"Adapter {path} does not fit the layers of {self.arguments.model}: use it with the base that it was "
@@ -305,13 +301,9 @@ class TransformersEngine:
 
 
 def _collect(rows: list[Row], each: list[SamplingParams]) -> list[list[Completion]]:
-    """Completions by request, in the caller's order; a greedy request's one completion stands for all of its n."""
+    """Completions by request, in the caller's order."""
     results: list[list[Completion]] = [[] for _ in each]
     for row in rows:
         assert row.completion is not None
         results[row.request].append(row.completion)
-    for completions, params in zip(results, each, strict=True):
-        while len(completions) < params.n:
-            first = completions[0]
-            completions.append(Completion(list(first.token_ids), list(first.logprobs), first.finish_reason))
-    return results
+    return repeat_greedy(results, each)

@@ -1,0 +1,185 @@
+"""Generation by any server of the OpenAI completions API that takes and returns token ids (vLLM's does).
+
+Prompts go out as ids and `return_token_ids` asks for ids back: a server that answers with text alone is refused, since
+re-encoded text need not be the ids that the model wrote. Requests are spread over the servers in turn; one that fails
+(connection, 429, 5xx, a broken answer) is repeated on the next server at once and, after a round of them all, after an
+exponentially growing pause with jitter.
+
+Bans: the API clips `logit_bias` to −100, which multiplies a probability by e^−100. An answer that holds a banned id all
+the same is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tokalign.generation.protocol import (
+    Completion,
+    EngineArguments,
+    Ids,
+    SamplingParams,
+    check_prompts,
+    generate_with_early_bans,
+    params_of_each,
+    repeat_greedy,
+)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
+
+
+class _BrokenAnswer(Exception):
+    """The server answered, but not with completions of the protocol; another attempt may do better."""
+
+
+class OpenAIEngine:
+    """`Engine` over one or more servers. An `adapter` is the name under which the servers serve it."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, arguments: EngineArguments):
+        if not arguments.base_urls:
+            raise ValueError("engine=openai needs base_urls: give at least one, e.g. http://localhost:8000/v1.")
+        if arguments.concurrency < 1:
+            raise ValueError(f"concurrency is {arguments.concurrency}: allow at least 1 request in flight.")
+        self.arguments = arguments
+        self.urls = list(arguments.base_urls)
+        key = os.environ.get(arguments.api_key_env) or "none"  # the client insists on some key
+        self._clients = [
+            openai.OpenAI(base_url=url, api_key=key, timeout=arguments.timeout, max_retries=0) for url in self.urls
+        ]
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
+        )
+        self.vocab_size = len(self.tokenizer)
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapter: str | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`.
+
+        Raises:
+            ConnectionError: one sentence naming the row and the servers tried, when all attempts have failed.
+            ValueError: a server refused the request or does not return token ids.
+        """
+        each = params_of_each(params, len(prompts))
+        check_prompts(prompts, self.vocab_size, None, each)
+        model = adapter or self.arguments.adapter or self.arguments.served_model or self.arguments.model
+        return generate_with_early_bans(lambda prompts, each: self._run(prompts, each, model), prompts, each)
+
+    def close(self) -> None:
+        """Close the connections."""
+        for client in self._clients:
+            client.close()
+
+    def _run(self, prompts: Sequence[Ids], each: Sequence[SamplingParams], model: str) -> list[list[Completion]]:
+        stop = threading.Event()  # ends the pauses of the other requests once one has failed for good
+        pool = ThreadPoolExecutor(self.arguments.concurrency)
+        try:
+            futures = [
+                pool.submit(self._request, row, prompt, params, model, stop)
+                for row, (prompt, params) in enumerate(zip(prompts, each, strict=True))
+            ]
+            return repeat_greedy([future.result() for future in futures], each)
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _request(
+        self, row: int, prompt: Ids, params: SamplingParams, model: str, stop: threading.Event
+    ) -> list[Completion]:
+        count = len(self.urls)
+        attempts = self.arguments.max_retries + 1
+        problem = "stopped"
+        for attempt in range(attempts):
+            rounds, turn = divmod(attempt, count)
+            if rounds and turn == 0:
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (rounds - 1))
+                stop.wait(pause * random.uniform(0.5, 1.5))
+            if stop.is_set():
+                break
+            at = (row + attempt) % count
+            try:
+                return self._ask(self._clients[at], prompt, params, model)
+            except (openai.APIConnectionError, openai.APIResponseValidationError, _BrokenAnswer) as error:
+                problem = f"{self.urls[at]}: {error}"
+            except openai.APIStatusError as error:
+                if error.status_code not in (408, 409, 429) and error.status_code < 500:
+                    raise ValueError(
+                        f"Prompt {row} was refused by {self.urls[at]}: {_one_line(error)} Check the served model's "
+                        f"name ({model}) and its longest context."
+                    ) from error
+                problem = f"{self.urls[at]}: {_one_line(error)}"
+            except _NoTokenIds as error:
+                raise ValueError(
+                    f"{self.urls[at]} answered prompt {row} without token ids: serve the model with vLLM, or another "
+                    "server that honours return_token_ids, because text is never encoded again."
+                ) from error
+        raise ConnectionError(
+            f"Prompt {row} got no answer in {attempts} attempts at {', '.join(self.urls)} (last, {problem}): "
+            "check that the servers run, then start again."
+        )
+
+    def _ask(self, client: openai.OpenAI, prompt: Ids, params: SamplingParams, model: str) -> list[Completion]:
+        extra: dict[str, Any] = {"return_token_ids": True, "skip_special_tokens": False}
+        if params.stop_token_ids:
+            extra["stop_token_ids"] = list(params.stop_token_ids)
+        optional: dict[str, Any] = {}
+        if params.stop:
+            optional["stop"] = list(params.stop)
+        if params.banned_token_ids:
+            optional["logit_bias"] = {str(token): -100 for token in params.banned_token_ids}
+        try:
+            answer: Any = client.completions.create(
+                model=model,
+                prompt=list(prompt),
+                n=params.draws,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                max_tokens=params.max_tokens,
+                seed=secrets.randbits(62) if params.seed is None else params.seed % 2**62,
+                logprobs=0,
+                extra_body=extra,
+                **optional,
+            )
+        except ValueError as error:  # the client lets json's own error through
+            raise _BrokenAnswer("the answer is not JSON") from error
+        choices = getattr(answer, "choices", None)
+        if not choices or len(choices) != params.draws:
+            raise _BrokenAnswer(f"the answer does not hold {params.draws} choices")
+        return [_completion(choice, params) for choice in sorted(choices, key=lambda choice: choice.index)]
+
+
+class _NoTokenIds(Exception):
+    """The server speaks the protocol, but in text."""
+
+
+def _completion(choice: Any, params: SamplingParams) -> Completion:
+    ids = getattr(choice, "token_ids", None)
+    if ids is None:
+        raise _NoTokenIds
+    logprobs = choice.logprobs.token_logprobs if choice.logprobs else None
+    if logprobs is None or len(logprobs) != len(ids) or None in logprobs:
+        raise _BrokenAnswer("the answer does not hold one log-prob a token")
+    if choice.finish_reason not in ("stop", "length"):
+        raise _BrokenAnswer(f"the completion ended by {choice.finish_reason!r}")
+    banned = set(ids).intersection(params.banned_token_ids)
+    if banned:
+        raise ValueError(f"The server sampled the banned token id {min(banned)}: use engine=transformers or vllm.")
+    return Completion(list(ids), list(logprobs), choice.finish_reason)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
