@@ -76,6 +76,21 @@ class Kept(NamedTuple):
 Item = dict[str, Any] | list[dict[str, Any]] | Dropped | Kept
 
 
+def process_state() -> PartialState:
+    """The processes of this launch. Call it before anything else that makes a `PartialState` (an engine, a model).
+
+    Accelerate sees several CPU processes only if the first `PartialState` of a process is told that it is CPU.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != launched:
+        raise JobError(
+            f"{launched} processes were launched but accelerate sees {state.num_processes}; call "
+            "`tokalign.jobs.process_state()` before loading models."
+        )
+    return state
+
+
 def run_job(
     function: Callable[[list[dict[str, Any]]], Iterable[Item]],
     rows: Dataset,
@@ -109,7 +124,7 @@ def run_job(
     Raises:
         JobError: another run holds the folder, other parameters or input than before, a row that fails.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     folder = Path(output_dir)
     console = Console(stderr=True)
     with _locked(folder, state) as lock_error:
@@ -356,7 +371,7 @@ def _run_shard(
     counts = {
         "job": plan["job"],
         "shard": index,
-        "process": PartialState().process_index,
+        "process": process_state().process_index,
         "first": first,
         "rows_in": last - first,
         "rows": len(output),
@@ -421,7 +436,9 @@ def _write_shard(table: pa.Table, counts: Mapping[str, Any], file: Path) -> None
     table = table.replace_schema_metadata({_METADATA: json.dumps(counts).encode()})
     temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
-        pq.write_table(table, stream, compression="zstd")
+        with pq.ParquetWriter(stream, table.schema, compression="zstd") as writer:
+            if len(table):  # `load_dataset` fails on an empty row group, not on a file without any
+                writer.write_table(table)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)

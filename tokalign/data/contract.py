@@ -39,6 +39,7 @@ _MADE_BY = {
     "preferences": "scripts/build_pairs.py",
     "sft": "scripts/build_pairs.py",
 }
+_SCORED_BY = {"contrast": "scripts/score_contrast.py"}
 _BATCH = 1000  # rows in memory at a time while checking or hashing
 
 
@@ -273,8 +274,8 @@ def _check_columns(dataset: Dataset, where: str, stage: str | None, signals: Seq
     for signal in signals:
         if not {f"chosen_{signal}", f"rejected_{signal}"} & set(dataset.column_names):
             raise ContractError(
-                f"{where} has neither `chosen_{signal}` nor `rejected_{signal}`; run the script in scripts/ that "
-                f"scores the signal {signal!r}."
+                f"{where} has neither `chosen_{signal}` nor `rejected_{signal}`; score it with "
+                f"{_SCORED_BY.get(signal, 'the script in scripts/ that makes this signal')}."
             )
 
 
@@ -310,7 +311,8 @@ def check_preferences(
     for _, column, signal in scored:
         if column not in dataset.column_names:
             raise ContractError(
-                f"The preference dataset has no column `{column}`; run the script in scripts/ that scores {signal!r}."
+                f"The preference dataset has no column `{column}`; score it with "
+                f"{_SCORED_BY.get(signal, 'the script in scripts/ that makes this signal')}."
             )
     ids_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     columns = ["id", *ids_columns, *(column for _, column, _ in scored)]

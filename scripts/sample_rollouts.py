@@ -1,0 +1,148 @@
+"""Sample completions of problems and verify them: the `rollouts` stage, first step of critical-token DPO.
+
+Reads a `problems` stage and writes N rows a problem, each with its ids, log-probs, finish reason, final answer and
+whether that answer is right. A problem's seed comes from `--seed` and its id, so shards, processes and resumed runs
+give the same rows. Every process loads its own engine.
+
+accelerate launch scripts/sample_rollouts.py \
+    --model meta-llama/Meta-Llama-3-8B-Instruct --engine vllm \
+    --dataset runs/problems --output_dir runs/rollouts --num_rollouts 64 --temperature 1.0
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+from trl import TrlParser
+
+from tokalign.data.contract import ContractError, load_stage, weights_hash
+from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
+from tokalign.jobs import Dropped, process_state, run_job
+from tokalign.rewards import answers_match, extract_answer
+
+TOO_LONG = "prompt longer than max_prompt_length"
+
+
+@dataclass
+class SampleRolloutsArguments:
+    """Arguments of sampling."""
+
+    dataset: str = field(metadata={"help": "Problems stage: folder or hub id."})
+    output_dir: str = field(metadata={"help": "Folder of the rollouts stage."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    num_problems: int | None = field(default=None, metadata={"help": "Take the first problems only."})
+    num_rollouts: int = field(default=64, metadata={"help": "Completions a problem (paper: 64)."})
+    temperature: float = field(default=1.0, metadata={"help": "0 is greedy. Paper: about 10 wrong answers a problem."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus kept while sampling."})
+    max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longer prompts are dropped and counted; unset is what the model can hold."}
+    )
+    prompt_format: Literal["chat", "raw"] = field(
+        default="chat",
+        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of all rollouts."})
+    shard_size: int = field(default=64, metadata={"help": "Problems a shard: one engine call, and what a kill loses."})
+
+
+def render(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> list[int]:
+    """Token ids of a prompt: messages always by the chat template, a string as the user's message or raw."""
+    if prompt_format == "raw":
+        if not isinstance(prompt, str):
+            raise ContractError("`prompt` holds messages, which --prompt_format raw cannot render; use chat.")
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ContractError("This tokenizer has no chat template; use --prompt_format raw or an instruct model.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def row_seed(seed: int, problem_id: Any) -> int:
+    """Seed of one problem's rollouts, the same in every process and shard."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{problem_id}".encode()).digest()[:8], "big") >> 1
+
+
+def sampler(engine: Engine, arguments: SampleRolloutsArguments) -> Callable[[list[dict]], list[list[dict] | Dropped]]:
+    """The job's function: problems in, for each its rollouts or why it was dropped."""
+    tokenizer = engine.tokenizer
+    limit = arguments.max_prompt_length or getattr(engine, "max_length", None)
+    if arguments.max_prompt_length is None and limit is not None:
+        limit -= 1  # room for one token at least
+
+    def sample(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Dropped]:
+        prompts = [render(problem["prompt"], tokenizer, arguments.prompt_format) for problem in problems]
+        kept = [i for i, ids in enumerate(prompts) if limit is None or len(ids) <= limit]
+        params = [
+            SamplingParams(
+                n=arguments.num_rollouts,
+                temperature=arguments.temperature,
+                top_p=arguments.top_p,
+                max_tokens=arguments.max_tokens,
+                stop=tuple(arguments.stop or ()),
+                seed=row_seed(arguments.seed, problems[i]["id"]),
+            )
+            for i in kept
+        ]
+        items: list[list[dict[str, Any]] | Dropped] = [Dropped(TOO_LONG) for _ in problems]
+        for i, completions in zip(kept, engine.generate([prompts[i] for i in kept], params), strict=True):
+            rows = []
+            for number, completion in enumerate(completions):
+                text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                answer = extract_answer(text)
+                rollout = {
+                    "prompt_ids": prompts[i],
+                    "completion_ids": completion.token_ids,
+                    "completion": text,
+                    "finish_reason": completion.finish_reason,
+                    "logprobs": completion.logprobs,
+                    "sample": number,
+                    "extracted": answer,
+                    "correct": answers_match(answer, problems[i]["answer"]),
+                }
+                rows.append({**problems[i], **rollout})
+            items[i] = rows
+        return items
+
+    return sample
+
+
+def main(arguments: SampleRolloutsArguments, engine_arguments: EngineArguments) -> dict[str, Any]:
+    state = process_state()
+    problems = load_stage(arguments.dataset, split=arguments.split, stage="problems")
+    if arguments.num_problems is not None:
+        problems = problems.select(range(min(arguments.num_problems, len(problems))))
+    models = {"model": engine_arguments.model, "adapter": engine_arguments.adapter}
+    hashes: dict[str, str | None] = {}
+    if state.is_main_process:  # only this process compares and writes them, and hashing 140 GB takes a while
+        for name, path in models.items():
+            remote = path is None or (engine_arguments.engine == "openai" and not Path(path).is_dir())
+            hashes[name] = path if remote else weights_hash(path)
+    unset = ("dataset", "output_dir", "shard_size", "num_problems")
+    parameters = {key: value for key, value in vars(arguments).items() if key not in unset}
+    parameters |= {"engine": engine_arguments.engine, "dtype": engine_arguments.dtype, "weights": hashes}
+    engine = load_engine(engine_arguments)
+    try:
+        return run_job(
+            sampler(engine, arguments),
+            problems,
+            arguments.output_dir,
+            name="sample_rollouts",
+            parameters=parameters,
+            tokenizer=engine.tokenizer,
+            shard_size=arguments.shard_size,
+            extra_manifest={"models": {key: {"path": models[key], "weights_hash": hashes[key]} for key in hashes}},
+        )
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((SampleRolloutsArguments, EngineArguments))
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,194 @@
+"""The contract's checks: what is equal must hash equal, and every bad row is named with column and remedy."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from tests.support import ALPHABET, tiny_tokenizer
+from tokalign.data.contract import (
+    ContractError,
+    check_preferences,
+    content_hash,
+    load_stage,
+    manifest_of,
+    read_manifest,
+    tokenizer_hash,
+    weights_hash,
+    write_manifest,
+)
+
+
+def preferences(tokenizer, count: int = 5) -> list[dict]:
+    rows = []
+    for k in range(count):
+        chosen, rejected = tokenizer(f"yes {k}")["input_ids"] + [1], tokenizer(f"no {k}!")["input_ids"] + [1]
+        rows.append(
+            {
+                "id": f"p{k}",
+                "prompt": f"question {k}",
+                "chosen": f"yes {k}",
+                "rejected": f"no {k}!",
+                "prompt_ids": tokenizer(f"question {k}")["input_ids"],
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "chosen_contrast": [0.5] * len(chosen),
+                "rejected_contrast": [0.25] * len(rejected),
+                "rejected_entropy": [2.5] * len(rejected),
+            }
+        )
+    return rows
+
+
+def test_tokenizer_hash_survives_saving_processes_and_what_trainers_change(tiny_path, tmp_path):
+    tokenizer = tiny_tokenizer()
+    own = tokenizer_hash(tokenizer)
+    loaded = AutoTokenizer.from_pretrained(tiny_path)
+    assert tokenizer_hash(loaded) == own
+    loaded.save_pretrained(tmp_path)
+    code = (
+        "import sys; from transformers import AutoTokenizer; from tokalign.data.contract import tokenizer_hash; "
+        "print(tokenizer_hash(AutoTokenizer.from_pretrained(sys.argv[1])))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == own
+    loaded.pad_token = loaded.eos_token
+    loaded(["a", "abc"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(loaded) == own
+
+
+def test_tokenizer_hash_differs_where_ids_differ():
+    own = tokenizer_hash(tiny_tokenizer())
+    assert tokenizer_hash(tiny_tokenizer(ALPHABET[1:] + ALPHABET[0])) != own
+    added = tiny_tokenizer()
+    added.add_tokens(["<|new|>"])
+    assert tokenizer_hash(added) != own
+    template = tiny_tokenizer()
+    template.chat_template = template.chat_template.replace("assistant", "helper")
+    assert tokenizer_hash(template) != own
+
+
+def test_weights_hash_is_of_the_content(tiny_path, tmp_path):
+    from safetensors.torch import save_file
+    from torch import tensor
+
+    copies = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for folder, value in zip(copies, (1.0, 1.0, 2.0), strict=True):
+        folder.mkdir()
+        save_file({"w": tensor([value])}, folder / "adapter_model.safetensors")
+    assert weights_hash(copies[0]) == weights_hash(copies[1]) != weights_hash(copies[2])
+    before = weights_hash(copies[0])
+    save_file({"w": tensor([3.0])}, copies[0] / "adapter_model.safetensors")  # the process's cache must notice
+    assert weights_hash(copies[0]) != before
+    assert weights_hash("some/model-on-the-hub") == "some/model-on-the-hub"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ContractError, match=r"no \*.safetensors"):
+        weights_hash(tmp_path / "empty")
+    with pytest.raises(ContractError, match=r"does not exist"):
+        weights_hash(tmp_path / "nowhere")
+
+
+def test_content_hash_is_of_the_values_and_not_of_their_storage(tmp_path):
+    rows = [{"id": f"r{k}", "x": None if k % 3 else k, "l": [k] * (k % 4)} for k in range(2500)]
+    dataset = Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "train.parquet")
+    stored = load_stage(tmp_path)
+    shuffled = dataset.select(range(2499, -1, -1)).select(range(2499, -1, -1))  # an indices mapping, same order
+    assert content_hash(dataset) == content_hash(stored) == content_hash(shuffled)
+    changed = copy.deepcopy(rows)
+    changed[2001]["l"][0] += 1
+    assert content_hash(Dataset.from_list(changed)) != content_hash(dataset)
+    assert content_hash(dataset.select(range(2499, -1, -1))) != content_hash(dataset)
+
+
+def test_load_stage_reads_the_manifest_and_compares_the_tokenizer(tmp_path):
+    tokenizer = tiny_tokenizer()
+    Dataset.from_list(preferences(tokenizer)).to_parquet(tmp_path / "train.parquet")
+    manifest = {"name": "pairs", "status": "complete", "tokenizer_hash": tokenizer_hash(tokenizer), "rows": 5}
+    write_manifest(tmp_path, manifest)
+    dataset = load_stage(tmp_path, stage="preferences", tokenizer=tokenizer, signals=["contrast"])
+    assert manifest_of(dataset) == manifest == read_manifest(tmp_path)
+    assert manifest_of(dataset.map(lambda row: {"new": 1}).filter(lambda row: True)) == manifest
+    assert dataset.cache_files, "rows must stay on disk"
+    other = tiny_tokenizer(ALPHABET[::-1])
+    with pytest.raises(ContractError, match=r"made with another tokenizer.*rerun the stage"):
+        load_stage(tmp_path, tokenizer=other)
+    with pytest.raises(ContractError, match=r"no column `answer`.*'rollouts'.*scripts/sample_rollouts.py"):
+        load_stage(tmp_path, stage="rollouts")
+    with pytest.raises(ContractError, match=r"neither `chosen_token_reward` nor `rejected_token_reward`"):
+        load_stage(tmp_path, signals=["token_reward"])
+    write_manifest(tmp_path, manifest | {"status": "running"})
+    with pytest.raises(ContractError, match=r"is unfinished, rerun the job that writes it"):
+        load_stage(tmp_path)
+    write_manifest(tmp_path, manifest | {"shards": 2})
+    with pytest.raises(ContractError, match=r"lacks shard part-00000-of-00002.parquet"):
+        load_stage(tmp_path)
+
+
+def test_load_stage_without_a_manifest_and_by_split(tmp_path):
+    Dataset.from_list([{"id": "a", "prompt": "p", "answer": "1"}]).to_parquet(tmp_path / "train-00000.parquet")
+    Dataset.from_list([{"id": "b", "prompt": "p", "answer": "1"}]).to_parquet(tmp_path / "test-00000.parquet")
+    assert load_stage(tmp_path, stage="problems")["id"][0] == "a"
+    dataset = load_stage(tmp_path, split="test", stage="problems")
+    assert list(dataset["id"]) == ["b"] and manifest_of(dataset) is None
+    with pytest.raises(ContractError, match=r"does not exist; run scripts/build_pairs.py first"):
+        load_stage(tmp_path / "nowhere", stage="preferences")
+    with pytest.raises(ContractError, match=r"neither a folder here nor a dataset on the hub"):
+        load_stage("nobody/nothing", stage="problems")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ContractError, match=r"holds no parquet files"):
+        load_stage(tmp_path / "empty")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ContractError, match=r"is not JSON"):
+        load_stage(tmp_path)
+
+
+def test_good_preferences_pass():
+    tokenizer = tiny_tokenizer()
+    check_preferences(Dataset.from_list(preferences(tokenizer)), tokenizer, signals=["contrast"])
+    check_preferences(Dataset.from_list(preferences(tokenizer)), signals=["entropy"], sides=["rejected"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("rejected_ids", [], "`rejected_ids` is empty; drop the row"),
+        ("chosen_ids", None, "`chosen_ids` is missing"),
+        ("prompt_ids", [7, 10_000], "`prompt_ids` holds id 10000, but the tokenizer has"),
+        ("prompt_ids", [7, -1], "`prompt_ids` holds -1"),
+        ("rejected_contrast", [0.5], "has 1 scores for 6 ids in `rejected_ids`; score these rows again"),
+        ("rejected_contrast", None, "`rejected_contrast` is missing"),
+        ("rejected_contrast", [0.5, float("nan")] + [0.5] * 4, "holds nan, not a finite number"),
+        ("rejected_contrast", [0.5, None] + [0.5] * 4, "holds nan, not a finite number"),
+        ("rejected_contrast", [0.5, float("inf")] + [0.5] * 4, "holds inf, not a finite number"),
+        ("chosen_contrast", [0.5, 1.5] + [0.5] * 4, r"holds 1.5, but a contrastive score is a probability"),
+        ("chosen", "yes 9", "`chosen` is not what this tokenizer reads in `chosen_ids`; use the tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("at", [3, 1203])
+def test_a_bad_row_is_named(column, value, message, at):
+    tokenizer = tiny_tokenizer()
+    rows = (preferences(tokenizer) * (at // 5 + 1))[: at + 2]
+    rows[at] = {**rows[at], "id": "bad", column: value}
+    with pytest.raises(ContractError, match=rf"^Row {at} \(id 'bad'\): .*{message}"):
+        check_preferences(Dataset.from_list(rows), tokenizer, signals=["contrast"], text_rows=at + 1)
+
+
+def test_a_missing_column_is_named():
+    dataset = Dataset.from_list(preferences(tiny_tokenizer()))
+    with pytest.raises(ContractError, match=r"no column `chosen_ids`.*scripts/build_pairs.py"):
+        check_preferences(dataset.remove_columns("chosen_ids"))
+    with pytest.raises(ContractError, match=r"no column `rejected_contrast`; score it with scripts/score_contrast.py"):
+        check_preferences(dataset.remove_columns("rejected_contrast"), signals=["contrast"])
+
+
+def test_manifest_is_json_for_people(tmp_path):
+    write_manifest(tmp_path, {"name": "größer", "rows": 1})
+    assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")) == {"name": "größer", "rows": 1}
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,177 @@
+"""The sampling and pairing scripts on a tiny model: problems in; rollouts, pairs and SFT sets out."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest, tokenizer_hash
+from tokalign.generation.protocol import Completion, EngineArguments
+from tokalign.jobs import JobError
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+sample_rollouts, build_pairs = script("sample_rollouts"), script("build_pairs")
+
+
+class Scripted:
+    """An engine that answers from a list of texts a problem, so that right and wrong are known."""
+
+    def __init__(self, path: str, texts: list[str]) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.texts = texts
+
+    def generate(self, prompts, params, *, adapter=None):
+        results = []
+        for each in params:
+            texts = [self.texts[(each.seed + i) % len(self.texts)] for i in range(each.n)]
+            results.append([])
+            for text in texts:
+                ids = self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id]
+                results[-1].append(Completion(ids, [-1.0] * len(ids), "stop"))
+        return results
+
+    def close(self) -> None:
+        pass
+
+
+def problems(folder, count: int = 10, prompt=lambda k: f"What is {k}+1?") -> str:
+    rows = [{"id": f"p{k}", "prompt": prompt(k), "answer": "2", "level": k} for k in range(count)]
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def sample(tmp_path, monkeypatch, tiny_path, texts, **changes):
+    monkeypatch.setattr(sample_rollouts, "load_engine", lambda arguments: Scripted(tiny_path, texts))
+    where = tmp_path / "problems"
+    values = {
+        "dataset": str(where) if where.exists() else problems(where),
+        "output_dir": str(tmp_path / "rollouts"),
+        "num_rollouts": 6,
+        "shard_size": 4,
+        **changes,
+    }
+    return sample_rollouts.main(sample_rollouts.SampleRolloutsArguments(**values), EngineArguments(model=tiny_path))
+
+
+def pair(tmp_path, **changes):
+    values = {"dataset": str(tmp_path / "rollouts"), "output_dir": str(tmp_path / "out"), "shard_size": 3, **changes}
+    return build_pairs.main(build_pairs.BuildPairsArguments(**values))
+
+
+TEXTS = ["1+1=2\n#### 2", "no\n#### 3", "no!\n#### 3", "so\n#### 4", "who knows"]
+
+
+def test_from_problems_to_pairs_and_sft_sets(tmp_path, monkeypatch, tiny_path):
+    manifest = sample(tmp_path, monkeypatch, tiny_path, TEXTS)
+    assert manifest["rows"] == 60 and manifest["rows_in"] == 10 and manifest["seed"] == 0
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    rollouts = load_stage(tmp_path / "rollouts", stage="rollouts", tokenizer=tokenizer)
+    for row in rollouts:
+        assert row["correct"] == (row["completion"] == TEXTS[0])
+        assert row["completion"] == tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+        assert tokenizer.decode(row["prompt_ids"]) == f"<|user|>{row['prompt']}<|end|><|assistant|>"
+        assert row["level"] == int(row["id"][1:])  # columns of the problem stay
+    assert [row["sample"] for row in rollouts][:7] == [0, 1, 2, 3, 4, 5, 0]
+
+    manifests = pair(tmp_path)
+    assert manifests["pairs"]["tokenizer_hash"] == tokenizer_hash(tokenizer)
+    pairs = load_stage(tmp_path / "out" / "pairs", stage="preferences", tokenizer=tokenizer)
+    check_preferences(pairs, tokenizer)
+    assert manifests["pairs"]["rows"] == len(pairs) >= 10
+    assert set(pairs["chosen"]) == {TEXTS[0]} and set(pairs["rejected_answer"]) <= {"3", "4"}
+    assert len(load_stage(tmp_path / "out" / "positive", stage="sft")) == 10
+    negative = load_stage(tmp_path / "out" / "negative", stage="sft")
+    assert list(negative["completion_ids"]) == list(pairs["rejected_ids"])
+    assert pair(tmp_path) == manifests  # nothing runs twice
+    with pytest.raises(JobError, match=r"coverage was 0.5 and is 0.9"):
+        pair(tmp_path, coverage=0.9)
+
+
+def test_sft_rows_reach_the_trainer_as_they_are(tmp_path, monkeypatch, tiny_path):
+    from trl import SFTConfig, SFTTrainer
+
+    sample(tmp_path, monkeypatch, tiny_path, TEXTS)
+    pair(tmp_path)
+    rows = load_stage(tmp_path / "out" / "positive")
+    config = SFTConfig(output_dir=str(tmp_path / "sft"), use_cpu=True, bf16=False, report_to="none", max_length=None)
+    trainer = SFTTrainer(model=tiny_path, args=config, train_dataset=rows)
+    for row, prepared in zip(rows, trainer.train_dataset, strict=True):
+        assert prepared["input_ids"] == row["prompt_ids"] + row["completion_ids"]
+        assert prepared["labels"] == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
+
+
+def test_shards_do_not_change_rollouts_of_the_real_engine(tmp_path, tiny_path):
+    where = problems(tmp_path / "problems", 5)
+    results = []
+    for shard_size in (5, 2):
+        folder = tmp_path / f"by{shard_size}"
+        arguments = sample_rollouts.SampleRolloutsArguments(
+            dataset=where, output_dir=str(folder), num_rollouts=2, max_tokens=8, shard_size=shard_size
+        )
+        sample_rollouts.main(arguments, EngineArguments(model=tiny_path))
+        results.append(load_stage(folder, stage="rollouts").remove_columns("logprobs").to_list())
+    assert results[0] == results[1] and len(results[0]) == 10
+    assert len({tuple(row["completion_ids"]) for row in results[0]}) > 5
+
+
+def test_other_weights_are_refused_on_resume(tmp_path, monkeypatch, tiny_path):
+    from tests.support import save_tiny
+
+    sample(tmp_path, monkeypatch, tiny_path, TEXTS)
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(JobError, match=r"weights was .* and is "):
+        sample(tmp_path, monkeypatch, other, TEXTS)
+    with pytest.raises(JobError, match=r"temperature was 1.0 and is 0.7"):
+        sample(tmp_path, monkeypatch, tiny_path, TEXTS, temperature=0.7)
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, monkeypatch, tiny_path, capsys):
+    problems(tmp_path / "problems", 9, lambda k: "x" * (100 if k in (2, 4, 5, 6, 7) else 3))
+    manifest = sample(tmp_path, monkeypatch, tiny_path, TEXTS, max_prompt_length=20)
+    assert manifest["dropped"] == {"prompt longer than max_prompt_length": 5} and manifest["rows"] == 24
+    assert "dropped: prompt longer than max_prompt_length" in capsys.readouterr().err
+
+
+def test_prompt_formats(tiny_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    text = tokenizer.decode(sample_rollouts.render(messages, tokenizer, "chat"))
+    assert text == "<|system|>s<|end|><|user|>u<|end|><|assistant|>"
+    assert tokenizer.decode(sample_rollouts.render("u", tokenizer, "raw")) == "u"
+    with pytest.raises(ContractError, match=r"`prompt` holds messages"):
+        sample_rollouts.render(messages, tokenizer, "raw")
+    tokenizer.chat_template = None
+    with pytest.raises(ContractError, match=r"no chat template; use --prompt_format raw"):
+        sample_rollouts.render("u", tokenizer, "chat")
+
+
+def test_seeds_differ_by_problem_and_seed():
+    seeds = {sample_rollouts.row_seed(seed, f"p{k}") for seed in range(3) for k in range(50)}
+    assert len(seeds) == 150 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(TEXTS[:1], "every rollout is correct"), (TEXTS[1:4], "no rollout is correct")],
+)
+def test_nothing_to_pair(tmp_path, monkeypatch, tiny_path, texts, message):
+    sample(tmp_path, monkeypatch, tiny_path, texts)
+    with pytest.raises(ContractError, match=f"Nothing is left of 10 problems for build_pairs: pairs: {message}"):
+        pair(tmp_path)
+    assert read_manifest(tmp_path / "out" / "pairs")["dropped"]

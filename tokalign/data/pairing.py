@@ -1,0 +1,252 @@
+"""From verified rollouts to preference pairs and the two SFT sets of critical-token DPO (arXiv 2411.19943v3, §3).
+
+Answer-frequency rule: a problem's wrong answers are sorted by how often they occur and taken until they cover half of
+its incorrect samples, one trajectory an answer. These trajectories are the negative SFT set and the rejected sides;
+one random correct trajectory a problem is the positive SFT set; each pair's chosen side is a random correct one.
+
+Choices that the paper leaves open: answers are compared as the strings that `extract_answer` gives; a wrong rollout
+without an answer forms no class and does not count towards the half, unless `include_unparsable`; rollouts that hit
+the token limit or are empty are left out of both sides, because neither a cut-off proof nor silence says which token
+was wrong. Every random choice is drawn from a seed and the problem's id, so it does not depend on shards or processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from tokalign.data.contract import ContractError
+
+Row = dict[str, Any]
+NO_CORRECT, NO_WRONG = "no correct rollout", "no wrong rollout"
+NO_ANSWER, NO_FINISHED = "no wrong rollout with an answer", "no finished rollout"
+TRUNCATED, EMPTY = "truncated completion", "empty completion"
+
+
+@dataclass(frozen=True)
+class PairingOptions:
+    """How pairs are chosen.
+
+    Attributes:
+        coverage: Share of a problem's incorrect samples that the chosen wrong answers cover (paper: 0.5).
+        max_pairs_per_problem: Keep the pairs of the most frequent wrong answers only; None keeps all.
+        include_unparsable: Treat "no answer" as one more wrong answer.
+        seed: Of the random trajectories.
+    """
+
+    coverage: float = 0.5
+    max_pairs_per_problem: int | None = None
+    include_unparsable: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage <= 1:
+            raise ContractError(f"coverage is {self.coverage}; it must be above 0 and at most 1.")
+        if self.max_pairs_per_problem is not None and self.max_pairs_per_problem < 1:
+            raise ContractError(f"max_pairs_per_problem is {self.max_pairs_per_problem}; it must be at least 1.")
+
+
+class Selection(NamedTuple):
+    """Rows made of one problem's rollouts; why there are none; and how many rollouts were left out, by reason."""
+
+    rows: list[Row]
+    reason: str | None
+    left_out: dict[str, int]
+
+
+def group_consecutive(dataset: Dataset, column: str = "id") -> Dataset:
+    """Runs of equal values as rows `id, first, count`, read from that column alone.
+
+    Raises:
+        ContractError: a value comes back after another one, so its rollouts are not contiguous.
+    """
+    ids: list[Any] = []
+    firsts: list[int] = []
+    seen: set[Any] = set()
+    index = 0
+    for batch in dataset.select_columns([column]).with_format(None).iter(batch_size=10_000):
+        for value in batch[column]:
+            if not ids or value != ids[-1]:
+                if value in seen:
+                    raise ContractError(
+                        f"Row {index} ({column} {value!r}): `{column}` appears again after another problem's rows; "
+                        f"sort the dataset by `{column}`, or make problem ids unique, and rerun."
+                    )
+                seen.add(value)
+                ids.append(value)
+                firsts.append(index)
+            index += 1
+    counts = [end - first for first, end in zip(firsts, [*firsts[1:], index], strict=True)]
+    return Dataset.from_dict({"id": ids, "first": firsts, "count": counts})
+
+
+def frequent_wrong_answers(answers: Sequence[str | None], coverage: float = 0.5) -> list[str | None]:
+    """The most frequent answers among incorrect samples that together cover a share `coverage` of them.
+
+    Args:
+        answers: Answer of each incorrect sample, None for "no answer" (a class like any other here).
+        coverage: Share to reach.
+
+    Returns:
+        Distinct answers, most frequent first; ties in order of the string, None last.
+    """
+    order = sorted(Counter(answers).items(), key=lambda pair: (-pair[1], pair[0] is None, pair[0] or ""))
+    chosen: list[str | None] = []
+    covered = 0
+    for answer, count in order:
+        if covered >= coverage * len(answers):
+            break
+        chosen.append(answer)
+        covered += count
+    return chosen
+
+
+def _random(options: PairingOptions, purpose: str, problem_id: Any) -> random.Random:
+    digest = hashlib.sha256(f"{options.seed}\0{purpose}\0{problem_id}".encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
+
+
+def _usable(rollouts: Sequence[Row]) -> tuple[list[Row], list[Row], dict[str, int]]:
+    """Correct and wrong rollouts that finished and say something, and the counts of the others."""
+    correct: list[Row] = []
+    wrong: list[Row] = []
+    left_out: Counter[str] = Counter()
+    for rollout in rollouts:
+        if rollout["prompt_ids"] != rollouts[0]["prompt_ids"]:
+            raise ContractError(
+                f"Problem {rollout['id']!r}: `prompt_ids` differ between its rollouts; give each prompt its own id "
+                "and sample again."
+            )
+        if rollout["finish_reason"] == "length":
+            left_out[TRUNCATED] += 1
+        elif not rollout["completion_ids"] or not rollout["completion"].strip():
+            left_out[EMPTY] += 1
+        else:
+            (correct if rollout["correct"] else wrong).append(rollout)
+    return correct, wrong, dict(left_out)
+
+
+def _frequent_wrong(
+    wrong: Sequence[Row], options: PairingOptions, answer_of: Callable[[Row], str | None]
+) -> list[tuple[str | None, Row]]:
+    """One random trajectory for each answer of the frequency rule, most frequent answer first."""
+    answered = [(answer_of(rollout), rollout) for rollout in wrong]
+    if not options.include_unparsable:
+        answered = [pair for pair in answered if pair[0] is not None]
+    if not answered:
+        return []
+    draw = _random(options, "wrong", wrong[0]["id"])
+    frequent = frequent_wrong_answers([answer for answer, _ in answered], options.coverage)
+    return [(answer, draw.choice([row for own, row in answered if own == answer])) for answer in frequent]
+
+
+def _extracted(rollout: Row) -> str | None:
+    return rollout["extracted"]
+
+
+def preference_pairs(
+    rollouts: Sequence[Row],
+    options: PairingOptions = PairingOptions(),
+    answer_of: Callable[[Row], str | None] = _extracted,
+) -> Selection:
+    """Preference rows of one problem: each frequent wrong answer's trajectory against a random correct one.
+
+    Rows have the columns of the stage `preferences`, and `answer`, `rejected_answer` and `pair` (0, 1 …).
+    """
+    correct, wrong, left_out = _usable(rollouts)
+    if not correct or not wrong:
+        return Selection([], _why_none(correct, wrong), left_out)
+    rejected = _frequent_wrong(wrong, options, answer_of)[: options.max_pairs_per_problem]
+    draw = _random(options, "chosen", rollouts[0]["id"])
+    rows = []
+    for pair, (answer, worse) in enumerate(rejected):
+        better = draw.choice(correct)
+        if better["completion_ids"] == worse["completion_ids"]:
+            raise ContractError(
+                f"Problem {worse['id']!r}: the same `completion_ids` are marked both correct and wrong; verify the "
+                "rollouts again with one verifier."
+            )
+        rows.append(
+            {
+                "id": worse["id"],
+                "pair": pair,
+                "prompt": worse["prompt"],
+                "answer": worse["answer"],
+                "chosen": better["completion"],
+                "rejected": worse["completion"],
+                "rejected_answer": answer,
+                "prompt_ids": worse["prompt_ids"],
+                "chosen_ids": better["completion_ids"],
+                "rejected_ids": worse["completion_ids"],
+            }
+        )
+    return Selection(rows, None if rows else NO_ANSWER, left_out)
+
+
+def positive_rows(rollouts: Sequence[Row], options: PairingOptions = PairingOptions()) -> Selection:
+    """SFT row of one problem: one random correct trajectory."""
+    correct, wrong, left_out = _usable(rollouts)
+    if not correct:
+        return Selection([], _why_none(correct, wrong), left_out)
+    return Selection([_sft_row(_random(options, "positive", correct[0]["id"]).choice(correct))], None, left_out)
+
+
+def negative_rows(
+    rollouts: Sequence[Row],
+    options: PairingOptions = PairingOptions(),
+    answer_of: Callable[[Row], str | None] = _extracted,
+) -> Selection:
+    """SFT rows of one problem: the trajectories of its frequent wrong answers (those that pairs reject)."""
+    correct, wrong, left_out = _usable(rollouts)
+    if not wrong:
+        return Selection([], NO_WRONG if correct else NO_FINISHED, left_out)
+    rows = [_sft_row(rollout) for _, rollout in _frequent_wrong(wrong, options, answer_of)]
+    return Selection(rows, None if rows else NO_ANSWER, left_out)
+
+
+def _why_none(correct: Sequence[Row], wrong: Sequence[Row]) -> str:
+    if not correct and not wrong:
+        return NO_FINISHED
+    return NO_WRONG if correct else NO_CORRECT
+
+
+def _sft_row(rollout: Row) -> Row:
+    """A row that TRL's `SFTTrainer` trains on as it is: `input_ids` mark it as tokenised, `completion_mask` keeps the
+    loss off the prompt (`completion_only_loss`, which `prompt` and `completion` columns switch on)."""
+    prompt_ids, completion_ids = rollout["prompt_ids"], rollout["completion_ids"]
+    return {
+        "id": rollout["id"],
+        "prompt": rollout["prompt"],
+        "completion": rollout["completion"],
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "input_ids": prompt_ids + completion_ids,
+        "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),
+    }
+
+
+def check_something_left(manifest: Mapping[str, Any]) -> None:
+    """Refuse a stage without rows, in one sentence that says what to sample instead.
+
+    Args:
+        manifest: Of a finished stage: `rows`, `rows_in` (problems) and `dropped` are read.
+    """
+    if manifest["rows"]:
+        return
+    problems, dropped = manifest["rows_in"], manifest["dropped"]
+    if dropped.get(NO_WRONG) == problems:
+        why = "every rollout is correct; sample more or hotter, or take harder problems"
+    elif dropped.get(NO_CORRECT) == problems:
+        why = "no rollout is correct; sample more, take easier problems or a stronger model, or check the answers"
+    elif dropped.get(NO_FINISHED) == problems:
+        why = "no rollout finished with text; raise max_tokens"
+    else:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        why = f"no problem gives a row ({reasons}); sample more rollouts a problem"
+    raise ContractError(f"Nothing is left of {problems} problems for {manifest['name']}: {why}.")
