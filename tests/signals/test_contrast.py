@@ -295,7 +295,7 @@ def test_row_refusals_name_row_and_reason(tiny_path, adapters):
         scorer.score([[5], [5]], [[6], []])
     with pytest.raises(ValueError, match="Row q7: the prompt is empty"):
         scorer.score([[]], [[6]], names=["q7"])
-    with pytest.raises(ValueError, match=r"Row 0: .*513 tokens, more than the model's 512"):
+    with pytest.raises(ValueError, match=r"Row 0: .* longer than the model's 512 positions"):
         scorer.score([[5] * 500], [[6] * 13])
     with pytest.raises(ValueError, match="Row 0: token id 999 is outside"):
         scorer.score([[5]], [[999]])

@@ -141,6 +141,11 @@ def _load_adapters(base: PreTrainedModel, adapters: dict[str, str], base_name: s
     return model.eval()
 
 
+def _device() -> torch.device:
+    # cpu=True where there is no accelerator: without it accelerate takes several CPU processes for one
+    return PartialState(cpu=not torch.accelerator.is_available()).device
+
+
 class ContrastiveScorer:
     """Scores completions with one base in memory and two adapters on it.
 
@@ -178,7 +183,7 @@ class ContrastiveScorer:
             self.base = model
         else:
             self.base = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=dtype, device_map=device_map or PartialState().device
+                str(model), dtype=dtype, device_map=device_map or _device()
             )
         self.base.eval()
         embedding = next(self.base.get_input_embeddings().parameters())
@@ -243,19 +248,13 @@ class ContrastiveScorer:
                 )
 
     def problem(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str | None:
-        """Why a row cannot be scored, or None."""
+        """Why a row is to be dropped (the same words for all such rows, so that they can be counted), or None."""
         if not len(completion_ids):
             return "the completion is empty"
         if not len(prompt_ids):
             return "the prompt is empty, so nothing predicts the first completion token"
-        length = len(prompt_ids) + len(completion_ids)
-        if self.max_length is not None and length > self.max_length:
-            return f"prompt and completion have {length} tokens, more than the model's {self.max_length} positions"
-        smallest = min(min(prompt_ids), min(completion_ids))
-        largest = max(max(prompt_ids), max(completion_ids))
-        if smallest < 0 or largest >= self.vocabulary:
-            wrong = smallest if smallest < 0 else largest
-            return f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}: wrong tokenizer"
+        if self.max_length is not None and len(prompt_ids) + len(completion_ids) > self.max_length:
+            return f"prompt and completion are longer than the model's {self.max_length} positions"
         return None
 
     def score(
@@ -283,6 +282,12 @@ class ContrastiveScorer:
         for label, prompt, completion in zip(labels, prompts, completions, strict=True):
             if (reason := self.problem(prompt, completion)) is not None:
                 raise ValueError(f"Row {label}: {reason}; drop the row or shorten it.")
+            low, high = min(*prompt, *completion), max(*prompt, *completion)
+            if low < 0 or high >= self.vocabulary:
+                raise ValueError(
+                    f"Row {label}: token id {low if low < 0 else high} is outside the model's vocabulary of "
+                    f"{self.vocabulary}; use the tokenizer of this model."
+                )
 
         results: list[list[float]] = [[] for _ in prompts]
         for rows in self._batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):

@@ -1,0 +1,164 @@
+"""The signal scripts from one stage on disk to the next, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from scripts import compare_signals, rollout_estimate, score_contrast
+from tests.signals.support import save_adapter
+from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest
+from tokalign.generation.protocol import EngineArguments
+from tokalign.jobs import JobError, run_job
+from tokalign.signals import ContrastiveScorer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_path, tmp_path_factory) -> dict[str, str]:
+    """Six preference pairs and two adapters on disk."""
+    root = tmp_path_factory.mktemp("stage")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+
+    def pair(row):
+        i = row["number"]
+        texts = {"prompt": f"What is {i}+1? ", "chosen": f"#### {i + 1}", "rejected": f"so #### {i + 3}"}
+        ids = {f"{name}_ids": tokenizer(text, add_special_tokens=False).input_ids for name, text in texts.items()}
+        for side in ("chosen", "rejected"):
+            ids[f"{side}_ids"].append(tokenizer.eos_token_id)
+        return [{"id": row["id"], "answer": str(i + 1), **texts, **ids, "first_error": len(ids["rejected_ids"]) - 2}]
+
+    problems = Dataset.from_list([{"id": f"p{i}", "number": i} for i in range(6)])
+    run_job(
+        lambda rows: [pair(row) for row in rows],
+        problems,
+        root / "pairs",
+        name="pairs",
+        parameters={},
+        tokenizer=tokenizer,
+    )
+    return {
+        "model": tiny_path,
+        "pairs": str(root / "pairs"),
+        "positive": save_adapter(root / "positive", tiny_path, seed=1),
+        "negative": save_adapter(root / "negative", tiny_path, seed=2),
+    }
+
+
+def arguments(stage, output_dir, **changes) -> score_contrast.ScoreContrastArguments:
+    common = {key: stage[key] for key in ("model", "positive", "negative")}
+    values = {**common, "dataset": stage["pairs"], "output_dir": str(output_dir), "shard_size": 4, **changes}
+    return score_contrast.ScoreContrastArguments(**values)
+
+
+def test_score_contrast(stage, tmp_path):
+    score_contrast.main(arguments(stage, tmp_path / "scored", beta=0.5))
+    tokenizer = AutoTokenizer.from_pretrained(stage["model"])
+    scored = load_stage(tmp_path / "scored", stage="preferences", tokenizer=tokenizer, signals=["contrast"])
+    check_preferences(scored, tokenizer, signals=["contrast"])
+    scorer = ContrastiveScorer(stage["model"], tokenizer, stage["positive"], stage["negative"], beta=0.5)
+    for side in ("chosen", "rejected"):
+        expected = scorer.score(scored["prompt_ids"], scored[f"{side}_ids"])
+        for actual, wanted in zip(scored[f"{side}_contrast"], expected, strict=True):
+            torch.testing.assert_close(torch.tensor(actual), torch.tensor(wanted), rtol=1e-3, atol=1e-5)
+
+    manifest = read_manifest(tmp_path / "scored")
+    assert manifest["parameters"]["beta"] == 0.5
+    assert manifest["scored_tokens"] == sum(len(ids) for s in ("chosen", "rejected") for ids in scored[f"{s}_ids"])
+    assert manifest["tokens_per_second"] > 0 and manifest["positive"] == stage["positive"]
+    with pytest.raises(JobError, match=r"beta was 0\.5 and is 1\.0"):
+        score_contrast.main(arguments(stage, tmp_path / "scored"))
+    with pytest.raises(JobError, match="positive was"):
+        score_contrast.main(arguments(stage, tmp_path / "scored", beta=0.5, positive=stage["negative"]))
+
+
+def test_score_contrast_counts_what_it_drops(stage, tmp_path):
+    rows = load_stage(stage["pairs"]).to_list()
+    rows[1]["rejected_ids"] = []
+    rows[2]["prompt_ids"] = [7] * 600
+    run_job(lambda batch: batch, Dataset.from_list(rows), tmp_path / "odd", name="odd", parameters={})
+    score_contrast.main(arguments(stage, tmp_path / "scored", dataset=str(tmp_path / "odd")))
+    manifest = read_manifest(tmp_path / "scored")
+    assert manifest["rows"] == 4
+    assert manifest["dropped"] == {
+        "chosen: prompt and completion are longer than the model's 512 positions": 1,
+        "rejected: the completion is empty": 1,
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(stage, tmp_path):
+    score_contrast.main(arguments(stage, tmp_path / "one", shard_size=2))
+    flags = vars(arguments(stage, tmp_path / "two", shard_size=2))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command.append(str(ROOT / "scripts" / "score_contrast.py"))
+    command += [part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = load_stage(tmp_path / "one"), load_stage(tmp_path / "two")
+    assert one["id"][:] == two["id"][:] and len(two) == 6
+    assert one["rejected_contrast"][:] == two["rejected_contrast"][:]
+    assert done.stdout.count("tokens scored") == 1  # two processes of one job, not two jobs
+
+
+def test_rollout_estimate_then_compare_signals(stage, tmp_path):
+    sampling = {"n": 4, "max_tokens": 4, "shard_size": 2, "max_rows": 3}
+    rollout_estimate.main(
+        rollout_estimate.RolloutEstimateArguments(stage["pairs"], str(tmp_path / "rollout"), **sampling),
+        EngineArguments(model=stage["model"], dtype="float32"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(stage["model"])
+    rollout = load_stage(tmp_path / "rollout", stage="preferences", signals=["rollout_accuracy"])
+    check_preferences(rollout, tokenizer, signals=["rollout_accuracy"], sides=["rejected"])
+    # a random model never answers, so the first token is already hopeless, with it or without
+    assert rollout["critical_index"][:] == [0, 0, 0]
+    assert rollout["with_correct"][:] == rollout["without_correct"][:] == [0, 0, 0]
+    manifest = read_manifest(tmp_path / "rollout")
+    assert manifest["rollout_tokens"] == sum(rollout["rollout_tokens"]) > manifest["scored_tokens"]
+    assert manifest["critical_tokens_found"] == 3 and (tmp_path / "rollout" / "pass_at_k.png").exists()
+    assert json.loads((tmp_path / "rollout" / "pass_at_k.json").read_text())["problems"] == 3
+
+    score_contrast.main(arguments(stage, tmp_path / "scored"))
+    compare = compare_signals.CompareSignalsArguments(
+        [str(tmp_path / "scored"), str(tmp_path / "rollout")], str(tmp_path / "agreement"), samples=50
+    )
+    results = compare_signals.main(compare)
+    assert json.loads((tmp_path / "agreement" / "agreement.json").read_text()) == results
+    assert (tmp_path / "agreement" / "agreement.png").exists()
+    assert set(results) == {"first_error", "critical_index"}
+    first = results["first_error"]
+    assert first["solutions"] == 3
+    assert set(first["signals"]) == {"contrast", "rollout_accuracy", "rollout critical token", "chance"}
+    assert "rollout_accuracy" not in results["critical_index"]["signals"]
+    costs = {name: entry["tokens_per_scored_token"] for name, entry in first["signals"].items()}
+    assert costs["chance"] == 0 and 2 < costs["contrast"] < costs["rollout_accuracy"]
+
+
+def test_rollout_estimate_needs_an_answer_and_a_wrong_answer(stage, tmp_path):
+    rows = load_stage(stage["pairs"])
+    tokenizer = AutoTokenizer.from_pretrained(stage["model"])
+    bare, solved = tmp_path / "bare", tmp_path / "solved"
+    run_job(lambda b: b, rows.remove_columns("answer"), bare, name="x", parameters={}, tokenizer=tokenizer)
+    engine = EngineArguments(model=stage["model"], dtype="float32")
+    with pytest.raises(ContractError, match="no column `answer`"):
+        rollout_estimate.main(rollout_estimate.RolloutEstimateArguments(str(bare), str(tmp_path / "a")), engine)
+    swapped = rows.remove_columns("rejected_ids").add_column("rejected_ids", rows["chosen_ids"][:]).select([0])
+    run_job(lambda b: b, swapped, solved, name="x", parameters={}, tokenizer=tokenizer)
+    rollout_estimate.main(rollout_estimate.RolloutEstimateArguments(str(solved), str(tmp_path / "b")), engine)
+    assert read_manifest(tmp_path / "b")["dropped"] == {"the rejected completion has the right answer": 1}
+
+
+def test_compare_signals_says_what_is_missing(stage, tmp_path):
+    arguments = compare_signals.CompareSignalsArguments([stage["pairs"]], str(tmp_path), signals=["contrast"])
+    with pytest.raises(ContractError, match="rejected_contrast"):
+        compare_signals.main(arguments)
