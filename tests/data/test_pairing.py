@@ -127,6 +127,8 @@ def test_bad_rollouts_are_named():
         preference_pairs([rollout(0, "right", True), rollout(0, "a")])
     with pytest.raises(ContractError, match=r"Problem 'p': `prompt_ids` differ between its rollouts"):
         preference_pairs([rollout(0, "right", True), rollout(1, "a", prompt_ids=[5])])
+    with pytest.raises(ContractError, match=r"Problem 'p': `correct` is missing"):
+        preference_pairs([rollout(0, "a", None)])
     with pytest.raises(ContractError, match=r"coverage is 0"):
         PairingOptions(coverage=0)
 

@@ -123,6 +123,8 @@ def _usable(rollouts: Sequence[Row]) -> tuple[list[Row], list[Row], dict[str, in
                 f"Problem {rollout['id']!r}: `prompt_ids` differ between its rollouts; give each prompt its own id "
                 "and sample again."
             )
+        if rollout["correct"] is None:
+            raise ContractError(f"Problem {rollout['id']!r}: `correct` is missing; verify the rollouts first.")
         if rollout["finish_reason"] == "length":
             left_out[TRUNCATED] += 1
         elif not rollout["completion_ids"] or not rollout["completion"].strip():
