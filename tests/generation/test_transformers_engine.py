@@ -210,6 +210,8 @@ def test_adapters_by_path_on_one_base(tiny_path, tmp_path):
         got = [c.token_ids for (c,) in engine.generate(prompts, params, adapter=path)]
         assert got == [greedy_of(expected, prompt, 12) for prompt in prompts]
     assert ids_of(engine.generate(prompts, params)) == before  # None is the base again
+    in_memory = TransformersEngine(EngineArguments(""), model=expected, tokenizer=engine.tokenizer)  # a PeftModel
+    assert ids_of(in_memory.generate(prompts, params)) == ids_of(engine.generate(prompts, params, adapter=one))
     default = load_engine(EngineArguments(model=tiny_path, adapter=two))
     assert ids_of(default.generate(prompts, params)) == ids_of(engine.generate(prompts, params, adapter=two))
     assert ids_of(default.generate(prompts, params)) != before

@@ -27,6 +27,7 @@ class Row:
     """One completion to be drawn."""
 
     request: int
+    group: int  # rows of one group have the same prompt
     prompt: Ids
     params: SamplingParams
     seed: int
@@ -153,7 +154,9 @@ class Batch:
         c = self.columns
         done = c["done"].tolist()
         leave = torch.tensor([k for k, d in enumerate(done) if d], device=self.mask.device)
-        table = (c[name][leave].tolist() for name in ("age", "stopped", "ids", "logprobs"))
+        longest = int(c["age"].max())
+        table = [c[name][leave].tolist() for name in ("age", "stopped")]
+        table += [c[name][leave, :longest].tolist() for name in ("ids", "logprobs")]
         finished = (row for row, d in zip(self.rows, done, strict=True) if d)
         for row, age, stopped, ids, logprobs in zip(finished, *table, strict=True):
             if not all(map(math.isfinite, logprobs[:age])):

@@ -17,7 +17,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -55,7 +55,8 @@ class TransformersEngine:
 
     Args:
         arguments: what to load and how.
-        model: use this model instead of loading `arguments.model`, for instance one in training.
+        model: use this model instead of loading `arguments.model`, for instance one in training (with the adapter
+            that is active on it).
         tokenizer: likewise.
     """
 
@@ -63,7 +64,7 @@ class TransformersEngine:
         self,
         arguments: EngineArguments,
         *,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | PeftModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.arguments = arguments
@@ -82,6 +83,8 @@ class TransformersEngine:
             if arguments.device_map is None:
                 model.to(PartialState().device)
             model.eval()
+        if isinstance(model, PeftModel):  # its LoRA layers sit in the base, whose forward says what it takes
+            model = cast(PreTrainedModel, model.get_base_model())
         self.model: Any = model
         self._peft: PeftModel | None = None
         self._adapters: dict[str, str] = {}
@@ -157,13 +160,15 @@ class TransformersEngine:
         return self.model.get_input_embeddings().weight.device
 
     def _rows(self, prompts: Sequence[Ids], each: list[SamplingParams]) -> list[Row]:
-        rows = []
+        rows: list[Row] = []
+        groups: dict[tuple[int, ...], int] = {}
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             seed = secrets.randbits(63) if params.seed is None else params.seed
             limit = params.max_tokens
             if self.max_length is not None:
                 limit = min(limit, self.max_length - len(prompt))
-            rows += [Row(i, prompt, params, seed, k, limit) for k in range(params.draws)]
+            group = groups.setdefault(tuple(prompt), len(groups))
+            rows += [Row(i, group, prompt, params, seed, k, limit) for k in range(params.draws)]
         return rows
 
     @torch.inference_mode()
@@ -183,7 +188,7 @@ class TransformersEngine:
             ),
         )
         # Rows of one prompt stay together, so that it is prefilled once.
-        waiting = deque(sorted(rows, key=lambda row: (row.width, tuple(row.prompt)), reverse=True))
+        waiting = deque(sorted(rows, key=lambda row: (row.width, row.group), reverse=True))
         batch: Batch | None = None
         while waiting or batch:
             if waiting and (batch is None or self._plain):
@@ -223,11 +228,12 @@ class TransformersEngine:
 
     def _prefill_prompts(self, rows: list[Row]) -> tuple[Prefilled, list[int]]:
         """Each distinct prompt of `rows` once, padded on the left, and which of them each row continues."""
-        place: dict[tuple[int, ...], int] = {}
-        which = [place.setdefault(tuple(row.prompt), len(place)) for row in rows]
-        length = max(map(len, place))
-        ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in place], device=self.device)
-        starts = torch.tensor([length - len(prompt) for prompt in place], device=self.device)[:, None]
+        place: dict[int, int] = {}
+        which = [place.setdefault(row.group, len(place)) for row in rows]
+        prompts = list({row.group: row.prompt for row in rows}.values())
+        length = max(map(len, prompts))
+        ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        starts = torch.tensor([length - len(prompt) for prompt in prompts], device=self.device)[:, None]
         slots = torch.arange(length, device=self.device)
         mask = (slots >= starts).long()
         cache = new_cache(self.model.config)
