@@ -12,7 +12,7 @@ a finished one only prints it.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 from rich.console import Console
@@ -38,6 +38,10 @@ class EvaluateArguments:
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the samples."})
     max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    prompt_format: Literal["chat", "raw"] = field(
+        default="chat",
+        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
+    )
     shard_size: int = field(default=256, metadata={"help": "Problems a shard: what a kill can lose."})
     preferences: str | None = field(
         default=None, metadata={"help": "Preferences stage whose chosen and rejected log-probs are measured too."}
@@ -69,6 +73,7 @@ def main(script_args: EvaluateArguments, engine_args: EngineArguments) -> dict[s
         top_p=script_args.top_p,
         max_tokens=script_args.max_tokens,
         seed=script_args.seed,
+        prompt_format=script_args.prompt_format,
         shard_size=script_args.shard_size,
         parameters={
             "engine": engine_args.engine,

@@ -26,7 +26,7 @@ class Solver:
         return [[self._answer(p, q, i) for i in range(q.n)] for p, q in zip(prompts, each, strict=True)]
 
     def _answer(self, prompt, params, sample):
-        a, b = map(int, TOKENIZER.decode(prompt).split(" + "))
+        a, b = map(int, TOKENIZER.decode(prompt).removeprefix("<|user|>").split("<|end|>")[0].split(" + "))
         coin = hashlib.sha256(f"{params.seed}/{sample}".encode()).digest()[0] % 2 == 0
         right = a < self.skill if params.temperature == 0 else coin
         ids = TOKENIZER(f"#### {a + b + (not right)}")["input_ids"][: params.max_tokens]
@@ -117,7 +117,13 @@ def test_repeated_ids_are_refused(tmp_path):
 
 def test_prompts_become_the_ids_that_the_model_is_trained_on():
     messages = [{"role": "user", "content": "1 + 1"}]
-    templated = TOKENIZER.decode(prompt_ids({"prompt": messages}, TOKENIZER))
-    assert templated == "<|user|>1 + 1<|end|><|assistant|>"
-    assert prompt_ids({"prompt": "1 + 1"}, TOKENIZER) == TOKENIZER("1 + 1")["input_ids"]
+    templated = TOKENIZER("<|user|>1 + 1<|end|><|assistant|>")["input_ids"]
+    assert prompt_ids({"prompt": messages}, TOKENIZER) == prompt_ids({"prompt": "1 + 1"}, TOKENIZER) == templated
+    assert prompt_ids({"prompt": "1 + 1"}, TOKENIZER, "raw") == TOKENIZER("1 + 1")["input_ids"]
     assert prompt_ids({"prompt": "x", "prompt_ids": [5, 6]}, TOKENIZER) == [5, 6]
+    with pytest.raises(ContractError, match="cannot render messages: use `chat`"):
+        prompt_ids({"prompt": messages}, TOKENIZER, "raw")
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(ContractError, match="no chat template: use prompt_format `raw`"):
+        prompt_ids({"prompt": "1 + 1"}, plain)

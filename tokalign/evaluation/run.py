@@ -40,6 +40,7 @@ def evaluate(
     top_p: float = 1.0,
     max_tokens: int = 512,
     seed: int = 0,
+    prompt_format: str = "chat",
     shard_size: int = 256,
     parameters: Mapping[str, Any] | None = None,
     extra_manifest: Mapping[str, Any] | None = None,
@@ -53,6 +54,8 @@ def evaluate(
             (`tokalign.rewards.extract_answer`, `answers_match`).
         seed: each problem draws from a seed of its own made from this one and its id, so that neither shards nor
             other problems change its samples.
+        prompt_format: "chat" renders a string as the user's message, "raw" encodes it as it is; use what the rollouts
+            used.
         parameters: what else determines the rows, e.g. hashes of the weights.
 
     Returns:
@@ -73,7 +76,7 @@ def evaluate(
     def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not engines:
             engines.append(load())
-        prompts = [prompt_ids(row, tokenizer) for row in rows]
+        prompts = [prompt_ids(row, tokenizer, prompt_format) for row in rows]
         greedy = engines[0].generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
         each = [
             SamplingParams(
@@ -104,7 +107,14 @@ def evaluate(
             "sampled_finish_reasons": [s.finish_reason for s in sampled],
         }
 
-    settings = {"samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    settings = {
+        "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "prompt_format": prompt_format,
+    }
     try:
         manifest = run_job(
             answer,
@@ -194,13 +204,20 @@ def compare_logps(run: str | Path, other: str | Path) -> dict[str, Any]:
     return changes
 
 
-def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a problem's prompt: its own `prompt_ids`, its messages through the chat template, or its text."""
+def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_format: str = "chat") -> list[int]:
+    """Ids of a problem's prompt, rendered as the rollouts are: its own `prompt_ids` where it has them, messages by the
+    chat template, and a string as the user's message ("chat") or as it is ("raw")."""
+    prompt = row["prompt"]
     if row.get("prompt_ids") is not None:
         return list(row["prompt_ids"])
-    if isinstance(row["prompt"], str):
-        return list(tokenizer(row["prompt"])["input_ids"])
-    encoded: Any = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
+    if prompt_format == "raw" and isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if prompt_format != "chat":
+        raise ContractError(f"prompt_format {prompt_format!r} cannot render messages: use `chat`.")
+    if tokenizer.chat_template is None:
+        raise ContractError("This tokenizer has no chat template: use prompt_format `raw`, or an instruct model.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
