@@ -97,6 +97,16 @@ def test_weight_side_none_tokenises_text_as_trl_does(tiny_path, tmp_path, rows):
     trainer.evaluate(trainer.train_dataset)  # prepared once more
 
 
+def test_ids_are_never_made_again_from_text(tiny_path, tmp_path, rows):
+    marked = [row | {"prompt_ids": [7, *row["prompt_ids"]]} for row in rows]  # not what the text reads as
+    for side, columns in (("none", ["prompt_ids", "chosen_ids", "rejected_ids"]), ("none", None), ("rejected", None)):
+        dataset = Dataset.from_list(marked)
+        trainer = make_trainer(
+            tiny_path, tmp_path, dataset.select_columns(columns) if columns else dataset, weight_side=side
+        )
+        assert trainer.train_dataset["prompt_ids"][:] == [row["prompt_ids"] for row in marked]
+
+
 # ------------------------------------------------------------------------------------- any weights are the plain loop
 
 

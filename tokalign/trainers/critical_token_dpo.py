@@ -48,6 +48,7 @@ from tokalign.losses import critical_token_dpo_loss
 logger = get_logger(__name__)
 
 SIDES = {"rejected": ("rejected",), "chosen": ("chosen",), "both": ("chosen", "rejected"), "none": ()}
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass
@@ -286,33 +287,40 @@ class CriticalTokenDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = set(next(iter(dataset)))
         sides = SIDES[args.weight_side]
-        if not sides and not columns.issuperset(STAGES["preferences"]):
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not columns & {"prompt_ids", "chosen_ids", "rejected_ids"}:
-            raise ContractError(
-                f"The {dataset_name} dataset holds text only (columns {', '.join(sorted(columns))}), and token weights "
-                "need token ids and their scores; score the pairs with scripts/score_contrast.py, or set "
-                "`weight_side='none'` for plain DPO."
-            )
-        self._check_manifest(dataset, args, dataset_name)
-        # Text that TRL has prepared before carries an added end token, so there the ids alone are checked
-        text_rows = 32 if sides else 0
-        signals = [args.signal] if sides else []
-        if isinstance(dataset, IterableDataset):
-            tokenizer = self._tokenizer
-
-            def check(batch):
-                check_preferences(
-                    Dataset.from_dict(batch), tokenizer, signals=signals, sides=sides, text_rows=text_rows
+        if not columns.issuperset(IDS):
+            if not sides:
+                return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            if not columns & set(IDS):
+                raise ContractError(
+                    f"The {dataset_name} dataset holds text only (columns {', '.join(sorted(columns))}), and token "
+                    "weights need token ids and their scores; score the pairs with scripts/score_contrast.py, or set "
+                    "`weight_side='none'` for plain DPO."
                 )
-                return batch
-
-            dataset = dataset.map(check, batched=True, batch_size=64)
-        else:
-            check_preferences(dataset, self._tokenizer, signals=signals, sides=sides, text_rows=text_rows)
+        self._check_manifest(dataset, args, dataset_name)
+        if sides or columns.issuperset(STAGES["preferences"]):
+            dataset = self._check_rows(dataset, args)
         if args.max_length is not None and args.truncation_mode == "keep_start":
             dataset = _drop_long_prompts(dataset, args.max_length, args.dataset_num_proc, dataset_name)
         return dataset
+
+    def _check_rows(
+        self, dataset: Dataset | IterableDataset, args: CriticalTokenDPOConfig
+    ) -> Dataset | IterableDataset:
+        """The contract's checks, at once on stored rows and as they come on streamed ones."""
+        sides = SIDES[args.weight_side]
+        options: dict[str, Any] = {"signals": [args.signal] if sides else [], "sides": sides}
+        if not sides:  # text that TRL has prepared before carries an added end token, so there the ids alone count
+            options["text_rows"] = 0
+        tokenizer = self._tokenizer
+        if isinstance(dataset, Dataset):
+            check_preferences(dataset, tokenizer, **options)
+            return dataset
+
+        def check(batch: dict[str, list]) -> dict[str, list]:
+            check_preferences(Dataset.from_dict(batch), tokenizer, **options)
+            return batch
+
+        return dataset.map(check, batched=True, batch_size=64)
 
     def _check_manifest(self, dataset: Dataset | IterableDataset, args: CriticalTokenDPOConfig, name: str) -> None:
         manifest = manifest_of(dataset)
@@ -383,7 +391,7 @@ class CriticalTokenDPOTrainer(DPOTrainer):
             if self._precompute_engine is None:
                 self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
-        ids = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        ids = dataset.select_columns(list(IDS))
         columns = {"chosen_ids": "ref_chosen_token_logps", "rejected_ids": "ref_rejected_token_logps"}
         writer = None
         if self.accelerator.is_local_main_process:  # a node's processes read one file
