@@ -20,38 +20,35 @@ class RoomyLayer(DynamicLayer):
     values: torch.Tensor
     buffers: tuple[torch.Tensor, torch.Tensor]
 
-    def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold a copy of these keys and values, with room after them."""
-        b, h, slots, _ = keys.shape
+    def reserve(self, rows: int, slots: int, like: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Show `slots` slots of new, unfilled buffers that have room after them."""
+        keys, values = (x.new_empty(rows, x.shape[1], slots + ROOM, x.shape[3]) for x in like)
+        self.buffers = (keys, values)
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.buffers = (
-            keys.new_empty(b, h, slots + ROOM, keys.shape[-1]),
-            values.new_empty(b, h, slots + ROOM, values.shape[-1]),
-        )
         self._show(slots)
-        self.keys.copy_(keys)
-        self.values.copy_(values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, heads, T, d) and return everything held."""
-        if not self.is_initialized:
-            self.fill(key_states, value_states)
-            return self.keys, self.values
-        past, new = self.keys.shape[-2], key_states.shape[-2]
-        if past + new > self.buffers[0].shape[-2]:
-            self.fill(torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2))
-            return self.keys, self.values
-        self._show(past + new)
+        past, new = self.get_seq_length(), key_states.shape[-2]
+        if not self.is_initialized or past + new > self.buffers[0].shape[-2]:
+            old = (self.keys, self.values)
+            self.reserve(key_states.shape[0], past + new, (key_states, value_states))
+            if past:
+                self.keys[:, :, :past], self.values[:, :, :past] = old
+        else:
+            self._show(past + new)
         self.keys[:, :, past:] = key_states
         self.values[:, :, past:] = value_states
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may be repeated."""
-        index = beam_idx.to(self.keys.device)
-        self.fill(self.keys.index_select(0, index), self.values.index_select(0, index))
+        old, index = (self.keys, self.values), beam_idx.to(self.keys.device)
+        self.reserve(len(index), old[0].shape[-2], old)
+        torch.index_select(old[0], 0, index, out=self.keys)
+        torch.index_select(old[1], 0, index, out=self.values)
 
     def trim(self, slots: int) -> None:
         """Forget the first slots of every row."""
@@ -62,14 +59,16 @@ class RoomyLayer(DynamicLayer):
 
     def join(self, other: RoomyLayer) -> None:
         """Append the rows of `other`; the shorter of the two gets empty slots in front."""
-        mine, slots = self.keys.shape[0], max(self.keys.shape[-2], other.keys.shape[-2])
-        rows, (b, h, _, d), e = mine + other.keys.shape[0], self.keys.shape, self.values.shape[-1]
-        old = (self.keys, self.values)
-        self.buffers = (self.keys.new_zeros(rows, h, slots + ROOM, d), self.values.new_zeros(rows, h, slots + ROOM, e))
-        self._show(slots)
-        for (keys, values), part in ((old, slice(0, b)), ((other.keys, other.values), slice(b, rows))):
-            self.keys[part, :, slots - keys.shape[-2] :] = keys
-            self.values[part, :, slots - values.shape[-2] :] = values
+        parts = [(self.keys, self.values), (other.keys, other.values)]
+        slots = max(keys.shape[-2] for keys, _ in parts)
+        self.reserve(sum(keys.shape[0] for keys, _ in parts), slots, parts[0])
+        row = 0
+        for part in parts:
+            rows, empty = slice(row, row + part[0].shape[0]), slots - part[0].shape[-2]
+            for mine, theirs in zip((self.keys, self.values), part, strict=True):
+                mine[rows, :, :empty] = 0.0  # masked, but what attention multiplies by 0 must be a number
+                mine[rows, :, empty:] = theirs
+            row = rows.stop
 
     def _show(self, slots: int) -> None:
         self.keys, self.values = (buffer[:, :, :slots] for buffer in self.buffers)
