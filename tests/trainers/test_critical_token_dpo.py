@@ -288,6 +288,18 @@ def test_one_reference_cache_serves_every_weighting(tiny_path, tmp_path, rows):
     assert caches[0] == caches[1] == caches[2] != caches[3]
 
 
+def test_reference_cache_tells_models_apart_under_zero3(tiny_path, tmp_path, rows):
+    """ZeRO-3 leaves empty parameters, which TRL hashes alike for all models with as many tensors."""
+    hashes = set()
+    for scale in (1.0, 1.0, 2.0):
+        trainer = make_trainer(tiny_path, tmp_path, rows, lora=True)
+        trainer._precompute_model_hash = "hash of empty tensors"
+        for parameter in trainer.model.parameters():
+            parameter.ds_tensor = scale * parameter.detach().flatten()[::2]
+        hashes.add(trainer._reference_hash())
+    assert len(hashes) == 2
+
+
 def test_evaluation_on_another_dataset_with_a_precomputed_reference(tiny_path, tmp_path, rows):
     trainer = make_trainer(
         tiny_path, tmp_path, rows, lora=True, eval_rows=rows[:4], precompute_ref_log_probs=True, max_steps=1
