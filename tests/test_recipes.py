@@ -1,0 +1,164 @@
+"""Every YAML under recipes/ is read by the script that its first comment names, and trains a tiny model for two steps.
+
+The tiny model and data stand in for the YAML's own; everything else (losses, adapters, batch, schedule) is as written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from trl import TrlParser
+
+from tests.launch.support import write_preferences, write_sft
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+PAPER_MODELS = ["llama-3-8b", "llama-3-70b", "deepseek-math-7b", "qwen2.5-7b"]
+METHODS = ["critical_dpo", "dpo", "negative_sft", "positive_sft", "rpo", "sample_rollouts", "sft"]
+TRAINING = [path for path in RECIPES if path.stem not in ("sample_rollouts", "quickstart")]
+MODEL_AND_PATHS = {"model_name_or_path", "model", "dataset_name", "output_dir"}
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def script_of(path: Path) -> Path:
+    """The script that the launch command in the YAML's first comment runs on this YAML."""
+    comment = " ".join(line.lstrip("# ").rstrip("\\") for line in path.read_text().splitlines() if line.startswith("#"))
+    command = re.search(rf"((?:recipes|scripts)/\w+\.py)\s+--config\s+recipes/{re.escape(name_of(path))}", comment)
+    assert command is not None, f"{name_of(path)} does not open with the command that runs it"
+    return ROOT / command[1]
+
+
+def load_script(path: Path) -> ModuleType:
+    name = f"recipe_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def parse(path: Path, script: Path, overrides: dict[str, str]) -> tuple[Any, ...]:
+    """The arguments of the script's `main`, read as its command line reads them."""
+    types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
+    options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    return TrlParser(types).parse_args_and_config(["--config", str(path), *options])
+
+
+@pytest.fixture(scope="module")
+def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
+    """Per training script, a dataset with all splits that a recipe may name."""
+    stages = {}
+    for script, write in (("sft", write_sft), ("critical_dpo", write_preferences)):
+        folder = tmp_path_factory.mktemp(script)
+        for split in ("train", "validation", "test"):
+            write(folder / split, tiny_path, rows=8)
+        stages[script] = str(folder)
+    return stages
+
+
+def test_all_recipes_are_there() -> None:
+    for model in PAPER_MODELS:
+        assert sorted(path.stem for path in RECIPES if path.parent.name == model) == METHODS
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe_is_read_without_unknown_keys(path: Path, tmp_path: Path) -> None:
+    script = script_of(path)
+    overrides = {"use_cpu": "true"} if script.parent.name == "recipes" else {}
+    parsed = parse(path, script, overrides)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if key == "report_to" and value == "none":
+            value = []  # transformers' own reading of it
+        assert [getattr(group, key) for group in parsed if hasattr(group, key)] == [value], key
+    misspelt = tmp_path / path.name
+    misspelt.write_text("lerning_rate: 1.0\n" + path.read_text())
+    with pytest.raises(ValueError, match="lerning_rate"):
+        parse(misspelt, script, overrides)
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
+def test_recipe_trains_two_steps(path: Path, tiny_path: str, stages: dict[str, str], tmp_path: Path) -> None:
+    script = script_of(path)
+    overrides = {
+        "model_name_or_path": tiny_path,
+        "dataset_name": stages[script.stem],
+        "output_dir": str(tmp_path),
+        "max_steps": "2",
+        "logging_steps": "1",
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "bf16": "false",
+        "dtype": "float32",
+        "report_to": "none",
+        "disable_tqdm": "true",
+    }
+    trainer = load_script(script).main(*parse(path, script, overrides))
+    assert trainer.state.global_step == 2
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    options = yaml.safe_load(path.read_text())
+    if options.get("use_peft"):
+        adapter = load_file(tmp_path / "adapter_model.safetensors")
+        moved = {key.split(".")[-3] for key, value in adapter.items() if "lora_B" in key and value.any()}
+        every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        targets = options["lora_target_modules"]
+        assert moved == (every if targets == "all-linear" else set(targets))
+    else:
+        assert load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_of_a_method_differ_only_in_model_and_paths(method: str) -> None:
+    own = MODEL_AND_PATHS | {"tensor_parallel_size"}  # a 70B model is generated with on several GPUs
+    options = [yaml.safe_load((ROOT / "recipes" / model / f"{method}.yaml").read_text()) for model in PAPER_MODELS]
+    shared = [{key: value for key, value in o.items() if key not in own} for o in options]
+    assert all(s == shared[0] for s in shared)
+    for model, option in zip(PAPER_MODELS, options, strict=True):
+        assert option["output_dir"].startswith(f"runs/{model}-gsm8k/")
+
+
+def test_recipes_hold_the_settings_of_the_paper() -> None:
+    def of(method: str) -> dict[str, Any]:
+        return yaml.safe_load((ROOT / "recipes" / "llama-3-8b" / f"{method}.yaml").read_text())
+
+    expected: dict[str, dict[str, Any]] = {
+        method: {
+            "num_train_epochs": 1,
+            "learning_rate": 3e-4,
+            "lora_r": 8,
+            "lora_alpha": 16,
+            "lora_target_modules": ["gate_proj", "up_proj", "down_proj"],
+        }
+        for method in ("positive_sft", "negative_sft")
+    }
+    for method, rate in (("critical_dpo", 4e-5), ("dpo", 2e-5), ("rpo", 2e-5)):
+        expected[method] = {
+            "num_train_epochs": 3,
+            "learning_rate": rate,
+            "lora_r": 16,
+            "lora_alpha": 32,
+            "lora_target_modules": "all-linear",
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "max_length": 1500,
+            "beta": 1.0,
+        }
+    expected["critical_dpo"] |= {"weight_side": "rejected", "aggregation": "sequence"}
+    expected["dpo"]["weight_side"] = expected["rpo"]["weight_side"] = "none"
+    expected["rpo"]["loss_type"] = ["sigmoid", "sft"]
+    expected["sample_rollouts"] = {"num_rollouts": 64}
+    for method, settings in expected.items():
+        assert settings.items() <= of(method).items(), method
