@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
-from tokalign.signals import ContrastiveScorer, contrastive_score
+from tokalign.signals import ContrastiveScorer, contrast, contrastive_score
 
 
 def equation(positive, negative, ids, beta):
@@ -162,12 +162,22 @@ def test_scorer_equals_two_plain_forward_passes(tiny_path, adapters, positive, n
     )
 
 
-def test_batches_padding_tiles_and_order_do_not_change_scores(tiny_path, adapters):
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Tiny vocabularies in several blocks, as large ones are."""
+    monkeypatch.setattr(contrast, "SMALLEST_BLOCK", 7)
+
+
+def test_batches_padding_tiles_and_order_do_not_change_scores(tiny_path, adapters, small_blocks):
     prompts, completions = rows(seed=4, count=13)
     tokenizer = tiny_tokenizer()
     variants = [
         ContrastiveScorer(tiny_path, tokenizer, adapters["positive"], adapters["negative"], **arguments)
-        for arguments in ({"token_budget": 1}, {"token_budget": 60, "tile_bytes": 1}, {"token_budget": 10**6})
+        for arguments in (
+            {"token_budget": 1},
+            {"token_budget": 60, "tile_bytes": 1000},
+            {"token_budget": 10**6, "tile_bytes": 7000},
+        )
     ]
     alone, small, large = (scorer.score(prompts, completions) for scorer in variants)
     close(small, alone)
@@ -187,29 +197,32 @@ def test_batches_keep_to_the_budget_and_hold_each_row_once(tiny_path):
         assert len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= 100
 
 
-def test_no_tensor_holds_the_vocabulary_for_more_than_a_tile(tiny_path, adapters):
-    """Every intermediate of a scoring call is watched: none spans the vocabulary for more positions than the tile."""
+@pytest.mark.parametrize("positive", ["positive", "head"])  # through the head's weight; through an adapted head
+def test_no_intermediate_is_larger_than_the_tile(tiny_path, adapters, positive):
+    """Every tensor that is made after the backbone is watched; one spanning the vocabulary must fit the tile."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    scorer = ContrastiveScorer(tiny_path, None, adapters["positive"], adapters["negative"])
-    scorer.tile_bytes = 4 * scorer.vocabulary * 3  # three positions
-    widest = 0
+    scorer = ContrastiveScorer(tiny_path, None, adapters[positive], adapters["negative"])
+    scorer.tile_bytes = 4 * scorer.vocabulary * 6
+    positions, width = 40, scorer.head.weight.shape[1]
+    hidden = [torch.randn(positions, width) for _ in range(2)]
+    largest = 0
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal widest
+            nonlocal largest
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.ndim and result.shape[-1] == scorer.vocabulary:
-                widest = max(widest, result.numel() // scorer.vocabulary)
+            is_weight = isinstance(result, torch.Tensor) and width in result.shape
+            if isinstance(result, torch.Tensor) and result.is_floating_point() and not is_weight:
+                largest = max(largest, result.numel() * result.element_size())
             return result
 
-    prompts, completions = rows()
-    with Watch():
-        scorer.score(prompts, completions)
-    assert 0 < widest <= max(3, scorer.head.weight.shape[1])  # the head's own transposed weight is (D, V)
+    with torch.no_grad(), Watch():
+        scorer._combine(*hidden, torch.arange(positions))
+    assert 0 < largest <= scorer.tile_bytes < 4 * scorer.vocabulary * positions
 
 
-def test_soft_capped_scaled_and_tied_heads(tmp_path):
+def test_soft_capped_scaled_and_tied_heads(tmp_path, small_blocks):
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=90,
@@ -228,13 +241,13 @@ def test_soft_capped_scaled_and_tied_heads(tmp_path):
     base = str(tmp_path / "gemma")
     positive, negative = (save_adapter(tmp_path / str(i), base, seed=i) for i in (1, 2))
     prompts, completions = rows()
-    scorer = ContrastiveScorer(base, None, positive, negative)
+    scorer = ContrastiveScorer(base, None, positive, negative, tile_bytes=500)
     assert scorer.softcap == 5.0 and scorer.head.weight is scorer.base.get_input_embeddings().weight
     close(scorer.score(prompts, completions), plain_scores(base, positive, negative, prompts, completions))
 
 
 @pytest.mark.parametrize("family", ["cohere", "granite", "phi"])  # logit_scale; logits_scaling; LM-head bias
-def test_other_heads(family, tmp_path):
+def test_other_heads(family, tmp_path, small_blocks):
     from transformers import AutoConfig
 
     torch.manual_seed(0)
@@ -260,7 +273,7 @@ def test_other_heads(family, tmp_path):
     targets = ("q_proj", "v_proj")
     positive, negative = (save_adapter(tmp_path / str(i), base, seed=i, target_modules=targets) for i in (1, 2))
     prompts, completions = rows()
-    scorer = ContrastiveScorer(base, None, positive, negative)
+    scorer = ContrastiveScorer(base, None, positive, negative, tile_bytes=500)
     close(scorer.score(prompts, completions), plain_scores(base, positive, negative, prompts, completions))
 
 

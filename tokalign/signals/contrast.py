@@ -8,8 +8,8 @@ Each model's own normaliser cancels against Z_t, so this is softmax((1 + β)·l_
 the token y_t. A low s_t marks a likely critical token. The cost is two forward passes a completion.
 
 Deviations from the released code, which keeps two merged models and the softmax over the whole vocabulary: one base in
-memory with the two adapters switched on in turn; the vocabulary is met only in tiles of a few completion positions; and
-where the LM head is one linear map that neither adapter touches, the contrast is taken before it,
+memory with the two adapters switched on in turn; the vocabulary is met only in tiles, at completion positions; where
+the LM head is one linear map that no adapter touches and nothing caps its output, the contrast is taken before it,
 (1 + β) W h_p − β W h_n = W((1 + β) h_p − β h_n), which halves the head's work.
 """
 
@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, PeftModelForCausalLM
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import adapter_config
@@ -32,6 +33,7 @@ from tokalign.generation.protocol import adapter_config
 # accelerator needs enough positions in one matrix product to be busy.
 CPU_TILE_BYTES = 16 << 20
 ACCELERATOR_TILE_BYTES = 512 << 20
+SMALLEST_BLOCK = 2048  # words of the vocabulary in one matrix product
 
 
 def _softmax_at(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -199,11 +201,14 @@ class ContrastiveScorer:
         # Looked up after PEFT, which replaces modules that an adapter targets
         self.head = self.base.get_output_embeddings()
         self.scale, self.softcap = _logit_transform(self.base.config)
-        # A head that an adapter targets is wrapped by PEFT and no longer an nn.Linear
-        self.shared_head = isinstance(self.head, nn.Linear) and self.softcap is None
+        weight = next(self.head.parameters())
+        # Weights that accelerate keeps elsewhere and fetches on use are "meta"; its hooks also move the input
+        offloaded = weight.device.type == "meta"
+        self.head_device = self.device if offloaded else weight.device
+        # A head that an adapter targets is wrapped by PEFT, a quantised one has a class of its own
+        self.plain_head = type(self.head) is nn.Linear and not offloaded
         self.max_length = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
-        head_device = next(self.head.parameters()).device
-        self.tile_bytes = tile_bytes or (CPU_TILE_BYTES if head_device.type == "cpu" else ACCELERATOR_TILE_BYTES)
+        self.tile_bytes = tile_bytes or (CPU_TILE_BYTES if self.head_device.type == "cpu" else ACCELERATOR_TILE_BYTES)
         self._check_head()
 
     @contextmanager
@@ -222,7 +227,11 @@ class ContrastiveScorer:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits (P, V) of hidden states (P, D) as the model itself computes them."""
-        logits = self.head(hidden).float()
+        return self._transform(self.head(hidden))
+
+    def _transform(self, logits: torch.Tensor) -> torch.Tensor:
+        """fp32 logits from the head's output, which may be overwritten."""
+        logits = logits.float()
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -236,8 +245,7 @@ class ContrastiveScorer:
         for name in self.names:
             with self._active(name):
                 expected = self.base(input_ids=ids, use_cache=False).logits[0].float()
-                head_device = next(self.head.parameters()).device
-                actual = self._logits(self._hidden(ids)[0].to(head_device))
+                actual = self._logits(self._hidden(ids)[0].to(self.head_device))
             error = (actual - expected.to(actual.device)).abs().max().item()
             tolerance = 1e-3 if next(self.head.parameters()).dtype == torch.float32 else 0.05
             if not error <= tolerance * max(1.0, expected.abs().max().item()):
@@ -337,24 +345,56 @@ class ContrastiveScorer:
         return [part.tolist() for part in flat.cpu().split([len(c) for c in completions])]
 
     def _combine(self, positive: torch.Tensor, negative: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """(P, D), (P, D), (P,) -> (P,) scores, the vocabulary met a tile of positions at a time."""
-        device = next(self.head.parameters()).device
+        """(P, D), (P, D), (P,) -> (P,) scores, of which no more than a tile meets the vocabulary at a time."""
+        device = self.head_device
         positive, negative, token_ids = positive.to(device), negative.to(device), token_ids.to(device)
-        if self.shared_head:
+        # Bytes an entry of a tile: fp32 logits, twice where the models' are capped apart, and the head's own output
+        # where it is in half precision
+        entry = (4 if self.softcap is None else 8) + (0 if positive.dtype == torch.float32 else 2)
+        if self.plain_head:
+            step = max(1, self.tile_bytes // (entry * min(SMALLEST_BLOCK, self.vocabulary)))
+            score = self._score_blocks
+        else:
+            step = max(1, self.tile_bytes // ((4 + entry) * self.vocabulary))
+            score = self._score_whole
+        parts = [slice(start, start + step) for start in range(0, len(token_ids), step)]
+        return torch.cat([score(positive[at], negative[at], token_ids[at], entry) for at in parts])
+
+    def _score_whole(
+        self, positive: torch.Tensor, negative: torch.Tensor, token_ids: torch.Tensor, entry: int
+    ) -> torch.Tensor:
+        """Through the head as a module, which an adapter may have changed: few positions, the whole vocabulary."""
+        with self._active(self.names[0]):
+            tile = self._logits(positive).mul_(1 + self.beta)
+        with self._active(self.names[1]):
+            tile.sub_(self._logits(negative), alpha=self.beta)
+        return _softmax_at(tile, token_ids)
+
+    def _score_blocks(
+        self, positive: torch.Tensor, negative: torch.Tensor, token_ids: torch.Tensor, entry: int
+    ) -> torch.Tensor:
+        """Through the head's weight, a block of the vocabulary for many positions, with a running normaliser.
+
+        A matrix product over many positions reads and packs the large weight once for all of them: on a CPU that is
+        twice as fast as tiles of few positions and the whole vocabulary, in the same memory.
+        """
+        if self.softcap is None:
             dtype = positive.dtype
             positive = positive.float().mul_(1 + self.beta).sub_(negative, alpha=self.beta).to(dtype)
-        # fp32 tile(s), and the head's own output where it is in half precision
-        tensors = (1 if self.shared_head else 2) + (0 if positive.dtype == torch.float32 else 0.5)
-        step = max(1, int(self.tile_bytes / (4 * tensors * self.vocabulary)))
-        scores = []
-        for start in range(0, len(token_ids), step):
-            at = slice(start, start + step)
-            if self.shared_head:
-                tile = self._logits(positive[at])
-            else:
-                with self._active(self.names[0]):
-                    tile = self._logits(positive[at]).mul_(1 + self.beta)
-                with self._active(self.names[1]):
-                    tile.sub_(self._logits(negative[at]), alpha=self.beta)
-            scores.append(_softmax_at(tile, token_ids[at]))
-        return torch.cat(scores)
+        weight, bias = self.head.weight, self.head.bias
+        block = max(1, self.tile_bytes // (entry * len(token_ids)))
+        highest = positive.new_full((len(token_ids),), -torch.inf, dtype=torch.float32)
+        total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
+        for start in range(0, weight.shape[0], block):
+            at = slice(start, start + block)
+            part = weight[at], None if bias is None else bias[at]
+            tile = self._transform(linear(positive, *part))
+            if self.softcap is not None:
+                tile.mul_(1 + self.beta).sub_(self._transform(linear(negative, *part)), alpha=self.beta)
+            within = token_ids - start
+            inside = (within >= 0) & (within < tile.shape[1])
+            found = tile.gather(-1, within.clamp(0, tile.shape[1] - 1)[:, None]).squeeze(-1)
+            chosen = torch.where(inside, found, chosen)
+            before, highest = highest, torch.maximum(highest, tile.amax(dim=-1))
+            total = total * (before - highest).exp() + tile.sub_(highest[:, None]).exp_().sum(dim=-1)
+        return ((chosen - highest).exp() / total).clamp_(max=1.0)  # rounding can pass 1 by one unit
