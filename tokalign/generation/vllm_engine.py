@@ -49,7 +49,10 @@ class VLLMEngine:
             "enforce_eager": arguments.enforce_eager,
             "max_model_len": arguments.max_model_len,
         }
-        if not torch.cuda.is_available():  # vLLM's CPU backend refuses its own default share, and compiles for minutes
+        if not torch.cuda.is_available():
+            # vLLM's CPU backend refuses its own default share and compiles for minutes; and a seeded request whose
+            # prefill is split ends it ("CPU Generator does not use offset", vLLM 0.30).
+            options["enable_chunked_prefill"] = False
             for name, value in {"gpu_memory_utilization": 0.3, "enforce_eager": True}.items():
                 options[name] = value if options[name] is None else options[name]
         if arguments.max_lora_rank:
