@@ -23,6 +23,7 @@ from tokalign.data.contract import (
     weights_hash,
     write_manifest,
 )
+from tokalign.jobs import run_job
 
 
 def preferences(tokenizer, count: int = 5) -> list[dict]:
@@ -192,3 +193,14 @@ def test_manifest_is_json_for_people(tmp_path):
     write_manifest(tmp_path, {"name": "größer", "rows": 1})
     assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")) == {"name": "größer", "rows": 1}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_stage_is_not_read_as_a_split_that_it_does_not_have(tmp_path):
+    """Evaluating on `test` must never fall back to the rows that trained the model."""
+    rows = Dataset.from_list([{"id": "a", "prompt": "1+1", "answer": "2"}])
+    for name in ("stage", "test"):
+        run_job(lambda batch: batch, rows, tmp_path / name, name="problems", parameters={})
+    with pytest.raises(ContractError, match="has no split 'test'"):
+        load_stage(tmp_path / "stage", split="test")
+    assert len(load_stage(tmp_path / "stage")) == len(load_stage(tmp_path / "test", split="test")) == 1
+    assert len(load_stage(tmp_path, split="test")) == 1

@@ -186,7 +186,8 @@ def load_stage(
     """Open a stage: a folder written by a job, any folder of parquet files, or a dataset on the hub.
 
     The rows stay on disk (memory-mapped Arrow). In a folder, `<folder>/<split>/` is used if it exists, then
-    `<split>.parquet` and `<split>-*.parquet`, else all `*.parquet` of the folder itself.
+    `<split>.parquet` and `<split>-*.parquet`, else all `*.parquet` of the folder itself. A folder that a job wrote is
+    one split: it opens as "train" or by the name of the folder.
 
     Args:
         path_or_id: Folder, or hub id.
@@ -234,6 +235,9 @@ def _remedy(stage: str | None) -> str:
 def _load_folder(folder: Path, split: str) -> tuple[Dataset, dict[str, Any] | None]:
     if any((folder / split).glob("*.parquet")):
         folder = folder / split
+    elif (folder / MANIFEST).exists() and split not in ("train", folder.name):
+        # A stage is one split; reading it under another's name would evaluate on the rows that trained the model.
+        raise ContractError(f"{folder} has no split {split!r}; pass the folder that holds it, or the split 'train'.")
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if manifest is not None and manifest.get("status", "complete") != "complete":
         raise ContractError(f"{folder} is unfinished, rerun the job that writes it ({manifest.get('name')}).")
