@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -162,3 +163,24 @@ def test_recipes_hold_the_settings_of_the_paper() -> None:
     expected["sample_rollouts"] = {"num_rollouts": 64}
     for method, settings in expected.items():
         assert settings.items() <= of(method).items(), method
+
+
+def documented_commands() -> list[list[str]]:
+    """Every command in the shell blocks of docs/real_models.md and recipes/README.md, split as a shell does."""
+    commands = []
+    for page in (ROOT / "docs" / "real_models.md", ROOT / "recipes" / "README.md"):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            commands += [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    return commands
+
+
+@pytest.mark.parametrize("command", documented_commands(), ids=lambda command: " ".join(command)[:60])
+def test_documented_command_is_read_by_its_script(command: list[str]) -> None:
+    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    launcher, script, arguments = command[:at], ROOT / command[at], command[at + 1 :]
+    if "--config_file" in launcher:
+        assert (ROOT / launcher[launcher.index("--config_file") + 1]).is_file()
+    if script.parent.name == "recipes":
+        arguments += ["--use_cpu", "true"]
+    types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
+    TrlParser(types).parse_args_and_config(arguments)  # raises or exits on an argument that the script lacks

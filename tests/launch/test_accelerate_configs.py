@@ -19,7 +19,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 from tests.launch import probe
-from tests.launch.support import CONFIGS, free_port, launch, launch_command, start, wait, write_preferences
+from tests.launch.support import CONFIGS, ROOT, free_port, launch, launch_command, start, wait, write_preferences
 
 PROBE = Path(probe.__file__)
 NAMES = ["cpu", "ddp", "fsdp2", "multi_node", "zero1", "zero2", "zero3", "zero3_offload"]
@@ -173,6 +173,28 @@ def test_zero3_lora_with_cached_reference_resumes_exactly(run, one_process_losse
     torch.testing.assert_close(adapters[2], adapters[0], rtol=0, atol=1e-6)
     moved = max((adapters[0][k] - adapters[1][k]).abs().max().item() for k in adapters[0])
     assert moved > 1e-4  # steps 3 and 4 did something, so equality above is not empty
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_as_documented_without_a_gpu(tiny_path, dataset, tmp_path) -> None:
+    """`accelerate launch … recipes/critical_dpo.py --config …` on two CPU processes, by the recipe's own batch."""
+    overrides = {
+        "model_name_or_path": tiny_path,
+        "dataset_name": dataset,
+        "output_dir": str(tmp_path),
+        "use_cpu": "true",
+        "bf16": "false",
+        "dtype": "float32",
+    }
+    arguments = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    recipe = str(ROOT / "recipes" / "llama-3-8b" / "critical_dpo.yaml")
+    launch("cpu.yaml", ROOT / "recipes" / "critical_dpo.py", "--config", recipe, *arguments)
+    # 16 rows are one step of 2 processes x 2 rows x 4 accumulated, so 3 epochs are 3 steps (one process: 6)
+    checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert any(
+        value.any() for key, value in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_B" in key
+    )
 
 
 @pytest.mark.slow
