@@ -117,7 +117,9 @@ def naive_rollouts(model: Any, prompts: list[list[int]], arguments: RolloutBench
 
 
 def engine_rollouts(engine: Engine, prompts: list[list[int]], arguments: RolloutBenchmarkArguments) -> int:
-    params = SamplingParams(n=arguments.n, max_tokens=arguments.max_tokens, seed=arguments.seed)
+    # A seed each: with one for all, sample k of every prompt would draw the same random numbers.
+    seeds = range(1000 * arguments.seed, 1000 * arguments.seed + len(prompts))
+    params = [SamplingParams(n=arguments.n, max_tokens=arguments.max_tokens, seed=1000 * seed) for seed in seeds]
     return sum(len(c.token_ids) for completions in engine.generate(prompts, params) for c in completions)
 
 
