@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -24,6 +23,7 @@ from tokalign.data.contract import load_stage, weights_hash
 from tokalign.evaluation.logps import completion_logps
 from tokalign.evaluation.run import compare_runs, evaluate, write_metrics
 from tokalign.generation.protocol import EngineArguments, load_engine
+from tokalign.jobs import process_state
 from tokalign.rewards import answers_match, extract_answer
 
 
@@ -37,6 +37,7 @@ class EvaluateArguments:
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the samples."})
     max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
     prompt_format: Literal["chat", "raw"] = field(
         default="chat",
@@ -52,6 +53,7 @@ class EvaluateArguments:
 
 
 def main(script_args: EvaluateArguments, engine_args: EngineArguments) -> dict[str, Any]:
+    state = process_state()
     tokenizer = AutoTokenizer.from_pretrained(
         engine_args.tokenizer or engine_args.model, trust_remote_code=engine_args.trust_remote_code
     )
@@ -72,6 +74,7 @@ def main(script_args: EvaluateArguments, engine_args: EngineArguments) -> dict[s
         temperature=script_args.temperature,
         top_p=script_args.top_p,
         max_tokens=script_args.max_tokens,
+        stop=script_args.stop or (),
         seed=script_args.seed,
         prompt_format=script_args.prompt_format,
         shard_size=script_args.shard_size,
@@ -99,7 +102,7 @@ def main(script_args: EvaluateArguments, engine_args: EngineArguments) -> dict[s
             dtype=engine_args.dtype,
             token_budget=script_args.logps_token_budget,
         )
-    if PartialState().is_main_process:
+    if state.is_main_process:
         if script_args.compare is not None:
             metrics["comparison"] = compare_runs(script_args.output_dir, script_args.compare)
         write_metrics(script_args.output_dir, metrics)

@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from trl import TrlParser
 
 from tokalign.data.contract import ContractError, load_stage, read_manifest, weights_hash, write_manifest
 from tokalign.generation.protocol import EngineArguments, load_engine
-from tokalign.jobs import Dropped, run_job
-from tokalign.rewards.math_answers import answers_match, extract_answer
+from tokalign.jobs import Dropped, process_state, run_job
+from tokalign.rewards import answers_match, extract_answer
 from tokalign.signals.rollout import (
     critical_position,
     derived_seed,
@@ -47,6 +45,7 @@ class RolloutEstimateArguments:
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the continuations."})
     top_p: float = field(default=1.0, metadata={"help": "Top-p of the continuations."})
     max_tokens: int = field(default=512, metadata={"help": "Most tokens of a continuation."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a continuation."})
     threshold: float = field(default=0.05, metadata={"help": "Scores after the critical token stay below this."})
     seed: int = field(default=0, metadata={"help": "Fixes all continuations."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first rows; the estimate is costly."})
@@ -54,8 +53,7 @@ class RolloutEstimateArguments:
 
 
 def main(arguments: RolloutEstimateArguments, engine_arguments: EngineArguments) -> None:
-    # Before the engine: without cpu=True accelerate takes several CPU processes for one
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     engine = load_engine(engine_arguments)
     tokenizer = engine.tokenizer
     rows = load_stage(arguments.dataset, split=arguments.split, stage="preferences", tokenizer=tokenizer)
@@ -63,6 +61,7 @@ def main(arguments: RolloutEstimateArguments, engine_arguments: EngineArguments)
         raise ContractError(f"{arguments.dataset} has no column `answer` to verify continuations with; add it by `id`.")
     rows = rows.select(range(min(len(rows), arguments.max_rows or len(rows))))
     sampling = {key: getattr(arguments, key) for key in ("n", "temperature", "top_p", "max_tokens")}
+    stop = tuple(arguments.stop or ())
 
     def estimate(batch: list[dict[str, Any]]) -> Iterator[dict[str, Any] | Dropped]:
         for row in batch:
@@ -78,7 +77,7 @@ def main(arguments: RolloutEstimateArguments, engine_arguments: EngineArguments)
                 yield Dropped("the rejected completion has the right answer")
                 continue
             # By content, so that two pairs of one problem differ and a shard's place does not matter
-            options = {**sampling, "seed": derived_seed(arguments.seed, row["id"], tuple(rejected_ids))}
+            options = {**sampling, "stop": stop, "seed": derived_seed(arguments.seed, row["id"], tuple(rejected_ids))}
             found = rollout_estimate(engine, prompt_ids, rejected_ids, verify, **options)
             index = critical_position(found.accuracy, threshold=arguments.threshold)
             result = {
@@ -103,6 +102,7 @@ def main(arguments: RolloutEstimateArguments, engine_arguments: EngineArguments)
         name="rollout_estimate",
         parameters={
             **sampling,
+            "stop": list(stop),
             "threshold": arguments.threshold,
             "seed": arguments.seed,
             "split": arguments.split,

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.data.contract import load_stage, read_manifest, weights_hash, write_manifest
-from tokalign.jobs import Dropped, run_job
+from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.signals import ContrastiveScorer
 
 SIDES = ("chosen", "rejected")
@@ -54,6 +53,7 @@ def token_count(path: str) -> int:
 
 
 def main(arguments: ScoreContrastArguments) -> None:
+    state = process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows: Dataset = load_stage(arguments.dataset, split=arguments.split, stage="preferences", tokenizer=tokenizer)
     scorer = ContrastiveScorer(
@@ -100,7 +100,7 @@ def main(arguments: ScoreContrastArguments) -> None:
         shard_size=arguments.shard_size,
         extra_manifest={key: getattr(arguments, key) for key in ("model", "positive", "negative")},
     )
-    if PartialState().is_main_process:
+    if state.is_main_process:
         manifest = read_manifest(arguments.output_dir)
         if manifest["rows"]:
             scored = token_count(arguments.output_dir)

@@ -1,3 +1,22 @@
-"""tokalign: token-level alignment and reasoning recipes on the Hugging Face trainer stack."""
+"""tokalign: token-level alignment and reasoning recipes on the Hugging Face trainer stack.
+
+A *token signal* is one number per completion token, bound to token ids. Everything here makes signals, trains on them,
+or shows them; `tokalign.signals`, `tokalign.losses`, `tokalign.trainers`, `tokalign.view` are the rooms.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
 __version__ = "0.1.0"
+__all__ = ["CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Trainers are imported at first use: TRL takes seconds, and most of the package does not need it."""
+    if name in __all__:
+        from tokalign import trainers
+
+        return getattr(trainers, name)
+    raise AttributeError(f"module 'tokalign' has no attribute {name!r}")

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from tokalign.data.card import write_dataset_card
 from tokalign.data.contract import ContractError
-from tokalign.jobs import Dropped, run_job
+from tokalign.jobs import Dropped, process_state, run_job
 
 _COLUMNS = {
     "id": "source, split and row",
@@ -183,7 +182,7 @@ def build_problems(
         manifests[split] = manifest
         part = next(iter(sorted((Path(args.output_dir) / split).glob("*.parquet"))))
         columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return manifests
     write_dataset_card(
         args.output_dir,

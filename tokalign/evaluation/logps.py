@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 from tokalign.data.contract import check_preferences, load_stage, weights_hash
 from tokalign.evaluation.metrics import mean_interval
 from tokalign.generation.protocol import adapter_config
-from tokalign.jobs import run_job
+from tokalign.jobs import process_state, run_job
 
 IGNORED = -100  # label of a position that is not scored
 SIDES = ("chosen", "rejected")
@@ -41,7 +40,7 @@ class LogProbScorer:
     """
 
     def __init__(self, model: str, adapter: str | None = None, *, dtype: str = "auto", token_budget: int = 32768):
-        device = PartialState(cpu=not torch.accelerator.is_available()).device
+        device = process_state().device
         base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
         add_fused_lm_head(base)
         self.model = base

@@ -39,6 +39,7 @@ def evaluate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_tokens: int = 512,
+    stop: Sequence[str] = (),
     seed: int = 0,
     prompt_format: str = "chat",
     shard_size: int = 256,
@@ -52,6 +53,7 @@ def evaluate(
         problems: problems stage; ids must be unique, because runs are compared by id.
         extract, match: read the final answer out of a text, and compare it with the reference
             (`tokalign.rewards.extract_answer`, `answers_match`).
+        stop: strings that end a completion; base models run on past their answer without.
         seed: each problem draws from a seed of its own made from this one and its id, so that neither shards nor
             other problems change its samples.
         prompt_format: "chat" renders a string as the user's message, "raw" encodes it as it is; use what the rollouts
@@ -77,13 +79,14 @@ def evaluate(
         if not engines:
             engines.append(load())
         prompts = [prompt_ids(row, tokenizer, prompt_format) for row in rows]
-        greedy = engines[0].generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+        greedy = engines[0].generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=tuple(stop)))
         each = [
             SamplingParams(
                 n=max(1, samples),
                 temperature=temperature,
                 top_p=top_p,
                 max_tokens=max_tokens,
+                stop=tuple(stop),
                 seed=problem_seed(seed, row["id"]),
             )
             for row in rows
@@ -112,6 +115,7 @@ def evaluate(
         "temperature": temperature,
         "top_p": top_p,
         "max_tokens": max_tokens,
+        "stop": list(stop),
         "seed": seed,
         "prompt_format": prompt_format,
     }

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch.nn.functional import pad
 from transformers import (
@@ -44,6 +43,7 @@ from tokalign.generation.protocol import (
     prefixes_of,
     repeat_greedy,
 )
+from tokalign.jobs import process_state
 
 # Rows leave, and waiting ones join, once this share of the batch has finished or is free: each change copies the cache.
 COMPACT_SHARE = 1 / 8
@@ -81,7 +81,7 @@ class TransformersEngine:
                 device_map=arguments.device_map,
             )
             if arguments.device_map is None:
-                model.to(PartialState().device)
+                model.to(process_state().device)
             model.eval()
         if isinstance(model, PeftModel):  # its LoRA layers sit in the base, whose forward says what it takes
             model = cast(PreTrainedModel, model.get_base_model())

@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel, PeftModelForCausalLM
 from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import adapter_config
+from tokalign.jobs import process_state
 
 # A tile's logits, exponentials included. On a CPU a small tile stays near the cache and its pages are reused; an
 # accelerator needs enough positions in one matrix product to be busy.
@@ -145,7 +145,7 @@ def _load_adapters(base: PreTrainedModel, adapters: dict[str, str], base_name: s
 
 def _device() -> torch.device:
     # cpu=True where there is no accelerator: without it accelerate takes several CPU processes for one
-    return PartialState(cpu=not torch.accelerator.is_available()).device
+    return process_state().device
 
 
 class ContrastiveScorer:
