@@ -12,11 +12,13 @@ Stages that a former run finished are skipped; a stage that was interrupted goes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import runpy
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -55,6 +57,7 @@ class QuickstartArguments:
     """Sizes of the main job; recipes/ledger/quickstart.yaml holds the measured ones."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder of all results."})
+    base: str | None = field(default=None, metadata={"help": "Start from this model instead of the ledger's weak one."})
     train_problems: int = field(default=1500, metadata={"help": "Problems to sample rollouts for."})
     test_problems: int = field(default=1500, metadata={"help": "Held-out problems of the evaluation (read once)."})
     rollouts: int = field(default=16, metadata={"help": "Rollouts a problem."})
@@ -65,6 +68,19 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
+def config_hash(arguments: Sequence[Any]) -> str | None:
+    """Hash of the YAML behind `--config`, whose settings the command line does not show."""
+    parts = [str(part) for part in arguments]
+    if "--config" not in parts:
+        return None
+    return hashlib.sha256((ROOT / parts[parts.index("--config") + 1]).read_bytes()).hexdigest()[:12]
+
+
+def command_line(script: str, arguments: Sequence[Any]) -> str:
+    """What one would type in a shell."""
+    return shlex.join(["python", script, *map(str, arguments)])
+
+
 class Stages:
     """Runs stages once: finished ones, with the same command line, are kept in `state.json` with their seconds."""
 
@@ -73,35 +89,49 @@ class Stages:
         self.done: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.commands: list[str] = []
 
-    def run(self, name: str, script: str, *arguments: Any) -> None:
+    def is_done(self, name: str, script: str, arguments: Sequence[Any]) -> bool:
+        """Whether a former run finished this stage with this command line and these settings."""
+        done = self.done.get(name, {})
+        return done.get("command") == command_line(script, arguments) and done.get("config") == config_hash(arguments)
+
+    def run(self, name: str, script: str, *arguments: Any, resume: tuple[str, ...] = ()) -> None:
         """Run `script` as `python script arguments…` would, in this process (imports are paid once)."""
-        command = shlex.join(["python", script, *map(str, arguments)])
+        command = command_line(script, arguments)
         self.commands.append(command)
-        if self.done.get(name, {}).get("command") == command:
+        if self.is_done(name, script, arguments):
             console.print(f"[dim]✓ {name} (done before)[/dim]")
             return
         console.rule(f"[bold]{name}[/bold]", align="left")
         console.print(f"[dim]{command}[/dim]", highlight=False, soft_wrap=True)
         started = time.perf_counter()
-        before, sys.argv = sys.argv, [str(ROOT / script), *map(str, arguments)]
+        argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, arguments), *resume]
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         finally:
-            sys.argv = before
-        self.finish(name, command, time.perf_counter() - started)
+            sys.argv = argv
+        self.finish(name, command, time.perf_counter() - started, config_hash(arguments))
 
-    def finish(self, name: str, command: str, seconds: float) -> None:
+    def finish(self, name: str, command: str, seconds: float, config: str | None = None) -> None:
         """Note that a stage is done; written whole or not at all."""
-        self.done[name] = {"command": command, "seconds": round(seconds, 1)}
+        self.done[name] = {"command": command, "seconds": round(seconds, 1), "config": config}
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.file)
 
     def train(self, name: str, script: str, output: Path, *arguments: Any) -> None:
-        """Run a recipe; an interrupted training goes on from its last checkpoint."""
-        if name not in self.done and any(output.glob("checkpoint-*")):
-            arguments = (*arguments, "--resume_from_checkpoint", "true")
-        self.run(name, script, *arguments, "--output_dir", output)
+        """Run a recipe; an interrupted training goes on from its last checkpoint, unless its settings have changed."""
+        arguments = (*arguments, "--output_dir", output)
+        settings = json.dumps([script, *map(str, arguments), config_hash(arguments)])
+        note = output / "started_with.json"
+        resume: tuple[str, ...] = ()
+        if not self.is_done(name, script, arguments):
+            if note.exists() and note.read_text() == settings:
+                resume = ("--resume_from_checkpoint", "true") if any(output.glob("checkpoint-*")) else ()
+            else:
+                shutil.rmtree(output, ignore_errors=True)
+            output.mkdir(parents=True, exist_ok=True)
+            note.write_text(settings)
+        self.run(name, script, *arguments, resume=resume)
 
 
 def main(args: QuickstartArguments) -> dict[str, Any]:
@@ -114,7 +144,7 @@ def main(args: QuickstartArguments) -> dict[str, Any]:
 
     sizes = ("--train", args.train_problems, "--validation", 1, "--test", args.test_problems, "--sft", 1)
     stages.run("problems", "data/ledger.py", "--output_dir", world, *sizes, *seed)
-    base = base_model(stages)
+    base = Path(args.base) if args.base else base_model(stages)
 
     sampling = ("--num_rollouts", args.rollouts, "--max_tokens", args.max_tokens, *seed)
     stages.run(
