@@ -252,9 +252,7 @@ def report(args: QuickstartArguments, stages: Stages, out: Path, base: Path, row
     pass_file = out / "rollout_estimate" / "pass_at_k.json"
     if pass_file.exists():
         pass_at_k = pass_at_k_bands(json.loads(pass_file.read_text()))
-    heatmap = token_heatmap(
-        heatmap_rows(out), tokenizer, title="Which tokens break wrong answers", limit=24, fragment=True
-    )
+    heatmap = token_heatmap(heatmap_rows(out), tokenizer, title="Which tokens break wrong answers", fragment=True)
     dropped = read_manifest(out / "preferences" / "pairs").get("dropped", {})
     return build_report(
         title="tokalign quickstart: critical-token DPO on the ledger world",
@@ -275,23 +273,16 @@ def report(args: QuickstartArguments, stages: Stages, out: Path, base: Path, row
     )
 
 
-def heatmap_rows(out: Path) -> list[dict[str, Any]]:
-    """Marked pairs, with the rollout estimate's columns where a pair has them."""
-    marked = load_stage(out / "marked")
+def heatmap_rows(out: Path, limit: int = 24) -> list[dict[str, Any]]:
+    """The first pairs that the rollout estimate covered, with the columns of both stages."""
     estimated = {(row["id"], *row["rejected_ids"]): row for row in load_stage(out / "rollout_estimate")}
-    rows = [dict(row) for row in marked.select(range(min(len(marked), 4 * args_limit(estimated))))]
-    chosen = [r for r in rows if (r["id"], *r["rejected_ids"]) in estimated][:24] or rows[:24]
-    for row in chosen:
+    rows: list[dict[str, Any]] = []
+    for row in load_stage(out / "marked"):
         found = estimated.get((row["id"], *row["rejected_ids"]))
-        if found:
-            row["rejected_rollout_accuracy"] = found["rejected_rollout_accuracy"]
-            row["critical_index"] = found["critical_index"]
-    return chosen
-
-
-def args_limit(estimated: dict) -> int:
-    """Rows to look through for those that the rollout estimate covered."""
-    return max(24, len(estimated))
+        if found and len(rows) < limit:
+            columns = ("rejected_rollout_accuracy", "critical_index")
+            rows.append({**row, **{column: found[column] for column in columns}})
+    return rows
 
 
 def logp_curve(folder: Path) -> dict[str, list[float | None]]:
@@ -308,32 +299,32 @@ def logp_curve(folder: Path) -> dict[str, list[float | None]]:
 def pass_at_k_bands(curves: dict[str, Any]) -> dict[str, Any]:
     """The rollout script's curves in the report's form: condition -> k -> (mean, low, high)."""
     return {
-        condition: {int(k): tuple(band) for k, band in curves[condition].items()} for condition in ("with", "without")
+        condition: {row["k"]: (row["mean"], *row["ci95"]) for row in curves[condition]}
+        for condition in ("with", "without")
     }
 
 
 def agreement_rows(agreement: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a target and signal."""
-    rows = []
-    for target, result in agreement.items():
-        for signal, figures in result["signals"].items():
-            row: dict[str, Any] = {"target": target, "signal": signal}
-            for key in ("auroc", "hit_at_1"):
-                figure = figures[key]
-                low, high = figure["ci95"]
-                row[key] = f"{figure['mean']:.3f} ({low:.3f} – {high:.3f})"
-            cost = figures.get("cost")
-            row["tokens through the model per scored token"] = f"{cost:.1f}" if cost else ""
-            rows.append(row)
-    return rows
+    """One row a target and signal; figures as (value, low, high)."""
+    return [
+        {
+            "target": target.replace("_", " "),
+            "signal": signal.replace("_", " "),
+            "AUROC": (figures["auroc"], *figures["auroc_ci95"]),
+            "hit@1": (figures["hit1"], *figures["hit1_ci95"]),
+            "tokens through the model a scored token": figures.get("tokens_per_scored_token") or "–",
+        }
+        for target, result in agreement.items()
+        for signal, figures in result["signals"].items()
+    ]
 
 
 def show(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> None:
     """The result on screen."""
     n = rows[0]["n"]
-    table = Table(title=f"{n} held-out problems", caption="log-prob change: mean Σ log π over pairs against base, nats")
-    for heading in ("method", "greedy", "95 % interval", "sampled", "Δ log-prob chosen", "Δ log-prob rejected"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table = Table(title=f"{n} held-out problems", caption="Δ: mean change of Σ log π over the pairs against base, nats")
+    for heading in ("method", "greedy", "95 % interval", "sampled", "Δ chosen", "Δ rejected"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows:
         low, high = row["ci95"]
         table.add_row(
