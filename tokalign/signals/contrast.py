@@ -31,7 +31,7 @@ from tokalign.jobs import process_state
 
 # A tile's logits, exponentials included. On a CPU a small tile stays near the cache and its pages are reused; an
 # accelerator needs enough positions in one matrix product to be busy.
-CPU_TILE_BYTES = 16 << 20
+CPU_TILE_BYTES = 8 << 20
 ACCELERATOR_TILE_BYTES = 512 << 20
 SMALLEST_BLOCK = 2048  # words of the vocabulary in one matrix product
 
