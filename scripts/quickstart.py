@@ -323,7 +323,7 @@ def show(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) 
     """The result on screen."""
     n = rows[0]["n"]
     table = Table(title=f"{n} held-out problems", caption="Δ: mean change of Σ log π over the pairs against base, nats")
-    for heading in ("method", "greedy", "95 % interval", "sampled", "Δ chosen", "Δ rejected"):
+    for heading in ("method", "greedy", "95 %", "sampled", "Δ chosen", "Δ rejected"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows:
         low, high = row["ci95"]
