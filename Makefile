@@ -12,13 +12,14 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart gsm8k install install-test lint types unit test benchmarks-quick clean
+.PHONY: quickstart own-data install install-test lint types unit test clean
 
 quickstart: install
 	$(BIN)/python scripts/quickstart.py --config recipes/ledger/quickstart.yaml
 
-gsm8k: install
-	$(BIN)/python scripts/own_data.py --source $(GSM8K)
+# make own-data SOURCE=path/to/gsm8k   the same pipeline on real text
+own-data: install
+	$(BIN)/python scripts/own_data.py --source $(SOURCE)
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
