@@ -108,7 +108,7 @@ def main(args: OwnDataArguments) -> None:
     sizes = {"problems": args.problems, "seed": args.seed}
     run_job(lambda batch: batch, chosen, out / "few", name="few problems", parameters=sizes)
     run_job(lambda batch: as_messages(batch), chosen, out / "few_sft", name="few solutions", parameters=sizes)
-    if not (out / "stand_in").exists():
+    if not (out / "stand_in" / "config.json").exists():  # written last, so a killed run leaves no half stand-in
         write_stand_in(problems, out / "stand_in", args.vocab_size)
     base = out / "base"
     stages.train(

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError, load_stage, weights_hash
+from tokalign.data.contract import load_stage, weights_hash
+from tokalign.data.prompts import render_prompt
 from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
 from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.rewards import answers_match, extract_answer
@@ -52,18 +52,6 @@ class SampleRolloutsArguments:
     shard_size: int = field(default=64, metadata={"help": "Problems a shard: one engine call, and what a kill loses."})
 
 
-def render(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> list[int]:
-    """Token ids of a prompt: messages always by the chat template, a string as the user's message or raw."""
-    if prompt_format == "raw":
-        if not isinstance(prompt, str):
-            raise ContractError("`prompt` holds messages, which --prompt_format raw cannot render; use chat.")
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ContractError("This tokenizer has no chat template; use --prompt_format raw or an instruct model.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
 def row_seed(seed: int, problem_id: Any) -> int:
     """Seed of one problem's rollouts, the same in every process and shard."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{problem_id}".encode()).digest()[:8], "big") >> 1
@@ -77,7 +65,7 @@ def sampler(engine: Engine, arguments: SampleRolloutsArguments) -> Callable[[lis
         limit -= 1  # room for one token at least
 
     def sample(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Dropped]:
-        prompts = [render(problem["prompt"], tokenizer, arguments.prompt_format) for problem in problems]
+        prompts = [render_prompt(problem["prompt"], tokenizer, arguments.prompt_format) for problem in problems]
         kept = [i for i, ids in enumerate(prompts) if limit is None or len(ids) <= limit]
         params = [
             SamplingParams(

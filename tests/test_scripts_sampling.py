@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest, tokenizer_hash
+from tokalign.data.prompts import render_prompt
 from tokalign.generation.protocol import Completion, EngineArguments
 from tokalign.jobs import JobError
 
@@ -151,14 +152,14 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, monkeypatch, tiny_path, 
 def test_prompt_formats(tiny_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    text = tokenizer.decode(sample_rollouts.render(messages, tokenizer, "chat"))
+    text = tokenizer.decode(render_prompt(messages, tokenizer, "chat"))
     assert text == "<|system|>s<|end|><|user|>u<|end|><|assistant|>"
-    assert tokenizer.decode(sample_rollouts.render("u", tokenizer, "raw")) == "u"
+    assert tokenizer.decode(render_prompt("u", tokenizer, "raw")) == "u"
     with pytest.raises(ContractError, match=r"`prompt` holds messages"):
-        sample_rollouts.render(messages, tokenizer, "raw")
+        render_prompt(messages, tokenizer, "raw")
     tokenizer.chat_template = None
-    with pytest.raises(ContractError, match=r"no chat template; use --prompt_format raw"):
-        sample_rollouts.render("u", tokenizer, "chat")
+    with pytest.raises(ContractError, match="no chat template: use prompt_format `raw`"):
+        render_prompt("u", tokenizer, "chat")
 
 
 def test_seeds_differ_by_problem_and_seed():

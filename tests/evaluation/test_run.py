@@ -121,7 +121,7 @@ def test_prompts_become_the_ids_that_the_model_is_trained_on():
     assert prompt_ids({"prompt": messages}, TOKENIZER) == prompt_ids({"prompt": "1 + 1"}, TOKENIZER) == templated
     assert prompt_ids({"prompt": "1 + 1"}, TOKENIZER, "raw") == TOKENIZER("1 + 1")["input_ids"]
     assert prompt_ids({"prompt": "x", "prompt_ids": [5, 6]}, TOKENIZER) == [5, 6]
-    with pytest.raises(ContractError, match="cannot render messages: use `chat`"):
+    with pytest.raises(ContractError, match="holds messages, which `raw` cannot render: use `chat`"):
         prompt_ids({"prompt": messages}, TOKENIZER, "raw")
     plain = tiny_tokenizer()
     plain.chat_template = None

@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.data.contract import ContractError, load_stage, read_manifest
+from tokalign.data.prompts import render_prompt
 from tokalign.evaluation.metrics import accuracy, paired_bootstrap, pass_at_k_report, sampled_accuracy
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.jobs import run_job
@@ -211,18 +212,9 @@ def compare_logps(run: str | Path, other: str | Path) -> dict[str, Any]:
 def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_format: str = "chat") -> list[int]:
     """Ids of a problem's prompt, rendered as the rollouts are: its own `prompt_ids` where it has them, messages by the
     chat template, and a string as the user's message ("chat") or as it is ("raw")."""
-    prompt = row["prompt"]
     if row.get("prompt_ids") is not None:
         return list(row["prompt_ids"])
-    if prompt_format == "raw" and isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if prompt_format != "chat":
-        raise ContractError(f"prompt_format {prompt_format!r} cannot render messages: use `chat`.")
-    if tokenizer.chat_template is None:
-        raise ContractError("This tokenizer has no chat template: use prompt_format `raw`, or an instruct model.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return render_prompt(row["prompt"], tokenizer, prompt_format)
 
 
 def problem_seed(seed: int, identity: str) -> int:
