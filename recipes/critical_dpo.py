@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from tokalign.data.contract import load_stage
+from tokalign.jobs import end_processes
 from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
 
@@ -58,6 +59,7 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
+    end_processes()
     return trainer
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from tokalign.data.contract import load_stage
+from tokalign.jobs import end_processes
 
 
 @dataclass
@@ -51,6 +52,7 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.end()
+    end_processes()
     return trainer
 
 

@@ -11,6 +11,7 @@ The output folder must be one that all processes see (on several machines: a sha
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -52,6 +53,7 @@ _TEMPORARY = re.compile(r"^\.part-.*\.parquet\.(?P<host>.+)\.(?P<pid>\d+)\.tmp$"
 _STALE_SECONDS = 3600  # a temporary file of another machine is left alone for this long
 _LOOK_SECONDS = 2.0  # how often the progress bar looks for the shards of other processes
 _POLL_SECONDS = 0.2  # how often a process that has finished looks for the others' shards
+_DRAIN_SECONDS = 0.5  # for gloo's threads to let go of the tensors of the last collective
 _SHARED_SECONDS = 30.0  # how long a network file system may take to show another machine's file
 
 
@@ -89,6 +91,21 @@ def process_state() -> PartialState:
             "`tokalign.jobs.process_state()` before loading models."
         )
     return state
+
+
+def end_processes() -> None:
+    """Leave the processes of this launch; the last line of a script that trains under `accelerate launch`.
+
+    A gloo thread (CPU processes) frees the tensors of the last collective only after it has told the main thread that
+    it is done. If the interpreter is shutting down by then, the thread cannot take its lock and the process aborts
+    after all its work is done ("terminate called without an active exception", pytorch issue 190489). So give it a moment.
+    """
+    state = PartialState()
+    several, on_cpu = state.num_processes > 1, state.device.type == "cpu"
+    state.destroy_process_group()
+    if several and on_cpu:
+        gc.collect()
+        time.sleep(_DRAIN_SECONDS)
 
 
 def run_job(

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from tokalign.data.contract import load_stage
+from tokalign.jobs import end_processes
 from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
 ARGUMENTS: dict[str, Any] = {
@@ -72,7 +73,8 @@ def main(plan_path: str, report_path: str) -> None:
     if trainer.accelerator.is_main_process:
         with open(report_path, "w") as file:
             json.dump(reports, file)
-    trainer.accelerator.end_training()
+    trainer.end()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import random
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,20 +56,34 @@ def launch_command(config: str, script: Path, arguments: Sequence[str], options:
 
 
 def wait(processes: Sequence[subprocess.Popen], *, timeout: float = 600) -> None:
-    """Wait for launched processes; a failed one raises AssertionError with the end of its output."""
-    try:
-        for process in processes:
-            try:
-                output, _ = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                extensions = launch_environment()["TORCH_EXTENSIONS_DIR"]
-                pytest.fail(f"No end after {timeout} s; after an interrupted compilation delete {extensions}/*/lock.")
-            assert process.returncode == 0, f"{' '.join(process.args)}\n{output[-6000:]}"
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+    """Wait for launched processes; a failed one raises AssertionError with the end of its output.
+
+    The first failure ends the wait: its peers would otherwise sit in a rendezvous for minutes.
+    """
+    outputs: list[str] = [""] * len(processes)
+
+    def read(index: int) -> None:  # a full pipe would stop the process
+        outputs[index] = processes[index].communicate()[0]
+
+    readers = [threading.Thread(target=read, args=(index,)) for index in range(len(processes))]
+    for reader in readers:
+        reader.start()
+    deadline = time.monotonic() + timeout
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    unfinished = [process for process in processes if process.poll() is None]
+    failed = [process for process in processes if process.poll()]
+    for process in unfinished:
+        process.kill()
+    for reader in readers:
+        reader.join()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process not in failed, f"{' '.join(process.args)}\n{output[-6000:]}"
+    if unfinished:
+        extensions = launch_environment()["TORCH_EXTENSIONS_DIR"]
+        pytest.fail(f"No end after {timeout} s; after an interrupted compilation delete {extensions}/*/lock.")
 
 
 def launch(config: str, script: Path, *arguments: str, num_processes: int = 2) -> None:
