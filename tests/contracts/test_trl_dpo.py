@@ -94,7 +94,7 @@ def test_collator_layout():
     wanted = [[1, 2, 3, 0], [7, 8, 9, 0], [2, 4, 5, 6], [7, 10, 0, 0]]
     assert batch["input_ids"].tolist() == wanted, "The collator's layout (chosen first, padded right) has changed."
     fields = ["pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"]
-    assert list(vars(collator)) == fields, "The collator has other fields: DataCollatorForCriticalTokens copies them."
+    assert list(vars(collator)) == fields, "The collator has other fields: DataCollatorForTokenSignals copies them."
 
 
 def test_metric_names_and_signature_columns(tiny_path, tmp_path):

@@ -102,7 +102,7 @@ def test_collator_without_weights(tiny_path, tmp_path, rows):
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(tiny_path),
     )
-    with pytest.raises(ContractError, match="batch has no `token_weights`"):
+    with pytest.raises(ContractError, match="batch has no `token_signal`"):
         trainer.train()
 
 

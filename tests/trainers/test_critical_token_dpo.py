@@ -93,7 +93,7 @@ def test_scores_of_zero_are_dpo_to_the_last_bit(tiny_path, tmp_path, lora, chang
 def test_weight_side_none_tokenises_text_as_trl_does(tiny_path, tmp_path, rows):
     trainer = make_trainer(tiny_path, tmp_path, as_text(rows), weight_side="none")
     assert trainer.train_dataset["chosen_ids"][:] == [row["chosen_ids"] for row in rows]
-    assert "token_weights" not in first_batch(trainer)
+    assert "token_signal" not in first_batch(trainer)
     trainer.evaluate(trainer.train_dataset)  # prepared once more
 
 
@@ -341,10 +341,10 @@ def test_collator_truncates_scores_with_their_ids(tiny_path, tmp_path, rows):
         batch = first_batch(trainer)
         for i, (side, row) in enumerate([(s, r) for s in ("chosen", "rejected") for r in rows[:4]]):
             ids, flags, scores = truncate(row, side, 20, mode)
-            wanted = [1 - score if flag else 1.0 for flag, score in zip(flags, scores, strict=True)]
+            wanted = [score if flag else 0.0 for flag, score in zip(flags, scores, strict=True)]
             padding = batch["input_ids"].size(1) - len(ids)
             assert batch["input_ids"][i].tolist() == ids + [0] * padding
-            assert batch["token_weights"][i].tolist() == pytest.approx(wanted + [1.0] * padding, abs=1e-7)
+            assert batch["token_signal"][i].tolist() == pytest.approx(wanted + [0.0] * padding, abs=1e-7)
 
 
 def test_trainer_agrees_with_the_pure_loss(tiny_path, tmp_path, rows):
@@ -355,8 +355,8 @@ def test_trainer_agrees_with_the_pure_loss(tiny_path, tmp_path, rows):
         out = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logps = out[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
     ratios = (logps - batch["ref_token_logps"][:, 1:]).chunk(2)
-    mask, weights = batch["completion_mask"][:, 1:].chunk(2), batch["token_weights"][:, 1:].chunk(2)
-    pure = critical_token_dpo_loss(*ratios, *mask, 1 - weights[1], beta=trainer.beta)
+    mask, scores = batch["completion_mask"][:, 1:].chunk(2), batch["token_signal"][:, 1:].chunk(2)
+    pure = critical_token_dpo_loss(*ratios, *mask, scores[1], beta=trainer.beta)
     assert loss.item() == pytest.approx(pure.mean().item(), abs=1e-5)
 
 

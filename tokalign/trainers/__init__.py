@@ -3,7 +3,6 @@
 from tokalign.trainers.critical_token_dpo import (
     CriticalTokenDPOConfig,
     CriticalTokenDPOTrainer,
-    DataCollatorForCriticalTokens,
 )
 
-__all__ = ["CriticalTokenDPOConfig", "CriticalTokenDPOTrainer", "DataCollatorForCriticalTokens"]
+__all__ = ["CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"]

@@ -1,0 +1,455 @@
+"""What the trainers that read a token signal share: TRL's `DPOTrainer` with ids, signals and log-probs kept per token.
+
+- Rows hold token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`), which are trained on as they are, and a signal: a
+  list of numbers as long as the ids of its side. The collator puts each number beside its token.
+- A forward hook sees the per-token log-probs that TRL's fused LM head returns, of policy and reference alike, before
+  TRL sums them over positions.
+- `precompute_ref_log_probs` stores the reference's log-probs per token, where TRL stores sums.
+
+A method is a subclass that says which signal it reads (`_reads`) and what it does in `compute_loss`; TRL computes
+everything else, so every loss type and option of `DPOTrainer` goes on working.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, tqdm
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import Hasher
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOConfig, DPOTrainer
+from trl.models import prepare_deepspeed
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
+
+from tokalign.data.contract import STAGES, ContractError, check_preferences, manifest_of, tokenizer_hash
+
+logger = get_logger(__name__)
+
+SIDES = ("chosen", "rejected")
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REVISION = "revision_"  # prefix of the batch keys that only T-REG's collator adds
+_ADDED = ("token_signal", "ref_token_logps")
+REFERENCE = {f"{side}_ids": f"ref_{side}_token_logps" for side in SIDES}  # columns of the reference cache
+
+
+@dataclass
+class DataCollatorForTokenSignals(DataCollatorForPreference):
+    """
+    TRL's [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] with per-token columns beside the ids, each value
+    truncated and padded exactly as its token:
+
+    - `"token_signal"`: the signal on the tokens of the sides that are read, 0 elsewhere. Left out if none is read.
+    - `"ref_token_logps"`: precomputed reference log-probabilities, 0 elsewhere. Only if the examples hold
+        `"ref_chosen_token_logps"` and `"ref_rejected_token_logps"`.
+
+    Both are float32 of shape (2B, L) as `"input_ids"`, the chosen half first.
+
+    Args:
+        signal (`str`, *optional*):
+            Signal to read: the columns `chosen_<signal>` and `rejected_<signal>`.
+        sides (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Sides on which it is read.
+    """
+
+    signal: str | None = None
+    sides: tuple[str, ...] = ()
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if self.sides:
+            batch["token_signal"] = self._align(examples, {side: f"{side}_{self.signal}" for side in self.sides})
+        if "ref_chosen_token_logps" in examples[0]:
+            batch["ref_token_logps"] = self._align(examples, {side: f"ref_{side}_token_logps" for side in SIDES})
+        return batch
+
+    def _align(self, examples: list[dict[str, Any]], columns: dict[str, str]) -> torch.Tensor:
+        """The values of one column a side at their tokens' places in `input_ids`, 0 everywhere else."""
+        rows = []
+        for side in SIDES:
+            for example in examples:
+                values = np.zeros(len(example["prompt_ids"]) + len(example[f"{side}_ids"]), dtype=np.float32)
+                if side in columns:
+                    values[len(example["prompt_ids"]) :] = example[columns[side]]
+                rows.append(torch.from_numpy(self._truncate(values)))
+        return pad(rows, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+    def _truncate(self, values: Any) -> Any:
+        """A sequence's values, cut as TRL cuts its ids."""
+        if self.max_length is None:
+            return values
+        return values[-self.max_length :] if self.truncation_mode == "keep_end" else values[: self.max_length]
+
+
+class TokenPreferenceTrainer(DPOTrainer):
+    """Base of the preference trainers of this package; it takes the arguments of [`~trl.DPOTrainer`]."""
+
+    args: Any
+    model: Any  # whatever accelerate has made of it
+    ref_model: Any
+
+    _config_class: ClassVar[type[DPOConfig]]
+    _own_columns: ClassVar[tuple[str, ...]] = ()  # further columns that the collator reads
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self._config_class(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, self._config_class):
+            raise TypeError(f"`args` must be a {self._config_class.__name__}, got {type(args).__name__}.")
+        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+            raise ContractError("`train_dataset` has no rows; check what the stage that wrote it dropped and why.")
+        self._uses_own_collator = data_collator is None
+        self._start_init(model, args, train_dataset)
+        # Per-token log-probs of every fused forward of one call, as the hook saw them
+        self._token_logps: list[torch.Tensor] = []
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if self._is_vision_dataset:
+            raise ContractError(
+                "Datasets with an `image` or `images` column are not supported, since their ids do not exist before "
+                "collation; use trl.DPOTrainer for them."
+            )
+        self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
+        self._finish_init()
+
+    def _start_init(self, model: Any, args: Any, train_dataset: Any) -> None:
+        """What a method decides before TRL builds anything."""
+
+    def _finish_init(self) -> None:
+        """What a method sets up once TRL has built everything."""
+        raise NotImplementedError
+
+    def _reads(self, args: Any) -> tuple[str, tuple[str, ...]]:
+        """The signal that the dataset must hold and the sides on which it is read; no sides: none is needed."""
+        raise NotImplementedError
+
+    def _collates(self) -> tuple[str, tuple[str, ...]]:
+        """The signal and the sides that a batch holds: those of the dataset, unless the reference added some."""
+        return self._reads(self.args)
+
+    def _set_collator(self, collator: type[DataCollatorForTokenSignals]) -> None:
+        """Put a collator of ours in place of TRL's default, with the padding token that TRL has settled on."""
+        if self._uses_own_collator:
+            signal, sides = self._collates()
+            self.data_collator = collator(**vars(self.data_collator) | {"signal": signal, "sides": sides})
+
+    # -------------------------------------------------------------------------------------------------------- data
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        columns = set(next(iter(dataset)))
+        signal, sides = self._reads(args)
+        if not columns.issuperset(IDS):
+            if not sides:
+                return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            if not columns & set(IDS):
+                raise ContractError(
+                    f"The {dataset_name} dataset holds text only (columns {', '.join(sorted(columns))}), and the "
+                    f"signal {signal!r} needs token ids and their scores; score the pairs with {self._scored_by}."
+                )
+        self._check_manifest(dataset, args, dataset_name)
+        if sides or columns.issuperset(STAGES["preferences"]):
+            dataset = self._check_rows(dataset, args)
+        if args.max_length is not None and args.truncation_mode == "keep_start":
+            limit = args.max_length  # as TRL does: truncation would leave no completion token
+            dataset = drop_rows(
+                dataset,
+                lambda prompt_ids: len(prompt_ids) < limit,
+                ["prompt_ids"],
+                args.dataset_num_proc,
+                dataset_name,
+                why=f"the prompt alone fills `max_length` = {limit}",
+                remedy="raise `max_length`",
+            )
+        return dataset
+
+    _scored_by = ""  # the script, and what else one can do, for the error above
+
+    def _check_rows(self, dataset: Dataset | IterableDataset, args: Any) -> Dataset | IterableDataset:
+        """The contract's checks, at once on stored rows and as they come on streamed ones."""
+        signal, sides = self._reads(args)
+        options: dict[str, Any] = {"signals": [signal] if sides else [], "sides": sides}
+        options |= self._check_options(args)
+        if not sides:  # text that TRL has prepared before carries an added end token, so there the ids alone count
+            options["text_rows"] = 0
+        tokenizer = self._tokenizer
+        if isinstance(dataset, Dataset):
+            check_preferences(dataset, tokenizer, **options)
+            return dataset
+
+        def check(batch: dict[str, list]) -> dict[str, list]:
+            check_preferences(Dataset.from_dict(batch), tokenizer, **options)
+            return batch
+
+        return dataset.map(check, batched=True, batch_size=64)
+
+    def _check_options(self, args: Any) -> dict[str, Any]:
+        """Further arguments of `check_preferences`."""
+        return {}
+
+    def _check_manifest(self, dataset: Dataset | IterableDataset, args: Any, name: str) -> None:
+        made_with = (manifest_of(dataset) or {}).get("tokenizer_hash")
+        if made_with is not None and made_with != tokenizer_hash(self._tokenizer):
+            raise ContractError(
+                f"The ids of the {name} dataset were made with another tokenizer (hash {made_with[:12]}, this model's "
+                f"is {tokenizer_hash(self._tokenizer)[:12]}); train the model that they were made for, or rerun the "
+                "stages with this one."
+            )
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            signal, sides = self._collates()
+            columns: Any = self._signature_columns  # typed None in transformers
+            columns += [*(f"{side}_{signal}" for side in sides), *REFERENCE.values(), *self._own_columns]
+
+    # --------------------------------------------------------------------------------------------------- reference
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Per-token where TRL stores sums, so one cache serves every signal, weighting and aggregation."""
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that this cannot be
+
+        description = f"Reference log-probs of the {name} dataset"
+        return self._cache_token_columns(
+            dataset, batch_size, REFERENCE, "per token", self._reference_logps, description
+        )
+
+    def _reference_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Per-token log-probs (2B, L − 1) under the reference: `model`, with its adapter off where it has one."""
+        with self._token_hook():
+            DPOTrainer.compute_ref_log_probs(self, model, trl_inputs(batch))
+        return self._last_token_logps(batch)[0]
+
+    def _cache_token_columns(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        columns: dict[str, str],
+        key: Any,
+        compute: Callable[[Any, dict[str, Any]], torch.Tensor],
+        description: str,
+    ) -> Dataset:
+        """`dataset` with one more column a side, computed by the reference before training and kept on disk.
+
+        Args:
+            columns: ids column -> new column.
+            key: what the values depend on besides rows, reference, `max_length` and truncation.
+            compute: reference model and collated batch -> (2B, L − 1) values beside `input_ids[:, 1:]`.
+        """
+        if set(columns.values()) <= set(dataset.column_names):
+            return dataset
+        everything = (key, dataset._fingerprint, self._reference_hash(), self.args.max_length)
+        # Fingerprints, shards and the folders of in-memory datasets differ between processes: rank 0's path counts
+        path = [dataset._get_cache_file_path(Hasher.hash((*everything, self.args.truncation_mode)))]
+        broadcast_object_list(path, from_process=0)
+        # Nodes may share a disk or not, so all must have the file before any skips the collective loop
+        found = torch.tensor([os.path.exists(path[0])], device=self.accelerator.device, dtype=torch.int32)
+        if not self.accelerator.gather(found).all():
+            self._write_token_columns(dataset, batch_size, columns, path[0], compute, description)
+        return concatenate_datasets([dataset, Dataset.from_file(path[0])], axis=1)
+
+    def _reference_hash(self) -> str:
+        """TRL's hash of the reference, with this rank's shards under ZeRO-3, where TRL sees empty tensors."""
+        total = hashlib.sha256(str(self._precompute_model_hash).encode())
+        for parameter in (self.ref_model or self.model).parameters():
+            if getattr(parameter, "ds_tensor", None) is not None:
+                total.update(parameter.ds_tensor.detach().float().cpu().numpy().tobytes())
+        return total.hexdigest()
+
+    def _write_token_columns(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        columns: dict[str, str],
+        path: str,
+        compute: Callable[[Any, dict[str, Any]], torch.Tensor],
+        description: str,
+    ) -> None:
+        loader = self.accelerator.prepare(
+            DataLoader(
+                dataset,  # type: ignore[arg-type]
+                batch_size=batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+        model = self.ref_model or self.model
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            # Before training the policy's parameters are not placed yet; as in TRL, one engine serves all passes
+            if self._precompute_engine is None:
+                self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+            model = self._precompute_engine
+        ids = dataset.select_columns(list(IDS))
+        writer = None
+        if self.accelerator.is_local_main_process:  # a node's processes read one file
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{self.accelerator.process_index}.incomplete"
+            features = Features({column: List(Value("float32")) for column in columns.values()})
+            writer = ArrowWriter(features=features, path=temporary)
+        row = 0
+        for batch in tqdm(loader, desc=description):
+            per_token = compute(model, dict(batch)).chunk(2)
+            per_token = self.accelerator.pad_across_processes(tuple(half.contiguous() for half in per_token), dim=1)
+            chosen, rejected = self.accelerator.gather_for_metrics(per_token)
+            if writer is None:
+                continue
+            for halves in zip(chosen.float().cpu().numpy(), rejected.float().cpu().numpy(), strict=True):
+                example = ids[row]
+                values = {
+                    column: self._completion_values(half, len(example["prompt_ids"]), len(example[side]))
+                    for half, (side, column) in zip(halves, columns.items(), strict=True)
+                }
+                writer.write(values)
+                row += 1
+        if writer is not None:
+            writer.finalize()
+            os.replace(temporary, path)
+        self.accelerator.wait_for_everyone()
+
+    def _completion_values(self, shifted: np.ndarray, prompt_length: int, completion_length: int) -> np.ndarray:
+        """Values of the completion's tokens, 0 for those that truncation cuts, from a row of the model's output."""
+        total = prompt_length + completion_length
+        kept = total if self.args.max_length is None else min(total, self.args.max_length)
+        first = total - kept if self.args.truncation_mode == "keep_end" else 0
+        values = np.zeros(total, dtype=np.float32)
+        values[first + 1 : first + kept] = shifted[: kept - 1]
+        return values[prompt_length:]
+
+    def compute_ref_log_probs(self, model, inputs):
+        """Computes reference log probabilities for a single padded batch, whatever columns of ours it holds."""
+        return super().compute_ref_log_probs(model, trl_inputs(inputs))
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    @contextmanager
+    def _token_hook(self) -> Iterator[None]:
+        """Inside, the log-probs of every fused forward of policy and reference go through `_see`."""
+        self._token_logps = []
+        # The modules that DDP, DeepSpeed and FSDP wrap and call, and the PEFT model (which runs the base model's
+        # `forward` without its hooks). TRL calls `ref_model` itself, wrapped or not.
+        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        handles = [m.register_forward_hook(self._see) for m in (policy, self.ref_model) if m is not None]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _see(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        """Keep a forward's per-token log-probs; an ordinary forward, as for `compute_metrics`, has none."""
+        if getattr(output, "log_probs", None) is not None:
+            self._token_logps.append(output.log_probs)
+
+    def _last_token_logps(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """Log-probs (2B, L − 1) that the model itself gave in the last call: policy, reference if it ran."""
+        if not self._token_logps:
+            raise RuntimeError(
+                "The forward hook that sees per-token log-probs did not run, so this would have been plain DPO: the "
+                "model was called around its hooks (compiled before training?) or TRL no longer returns `log_probs`."
+            )
+        seen, self._token_logps = self._token_logps, []
+        length = inputs["input_ids"].size(1) - 1  # prompt-learning PEFT puts virtual tokens first
+        return [log_probs[:, -length:] for log_probs in seen]
+
+    # -------------------------------------------------------------------------------------------------------- loss
+
+    def _cached_reference(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Precomputed reference log-probs (2B, L − 1) of a batch; None if the reference runs with the policy."""
+        if not self.precompute_ref_logps:
+            return None
+        if "ref_token_logps" not in inputs:
+            raise ContractError(
+                "The batch has no `ref_token_logps`; let the data collator return them as "
+                "DataCollatorForTokenSignals does, or set `precompute_ref_log_probs=False`."
+            )
+        return inputs["ref_token_logps"][:, 1:]
+
+    def _token_signal(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """The signal (2B, L − 1) beside the predicted tokens of a batch; None if none is read."""
+        if not self._collates()[1]:
+            return None
+        if "token_signal" not in inputs:
+            raise ContractError(
+                "The batch has no `token_signal`; let the data collator return it (2B, L, beside `input_ids`) as "
+                "DataCollatorForTokenSignals does."
+            )
+        return inputs["token_signal"][:, 1:]
+
+    def _sequence_logps(self, per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """TRL's sum over positions, (2B, L − 1) -> (2B,), where `ld_alpha` scales what the other side lacks."""
+        if self.ld_alpha is None:
+            return per_token.sum(dim=1)
+        position = mask.cumsum(dim=1)
+        shared = mask.sum(dim=1).view(2, -1).amin(dim=0).repeat(2).unsqueeze(1)
+        tail = (per_token * (position > shared)).sum(dim=1)
+        return (per_token * ((position > 0) & (position <= shared))).sum(dim=1) + self.ld_alpha * tail
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+
+def trl_inputs(inputs: Any) -> dict[str, Any]:
+    """A batch without what our collators add to TRL's: extra keys would reach the model."""
+    return {k: v for k, v in inputs.items() if k not in _ADDED and not k.startswith(REVISION)}
+
+
+def drop_rows(
+    dataset: Dataset | IterableDataset,
+    fits: Callable[..., bool],
+    columns: list[str],
+    num_proc: int | None,
+    name: str,
+    *,
+    why: str,
+    remedy: str,
+) -> Dataset | IterableDataset:
+    """Rows for which `fits(*columns)` holds; the others are counted in a warning, and all of them are an error."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(fits, input_columns=columns)
+    with global_then_local_main_first():
+        kept = dataset.filter(fits, input_columns=columns, num_proc=num_proc, desc=f"Dropping rows of {name} dataset")
+    if len(kept) == 0:
+        raise ContractError(f"No row of the {name} dataset is left: {why}; {remedy}.")
+    if len(kept) < len(dataset):
+        logger.warning(f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of the {name} dataset: {why}.")
+    return kept
