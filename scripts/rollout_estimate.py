@@ -62,12 +62,16 @@ def main(arguments: RolloutEstimateArguments, engine_arguments: EngineArguments)
     rows = rows.select(range(min(len(rows), arguments.max_rows or len(rows))))
     sampling = {key: getattr(arguments, key) for key in ("n", "temperature", "top_p", "max_tokens")}
     stop = tuple(arguments.stop or ())
+    positions = getattr(engine, "max_length", None)
 
     def estimate(batch: list[dict[str, Any]]) -> Iterator[dict[str, Any] | Dropped]:
         for row in batch:
             prompt_ids, rejected_ids, answer = row["prompt_ids"], row["rejected_ids"], row["answer"]
             if not rejected_ids:
                 yield Dropped("the rejected completion is empty")
+                continue
+            if positions is not None and len(prompt_ids) + len(rejected_ids) >= positions:
+                yield Dropped(f"no room for a continuation in the model's {positions} positions")
                 continue
 
             def verify(ids: list[int], answer: str = answer) -> bool:

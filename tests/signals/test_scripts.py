@@ -157,6 +157,14 @@ def test_rollout_estimate_needs_an_answer_and_a_wrong_answer(stage, tmp_path):
     rollout_estimate.main(rollout_estimate.RolloutEstimateArguments(str(solved), str(tmp_path / "b")), engine)
     assert read_manifest(tmp_path / "b")["dropped"] == {"the rejected completion has the right answer": 1}
 
+    full = rows.select([0]).to_list()
+    full[0]["rejected_ids"] = [7] * (512 - len(full[0]["prompt_ids"]))
+    run_job(lambda b: b, Dataset.from_list(full), tmp_path / "full", name="x", parameters={}, tokenizer=tokenizer)
+    rollout_estimate.main(
+        rollout_estimate.RolloutEstimateArguments(str(tmp_path / "full"), str(tmp_path / "c")), engine
+    )
+    assert read_manifest(tmp_path / "c")["dropped"] == {"no room for a continuation in the model's 512 positions": 1}
+
 
 def test_compare_signals_says_what_is_missing(stage, tmp_path):
     arguments = compare_signals.CompareSignalsArguments([stage["pairs"]], str(tmp_path), signals=["contrast"])
