@@ -1,13 +1,14 @@
-r"""What a critical-token DPO step costs beside TRL's DPOTrainer step on the same batch: time and peak memory.
+r"""What a step of our preference trainers costs beside TRL's DPOTrainer step on the same batch: time and peak memory.
 
-    python benchmarks/critical_dpo_step.py                                      # CPU, vocabularies of 32k and 128k
-    python benchmarks/critical_dpo_step.py --device cuda --dtype bfloat16 --hidden_size 2048 --layers 16 --peft \
+    python benchmarks/preference_step.py                            # critical-token DPO; CPU, vocabularies 32k and 128k
+    python benchmarks/preference_step.py --method treg              # T-REG with the rewards in the dataset
+    python benchmarks/preference_step.py --device cuda --dtype bfloat16 --hidden_size 2048 --layers 16 --peft \
         --vocab_size 128256 --completion_length 1024 --batch_size 8
 
 A step is collation, both forward passes, backward and optimizer. Time: both trainers in one process, taking turns, and
 the median of the pairs' ratios (a busy machine slows both halves of a pair). Memory: each trainer alone in a process of
 its own, the peak of allocated device memory, or on a CPU of resident memory above what the imports take. The target
-is ≤ 1.05 for both. Writes results.json and results.png to `output_dir`.
+is ≤ 1.05 for both. Writes results.json and results.png to `output_dir`/`method`.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ from tokenizers import Tokenizer, models
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegConfig, TRegTrainer
 
-METHODS = ("dpo", "critical_token_dpo")
+OURS = {
+    "critical_token_dpo": (CriticalTokenDPOTrainer, CriticalTokenDPOConfig),
+    "treg": (TRegTrainer, TRegConfig),
+}
 
 
 @dataclass
 class Arguments:
     """Shape of the model and the batch, and how often to measure."""
 
+    method: str = field(default="critical_token_dpo", metadata={"help": "Ours: critical_token_dpo or treg."})
     vocab_size: list[int] = field(default_factory=lambda: [32000, 128000], metadata={"help": "One row each."})
     hidden_size: int = 256
     layers: int = 4
@@ -56,7 +61,7 @@ class Arguments:
     device: str = "cpu"
     pairs: int = field(default=15, metadata={"help": "Pairs of steps to time, after two to warm up."})
     seed: int = 0
-    output_dir: str = "runs/benchmarks/critical_dpo_step"
+    output_dir: str = "runs/benchmarks/preference_step"
     memory_of: str | None = field(default=None, metadata={"help": "For the script itself: measure this method only."})
 
 
@@ -77,7 +82,9 @@ def make_step(arguments: Arguments, vocab_size: int, method: str, folder: str) -
         ):
             row[f"{name}_ids"] = [rng.randrange(2, vocab_size) for _ in range(length)]
             row[name] = tokenizer.decode(row[f"{name}_ids"], skip_special_tokens=True)
-        row["rejected_contrast"] = [rng.random() for _ in row["rejected_ids"]]
+        for side in ("chosen", "rejected"):
+            row[f"{side}_contrast"] = [rng.random() for _ in row[f"{side}_ids"]]
+            row[f"{side}_token_reward"] = [rng.random() - 0.5 for _ in row[f"{side}_ids"]]
         rows.append(row)
     shared = dict(
         output_dir=f"{folder}/out",
@@ -97,9 +104,8 @@ def make_step(arguments: Arguments, vocab_size: int, method: str, folder: str) -
         pair = {"prompt": "t2", "chosen": "t3", "rejected": "t4"}
         trainer = DPOTrainer(args=DPOConfig(**shared), train_dataset=Dataset.from_list([pair]), **common)
     else:
-        trainer = CriticalTokenDPOTrainer(
-            args=CriticalTokenDPOConfig(**shared), train_dataset=Dataset.from_list(rows), **common
-        )
+        trainer_class, config_class = OURS[method]
+        trainer = trainer_class(args=config_class(**shared), train_dataset=Dataset.from_list(rows), **common)
     trainer.create_optimizer()
     trainer.model.to(trainer.accelerator.device)
     trainer.current_gradient_accumulation_steps = 1  # `train` would set it
@@ -151,10 +157,11 @@ def measure_memory(arguments: Arguments, vocab_size: int, method: str) -> int:
 
 def measure_time(arguments: Arguments, vocab_size: int, folder: str) -> dict[str, list[float]]:
     """Seconds of each step, the two methods taking turns (and turns at going first)."""
-    steps = {method: make_step(arguments, vocab_size, method, folder) for method in METHODS}
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    methods = ("dpo", arguments.method)
+    steps = {method: make_step(arguments, vocab_size, method, folder) for method in methods}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
     for pair in range(arguments.pairs + 2):
-        for method in METHODS if pair % 2 else METHODS[::-1]:
+        for method in methods if pair % 2 else methods[::-1]:
             start = time.perf_counter()
             steps[method]()
             if pair >= 2:
@@ -167,34 +174,35 @@ def compare(arguments: Arguments, vocab_size: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         save_model(arguments, vocab_size, folder)
         seconds = measure_time(arguments, vocab_size, folder)
-    ours, stock = seconds["critical_token_dpo"], seconds["dpo"]
-    peaks = {method: measure_memory(arguments, vocab_size, method) for method in METHODS}
+    ours, stock = seconds[arguments.method], seconds["dpo"]
+    peaks = {method: measure_memory(arguments, vocab_size, method) for method in seconds}
     return {
         "vocab_size": vocab_size,
         "seconds": seconds,
         "peak_bytes": peaks,
         "time_ratio": statistics.median(a / b for a, b in zip(ours, stock, strict=True)),
-        "memory_ratio": peaks["critical_token_dpo"] / peaks["dpo"],
+        "memory_ratio": peaks[arguments.method] / peaks["dpo"],
     }
 
 
 def report(results: list[dict], arguments: Arguments) -> None:
     """Table on screen, results.json and results.png in `output_dir`."""
-    output = Path(arguments.output_dir)
+    output = Path(arguments.output_dir) / arguments.method
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps({"arguments": asdict(arguments), "results": results}, indent=2))
-    table = Table(title="critical-token DPO step / DPOTrainer step")
+    table = Table(title=f"{arguments.method} step / DPOTrainer step")
     for column in ("vocabulary", "DPO s", "ours s", "time ratio", "DPO GiB", "ours GiB", "memory ratio"):
         table.add_column(column, justify="right")
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.5), squeeze=False)
     for result, axis in zip(results, axes[0], strict=True):
-        times = [statistics.median(result["seconds"][method]) for method in METHODS]
-        sizes = [result["peak_bytes"][method] / 2**30 for method in METHODS]
+        methods = list(result["seconds"])
+        times = [statistics.median(result["seconds"][method]) for method in methods]
+        sizes = [result["peak_bytes"][method] / 2**30 for method in methods]
         table.add_row(
             f"{result['vocab_size']:,}",
             *(f"{value:.3f}" for value in (*times, result["time_ratio"], *sizes, result["memory_ratio"])),
         )
-        for method in METHODS:
+        for method in methods:
             axis.plot(result["seconds"][method], marker=".", label=method)
         ratios = f"time × {result['time_ratio']:.3f}, memory × {result['memory_ratio']:.3f}"
         axis.set(title=f"{result['vocab_size']:,} tokens: {ratios}", xlabel="pair", ylabel="seconds a step")

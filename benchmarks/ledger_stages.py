@@ -1,0 +1,71 @@
+"""What the T-REG benchmarks on the ledger world run before they differ: from a base model to scored pairs, by seed.
+
+Each stage is a script or a recipe with the command line that a user would type (scripts/quickstart.py prints and keeps
+them); a killed benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from quickstart import Stages  # noqa: E402  the quickstart's way of running a script, kept in one place
+
+LEDGER = "recipes/ledger"
+MAX_TOKENS = 96
+
+
+def stages_in(folder: Path) -> Stages:
+    """The stages of a benchmark, kept in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Stages(folder)
+
+
+def build_pairs(stages: Stages, out: Path, base: str, *, problems: int, rollouts: int, seed: int) -> Path:
+    """Problems of the train split, rollouts of the base, and pairs; the folder of the pairs."""
+    world = out / "world"
+    stages.run(
+        *("problems", "data/ledger.py", "--output_dir", world, "--seed", seed),
+        *("--train", problems, "--validation", 1, "--test", 1, "--sft", 1),
+    )
+    stages.run(
+        *("rollouts", "scripts/sample_rollouts.py", "--model", base, "--dataset", world / "train"),
+        *("--output_dir", out / "rollouts", "--num_rollouts", rollouts, "--max_tokens", MAX_TOKENS, "--seed", seed),
+    )
+    stages.run(
+        *("pairs", "scripts/build_pairs.py", "--dataset", out / "rollouts"),
+        *("--output_dir", out / "preferences", "--seed", seed),
+    )
+    return out / "preferences" / "pairs"
+
+
+def score_token_rewards(stages: Stages, out: Path, model: str, dataset: Path) -> Path:
+    """Self-generated token rewards of `model` on `dataset`; the folder of the scored stage."""
+    stages.run(
+        *("token rewards", "scripts/score_token_rewards.py", "--model", model, "--dataset", dataset),
+        *("--templates", "ledger", "--output_dir", out / "rewarded"),
+    )
+    return out / "rewarded"
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over seeds with its 95 % interval by Student's t."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return {"mean": mean, "ci95": [math.nan, math.nan], "seeds": n}
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) * float(stats.t.ppf(0.975, n - 1))
+    return {"mean": mean, "ci95": [mean - spread, mean + spread], "seeds": n}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

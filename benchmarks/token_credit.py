@@ -1,0 +1,199 @@
+r"""How good token signals are: which finds the token that breaks a wrong solution, and at what cost.
+
+    python benchmarks/token_credit.py --base BASE --output_dir runs/token_credit
+
+On wrong solutions of the ledger world, whose first wrong token is known exactly, and against the critical token of the
+rollout estimate (arXiv 2411.19943v3): contrastive score, self-generated reward (T-REG, arXiv 2412.02685), DPO's
+implicit reward, entropy, log-prob, random. Every seed has its own problems, rollouts, pairs and adapters. AUROC of "is the
+target" and hit@1, as means over seeds with 95 % intervals, and tokens through a model for each scored token. Training
+an adapter is not counted as a cost. Writes `token_credit.json`, `token_credit.png` and `token_credit.md`.
+
+A new signal joins by one line in SIGNALS, once a script writes its column `rejected_<signal>`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from ledger_stages import LEDGER, MAX_TOKENS, build_pairs, over_seeds, score_token_rewards, stages_in, write_json
+from rich.console import Console
+from rich.table import Table
+from trl import TrlParser
+
+from tokalign.data.contract import load_stage
+from tokalign.signals.agreement import report
+
+
+class Signal(NamedTuple):
+    """A column `rejected_<column>`; `sign` 1: low is suspicious, −1: high is; `passes` of a model over the tokens."""
+
+    column: str
+    sign: int
+    passes: float
+
+
+SIGNALS = {
+    "contrastive score": Signal("contrast", 1, 2),
+    "self-generated reward": Signal("token_reward", 1, 2),
+    "DPO implicit reward": Signal("implicit_reward", 1, 2),
+    "entropy": Signal("entropy", -1, 1),
+    "log-prob": Signal("logprob", 1, 1),
+    "random": Signal("random", 1, 0),
+}
+TARGETS = {"first_error": "true first error", "critical_index": "rollout estimate"}
+MEASURES = {"auroc": "AUROC", "hit1": "hit@1"}
+
+
+@dataclass
+class TokenCreditArguments:
+    """Sizes of the benchmark."""
+
+    base: str = field(metadata={"help": "Model under study: a ledger model that knows the revision prompts."})
+    output_dir: str = field(default="runs/token_credit", metadata={"help": "Folder of all results."})
+    seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, …"})
+    problems: int = field(default=600, metadata={"help": "Training problems a seed."})
+    rollouts: int = field(default=8, metadata={"help": "Rollouts a problem."})
+    estimate_rows: int = field(default=40, metadata={"help": "Wrong solutions a seed with a rollout estimate."})
+    continuations: int = field(default=32, metadata={"help": "Continuations a prefix of the rollout estimate."})
+
+
+def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
+    """All signals and both targets of one seed; agreement by target."""
+    out = Path(args.output_dir) / f"seed-{seed}"
+    stages = stages_in(out)
+    pairs = build_pairs(stages, out, args.base, problems=args.problems, rollouts=args.rollouts, seed=seed)
+    base = ("--model_name_or_path", args.base, "--seed", seed)
+    for side in ("positive", "negative"):
+        stages.train(
+            *(f"{side} adapter", "recipes/sft.py", out / side, "--config", f"{LEDGER}/{side}_sft.yaml"),
+            *(*base, "--dataset_name", out / "preferences" / side),
+        )
+    stages.run(
+        *("contrastive scores", "scripts/score_contrast.py", "--model", args.base, "--dataset", pairs),
+        *("--positive", out / "positive", "--negative", out / "negative", "--output_dir", out / "contrast"),
+    )
+    stages.train(
+        *("DPO", "recipes/critical_dpo.py", out / "dpo", "--config", f"{LEDGER}/dpo.yaml"),
+        *(*base, "--dataset_name", pairs),
+    )
+    stages.run(
+        *("likelihood signals", "scripts/score_likelihood.py", "--model", args.base, "--adapter", out / "dpo"),
+        *("--signals", "logprob", "entropy", "implicit_reward", "--dataset", pairs),
+        *("--output_dir", out / "likelihood"),
+    )
+    rewarded = score_token_rewards(stages, out, args.base, pairs)
+    stages.run(
+        *("true first errors", "scripts/mark_first_errors.py", "--dataset", pairs, "--tokenizer", args.base),
+        *("--problems", out / "world" / "train", "--output_dir", out / "marked"),
+    )
+    stages.run(
+        *("rollout estimate", "scripts/rollout_estimate.py", "--model", args.base, "--dataset", pairs),
+        *("--max_rows", args.estimate_rows, "--n", args.continuations, "--max_tokens", MAX_TOKENS),
+        *("--output_dir", out / "estimate", "--seed", seed),
+    )
+    return agreement([out / "contrast", out / "likelihood", rewarded, out / "marked", out / "estimate"], seed)
+
+
+def agreement(folders: list[Path], seed: int) -> dict[str, Any]:
+    """`report` by target over the wrong solutions that all stages hold (the rollout estimate covers the first ones)."""
+    tables: list[dict[tuple, dict[str, Any]]] = []
+    for folder in folders:
+        dataset = load_stage(folder)
+        keep = [c for c in dataset.column_names if c.startswith("rejected_") or c in ("id", "prompt_ids", *TARGETS)]
+        tables.append({(row["id"], *row["rejected_ids"]): row for row in dataset.select_columns(keep)})
+    results = {}
+    for target in TARGETS:
+        needed = tables if target == "critical_index" else tables[:-1]
+        keys = [key for key in needed[0] if all(key in table for table in needed)]
+        rows = [{name: value for table in needed for name, value in table[key].items()} for key in keys]
+        draw = random.Random(seed)
+        for row in rows:
+            row["rejected_random"] = [draw.random() for _ in row["rejected_ids"]]
+        scores = {
+            name: [[signal.sign * value for value in row[f"rejected_{signal.column}"]] for row in rows]
+            for name, signal in SIGNALS.items()
+        }
+        results[target] = report(scores, [row[target] for row in rows], costs=costs(rows, folders), samples=2)
+    return results
+
+
+def costs(rows: list[dict[str, Any]], folders: list[Path]) -> dict[str, float]:
+    """Tokens through a model for each scored token; revision prompts are longer than the prompt by what they quote."""
+    scored = sum(len(row["rejected_ids"]) for row in rows)
+    one_pass = sum(len(row["prompt_ids"]) for row in rows) / scored + 1
+    found = {name: signal.passes * one_pass for name, signal in SIGNALS.items()}
+    manifest = json.loads((folders[2] / "manifest.json").read_text())
+    found["self-generated reward"] = manifest["model_tokens"] / manifest["scored_tokens"]
+    return found
+
+
+def summarise(args: TokenCreditArguments, by_seed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds with intervals."""
+    results: dict[str, Any] = {"arguments": asdict(args), "targets": {}}
+    for target in TARGETS:
+        reports = [seed[target] for seed in by_seed]
+        results["targets"][target] = {
+            "solutions": [r["solutions"] for r in reports],
+            "unknown": [r["unknown"] for r in reports],
+            "signals": {
+                name: {key: over_seeds([r["signals"][name][key] for r in reports]) for key in MEASURES}
+                | {
+                    "tokens_per_scored_token": over_seeds(
+                        [r["signals"][name]["tokens_per_scored_token"] for r in reports]
+                    )["mean"]
+                }
+                for name in SIGNALS
+            },
+        }
+    return results
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
+    """The same table on screen and as Markdown, and a figure."""
+    figure, axes = plt.subplots(len(TARGETS), len(MEASURES), figsize=(10, 3 * len(TARGETS)), layout="constrained")
+    lines = []
+    for row, (target, label) in zip(axes, TARGETS.items(), strict=True):
+        part = results["targets"][target]
+        title = f"Against the {label}: {sum(part['solutions'])} wrong solutions, {results['arguments']['seeds']} seeds"
+        table = Table("signal", *MEASURES.values(), "tokens / scored token", title=title)
+        lines += [f"**{title}**", "", "| signal | AUROC | hit@1 | tokens a scored token |", "|---|---|---|---|"]
+        for name, entry in part["signals"].items():
+            cells = [
+                f"{entry[k]['mean']:.3f} ({entry[k]['ci95'][0]:.3f} – {entry[k]['ci95'][1]:.3f})" for k in MEASURES
+            ]
+            cells.append(f"{entry['tokens_per_scored_token']:.1f}")
+            table.add_row(name, *cells)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+        Console().print(table)
+        for axis, (key, measure) in zip(row, MEASURES.items(), strict=True):
+            names = list(part["signals"])
+            means = [part["signals"][n][key]["mean"] for n in names]
+            spread = [part["signals"][n][key]["ci95"][1] - part["signals"][n][key]["mean"] for n in names]
+            axis.barh(names, means, xerr=spread, color="tab:blue", ecolor="black", capsize=3)
+            axis.set(xlim=(0, 1.02), title=f"{measure} · {label}")
+            axis.invert_yaxis()
+            if key == "auroc":
+                axis.axvline(0.5, color="grey", linestyle=":")
+    figure.savefig(folder / "token_credit.png", dpi=120)
+    (folder / "token_credit.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def main(args: TokenCreditArguments) -> dict[str, Any]:
+    results = summarise(args, [run_seed(args, seed) for seed in range(args.seeds)])
+    folder = Path(args.output_dir)
+    write_json(folder / "token_credit.json", results)
+    show(results, folder)
+    return results
+
+
+if __name__ == "__main__":
+    main(*TrlParser((TokenCreditArguments,)).parse_args_and_config())
