@@ -1,9 +1,12 @@
-"""Build preference pairs and the positive and negative SFT sets from verified rollouts, by the answer-frequency rule.
+"""Build preference pairs and SFT sets from rollouts. See `tokalign/data/pairing.py` for the two rules.
 
-Reads a `rollouts` stage and writes three: `<output_dir>/pairs` (preferences), `<output_dir>/positive` and
-`<output_dir>/negative` (SFT rows that `SFTTrainer` takes without tokenising again). See `tokalign/data/pairing.py`.
+`--rule frequency` reads verified rollouts and writes three stages: `<output_dir>/pairs` (preferences),
+`<output_dir>/positive` and `<output_dir>/negative` (SFT rows that `SFTTrainer` takes without tokenising again).
+`--rule best_worst` reads rewarded rollouts (scripts/score_rewards.py) and writes `pairs`, each problem's best rollout
+against its worst, and `positive`, the best ones.
 
 python scripts/build_pairs.py --dataset runs/rollouts --output_dir runs/pairing
+python scripts/build_pairs.py --rule best_worst --dataset runs/rewarded --output_dir runs/pairing
 """
 
 from __future__ import annotations
@@ -12,15 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trl import TrlParser
 
-from tokalign.data.contract import content_hash, load_stage
+from tokalign.data.contract import ContractError, content_hash, load_stage
 from tokalign.data.pairing import (
+    BestWorstOptions,
     PairingOptions,
     Row,
     Selection,
+    best_rows,
+    best_worst_pair,
     check_something_left,
     group_consecutive,
     negative_rows,
@@ -30,9 +36,8 @@ from tokalign.data.pairing import (
 from tokalign.jobs import Dropped, Kept, process_state, run_job
 from tokalign.rewards import extract_answer
 
-COLUMNS = (
-    *("id", "prompt", "answer", "prompt_ids", "completion_ids", "completion", "finish_reason", "correct", "extracted"),
-)
+READ = ("id", "prompt", "answer", "prompt_ids", "completion_ids", "completion", "finish_reason")
+COLUMNS = {"frequency": (*READ, "correct", "extracted"), "best_worst": (*READ, "reward")}
 
 
 @dataclass
@@ -40,25 +45,36 @@ class BuildPairsArguments:
     """Arguments of pairing."""
 
     dataset: str = field(metadata={"help": "Rollouts stage: folder or hub id; a problem's rows are contiguous."})
-    output_dir: str = field(metadata={"help": "Folder of the three stages."})
+    output_dir: str = field(metadata={"help": "Folder of the stages."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    coverage: float = field(
-        default=0.5, metadata={"help": "Share of a problem's incorrect samples that its chosen wrong answers cover."}
+    rule: Literal["frequency", "best_worst"] = field(
+        default="frequency",
+        metadata={"help": "`frequency`: frequent wrong answers against right ones; `best_worst`: by `reward`."},
     )
-    max_pairs_per_problem: int | None = field(default=None, metadata={"help": "Most pairs of one problem."})
+    coverage: float = field(
+        default=0.5,
+        metadata={"help": "frequency: share of a problem's incorrect samples that its chosen wrong answers cover."},
+    )
+    max_pairs_per_problem: int | None = field(default=None, metadata={"help": "frequency: most pairs of one problem."})
     include_unparsable: bool = field(
-        default=False, metadata={"help": "Count a wrong rollout without an answer as one more wrong answer."}
+        default=False, metadata={"help": "frequency: count a wrong rollout without an answer as one more wrong answer."}
+    )
+    min_margin: float = field(
+        default=0.0, metadata={"help": "best_worst: the two rewards must be further apart than this."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random trajectories."})
     shard_size: int = field(default=512, metadata={"help": "Problems a shard."})
 
 
-def main(arguments: BuildPairsArguments) -> dict[str, dict[str, Any]]:
-    state = process_state()
-    rollouts = load_stage(arguments.dataset, split=arguments.split, stage="rollouts")
-    rollouts = rollouts.select_columns([column for column in COLUMNS if column in rollouts.column_names])
-    problems = group_consecutive(rollouts, "id")
-    problems.info.description = rollouts.info.description  # the stage's manifest: its tokenizer is theirs
+def stages_of(arguments: BuildPairsArguments) -> tuple[dict[str, Callable[[list[Row]], Selection]], dict[str, Any]]:
+    """For each stage of the rule what it takes from one problem's rollouts; and the rule's parameters."""
+    if arguments.rule == "best_worst":
+        by_reward = BestWorstOptions(min_margin=arguments.min_margin, seed=arguments.seed)
+        stages = {
+            "pairs": partial(best_worst_pair, options=by_reward),
+            "positive": partial(best_rows, options=by_reward),
+        }
+        return stages, {"rule": "best_worst", **vars(by_reward)}
     options = PairingOptions(
         coverage=arguments.coverage,
         max_pairs_per_problem=arguments.max_pairs_per_problem,
@@ -69,12 +85,26 @@ def main(arguments: BuildPairsArguments) -> dict[str, dict[str, Any]]:
     def answer_of(rollout: Row) -> str | None:
         return rollout["extracted"] if "extracted" in rollout else extract_answer(rollout["completion"])
 
-    stages: dict[str, Callable[[list[Row]], Selection]] = {
+    return {
         "pairs": partial(preference_pairs, options=options, answer_of=answer_of),
         "positive": partial(positive_rows, options=options),
         "negative": partial(negative_rows, options=options, answer_of=answer_of),
-    }
-    parameters = {**vars(options), "rollouts": content_hash(rollouts) if state.is_main_process else None}
+    }, vars(options)
+
+
+def main(arguments: BuildPairsArguments) -> dict[str, dict[str, Any]]:
+    state = process_state()
+    rollouts = load_stage(arguments.dataset, split=arguments.split, stage="rollouts")
+    if arguments.rule == "best_worst" and "reward" not in rollouts.column_names:
+        raise ContractError(
+            f"{arguments.dataset} has no column `reward`, which the rule best_worst needs; make it with "
+            "scripts/score_rewards.py."
+        )
+    rollouts = rollouts.select_columns([name for name in COLUMNS[arguments.rule] if name in rollouts.column_names])
+    problems = group_consecutive(rollouts, "id")
+    problems.info.description = rollouts.info.description  # the stage's manifest: its tokenizer is theirs
+    stages, options = stages_of(arguments)
+    parameters = {**options, "rollouts": content_hash(rollouts) if state.is_main_process else None}
     manifests = {}
     for stage, select in stages.items():
 

@@ -1,8 +1,8 @@
-"""Sample completions of problems and verify them: the `rollouts` stage, first step of critical-token DPO.
+"""Sample completions of problems and verify them: the `rollouts` stage, first step of critical-token DPO and T-REG.
 
 Reads a `problems` stage and writes N rows a problem, each with its ids, log-probs, finish reason, final answer and
-whether that answer is right. A problem's seed comes from `--seed` and its id, so shards, processes and resumed runs
-give the same rows. Every process loads its own engine.
+whether that answer is right (both null where the problem's `answer` is null or empty). A problem's seed comes from
+`--seed` and its id, so shards, processes and resumed runs give the same rows. Every process loads its own engine.
 
 accelerate launch scripts/sample_rollouts.py \
     --model meta-llama/Meta-Llama-3-8B-Instruct --engine vllm \
@@ -83,7 +83,8 @@ def sampler(engine: Engine, arguments: SampleRolloutsArguments) -> Callable[[lis
             rows = []
             for number, completion in enumerate(completions):
                 text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-                answer = extract_answer(text)
+                reference = problems[i]["answer"]
+                answer = extract_answer(text) if reference else None  # following instructions has no final answer
                 rollout = {
                     "prompt_ids": prompts[i],
                     "completion_ids": completion.token_ids,
@@ -92,7 +93,7 @@ def sampler(engine: Engine, arguments: SampleRolloutsArguments) -> Callable[[lis
                     "logprobs": completion.logprobs,
                     "sample": number,
                     "extracted": answer,
-                    "correct": answers_match(answer, problems[i]["answer"]),
+                    "correct": answers_match(answer, reference) if reference else None,
                 }
                 rows.append({**problems[i], **rollout})
             items[i] = rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from tokalign.data.contract import ContractError, load_stage, read_manifest
@@ -41,7 +42,7 @@ def builder(name: str) -> ModuleType:
     return module
 
 
-gsm8k, hendrycks_math = builder("gsm8k"), builder("hendrycks_math")
+gsm8k, hendrycks_math, ultrafeedback = builder("gsm8k"), builder("hendrycks_math"), builder("ultrafeedback")
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -128,6 +129,55 @@ def test_the_card_loads_and_lists_splits_columns_and_command(tmp_path: Path) -> 
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "train/*.parquet"}]
     for text in ("| train | 2 |", "`solution`", "python "):
         assert text in card.text
+
+
+def build_ultrafeedback(source: Path, out: Path, **options) -> None:
+    ultrafeedback.main(ultrafeedback.UltraFeedbackArguments(source=str(source), output_dir=str(out), **options))
+
+
+def test_ultrafeedback_keeps_prompts_once_and_no_answers(tmp_path: Path) -> None:
+    train = ["Write a poem.", "Why is the sky blue?", "write a  POEM. ", " ", "Tell a joke.", "Name a tree."]
+    rows = [{"prompt": text, "chosen": f"answer {k}", "prompt_id": str(k)} for k, text in enumerate(train)]
+    write(tmp_path / "in" / "train.jsonl", rows)
+    write(tmp_path / "in" / "test.jsonl", [{"prompt": "Tell a joke. "}, {"prompt": "Sing."}])
+    build_ultrafeedback(tmp_path / "in", tmp_path / "out")
+    made = {split: load_stage(tmp_path / "out", split=split, stage="problems") for split in ("train", "test")}
+    contents = {split: [prompt[0]["content"] for prompt in rows["prompt"]] for split, rows in made.items()}
+    assert contents["train"] == ["Write a poem.", "Why is the sky blue?", "Name a tree."]
+    assert contents["test"] == ["Tell a joke.", "Sing."]  # the test keeps what both have
+    assert made["train"]["id"] == ["ultrafeedback-train-0", "ultrafeedback-train-1", "ultrafeedback-train-5"]
+    assert made["train"]["answer"] == [None] * 3
+    assert made["train"].column_names == ["id", "prompt", "answer"]
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {"no question": 1, "repeated prompt": 2}
+    assert "no reference answers" in DatasetCard.load(tmp_path / "out" / "README.md").text
+
+
+def test_ultrafeedback_reads_parquet_and_takes_the_preference_splits(tmp_path: Path) -> None:
+    data = tmp_path / "clone" / "data"
+    data.mkdir(parents=True)
+    for split, texts in (("train_prefs", ["a", "b"]), ("train_sft", ["a", "b", "c"]), ("test_prefs", ["d"])):
+        Dataset.from_dict({"prompt": texts}).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    build_ultrafeedback(tmp_path / "clone", tmp_path / "out", prompt_style="string")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "test", "train"]
+    assert load_stage(tmp_path / "out", split="train")["prompt"] == ["a\n", "b\n"]
+    build_ultrafeedback(data / "test_prefs-00000-of-00001.parquet", tmp_path / "one", prompt_style="string")
+    assert load_stage(tmp_path / "one", split="test")["prompt"] == ["d\n"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a"}, r"Split train of .* has columns question but none of prompt, instruction; rename"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}]},
+            r"Column `prompt` of split train .* not text; give a",
+        ),
+    ],
+)
+def test_ultrafeedback_without_text_prompts_is_one_sentence(tmp_path: Path, row: dict, message: str) -> None:
+    write(tmp_path / "train.jsonl", [row])
+    with pytest.raises(ContractError, match=message):
+        build_ultrafeedback(tmp_path / "train.jsonl", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

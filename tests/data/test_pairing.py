@@ -1,4 +1,4 @@
-"""The answer-frequency rule against a plain loop, and what pairing leaves out."""
+"""The two rules against plain loops, and what pairing leaves out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from tokalign.data.contract import ContractError
 from tokalign.data.pairing import (
+    BestWorstOptions,
     PairingOptions,
+    best_rows,
+    best_worst_pair,
     check_something_left,
     frequent_wrong_answers,
     group_consecutive,
@@ -133,6 +136,77 @@ def test_bad_rollouts_are_named():
         PairingOptions(coverage=0)
 
 
+def rewarded(rewards, **changes) -> list[dict]:
+    return [rollout(k, None, None, answer=None, reward=reward, **changes) for k, reward in enumerate(rewards)]
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=8), st.integers(0, 3), st.integers(0, 5))
+def test_best_and_worst_is_the_papers_rule(rewards, margin, seed):
+    best = worst = rewards[0]
+    for reward in rewards:
+        if reward > best:
+            best = reward
+        if reward < worst:
+            worst = reward
+    selection = best_worst_pair(rewarded(rewards), BestWorstOptions(min_margin=margin, seed=seed))
+    if best - worst <= margin:
+        assert selection == ([], "rewards no further apart than min_margin", {})
+        return
+    (row,) = selection.rows
+    chosen, rejected = (int(row[side].removeprefix("text ")) for side in ("chosen", "rejected"))
+    assert (rewards[chosen], rewards[rejected]) == (best, worst) == (row["reward_chosen"], row["reward_rejected"])
+    assert (row["chosen_ids"], row["rejected_ids"]) == ([10 + chosen, 1], [10 + rejected, 1])
+    assert (row["prompt_ids"], row["answer"], row["pair"]) == ([5, 6], None, 0)
+    (best_row,) = best_rows(rewarded(rewards), BestWorstOptions(min_margin=margin, seed=seed)).rows
+    assert best_row["completion_ids"] == row["chosen_ids"]  # the SFT baseline learns what the pairs prefer
+    assert best_row["input_ids"] == [5, 6, 10 + chosen, 1] and best_row["completion_mask"] == [0, 0, 1, 1]
+
+
+def test_ties_are_drawn_by_seed_and_problem():
+    tied = [1.0, 0.0, 1.0, 0.5, 0.0, 1.0]
+    pairs = [best_worst_pair(rewarded(tied), BestWorstOptions(seed=seed)).rows[0] for seed in range(40)]
+    assert {pair["chosen"] for pair in pairs} == {"text 0", "text 2", "text 5"}
+    assert {pair["rejected"] for pair in pairs} == {"text 1", "text 4"}
+    again = [best_worst_pair(rewarded(tied), BestWorstOptions(seed=seed)).rows[0] for seed in range(40)]
+    assert again == pairs
+    others = [best_worst_pair(rewarded(tied, id=f"q{k}")).rows[0]["chosen"] for k in range(20)]
+    assert len(set(others)) == 3
+
+
+def test_best_and_worst_leave_out_what_the_other_rule_leaves_out():
+    rollouts = rewarded([9.0, 1.0, 8.0, 2.0, 5.0, -9.0])
+    rollouts[0]["finish_reason"] = "length"
+    rollouts[2] |= {"completion_ids": [1], "completion": " "}
+    rollouts[5]["finish_reason"] = "length"
+    selection = best_worst_pair(rollouts)
+    assert selection.left_out == {"truncated completion": 2, "empty completion": 1}
+    assert (selection.rows[0]["reward_chosen"], selection.rows[0]["reward_rejected"]) == (5.0, 1.0)
+    assert best_worst_pair(rollouts[:2]) == ([], "only one finished rollout", {"truncated completion": 1})
+    assert best_worst_pair(rollouts[:1]) == ([], "no finished rollout", {"truncated completion": 1})
+
+
+def test_best_and_worst_of_one_answer_are_no_pair():
+    rollouts = rewarded([1.0, 0.5, 0.0])
+    rollouts[0]["completion"], rollouts[2]["completion"] = "same\n", " same"  # a judge's noise, or its end tokens
+    assert best_worst_pair(rollouts).reason == "best and worst rollout are the same answer"
+    assert best_rows(rollouts).reason == "best and worst rollout are the same answer"
+    rollouts = rewarded([1.0, 0.5, 0.0])
+    rollouts[2]["completion_ids"] = rollouts[0]["completion_ids"]
+    assert best_worst_pair(rollouts).reason == "best and worst rollout are the same answer"
+
+
+@pytest.mark.parametrize("reward", [None, float("nan"), float("inf")])
+def test_rewards_that_are_no_numbers_are_named(reward):
+    with pytest.raises(ContractError, match=r"Problem 'p': `reward` is (None|nan|inf), not a finite number; score the"):
+        best_worst_pair(rewarded([1.0, reward, 0.0]))
+
+
+@pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf")])
+def test_margins_that_are_no_distance(margin):
+    with pytest.raises(ContractError, match=r"min_margin is (-0\.1|nan|inf); it must be a number of at least 0"):
+        BestWorstOptions(min_margin=margin)
+
+
 def test_group_consecutive():
     groups = group_consecutive(Dataset.from_dict({"id": ["a"] * 3 + ["b"] + ["c"] * 2, "x": list(range(6))}), "id")
     assert groups.to_list() == [
@@ -150,6 +224,7 @@ def test_group_consecutive():
         ({"no wrong rollout": 4, "truncated completion": 2}, "every rollout is correct; sample more or hotter"),
         ({"no correct rollout": 4}, "no rollout is correct; sample more, take easier problems"),
         ({"no finished rollout": 4}, "raise max_tokens"),
+        ({"rewards no further apart than min_margin": 4}, "no problem's rewards differ; lower min_margin"),
         ({"no wrong rollout": 3, "no correct rollout": 1}, "no wrong rollout: 3, no correct rollout: 1"),
     ],
 )

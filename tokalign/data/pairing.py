@@ -1,18 +1,24 @@
-"""From verified rollouts to preference pairs and the two SFT sets of critical-token DPO (arXiv 2411.19943v3, §3).
+"""From rollouts to preference pairs and SFT sets, by one of two rules.
 
-Answer-frequency rule: a problem's wrong answers are sorted by how often they occur and taken until they cover half of
-its incorrect samples, one trajectory an answer. These trajectories are the negative SFT set and the rejected sides;
-one random correct trajectory a problem is the positive SFT set; each pair's chosen side is a random correct one.
+Answer-frequency rule, for verified rollouts (critical-token DPO, arXiv 2411.19943v3, §3): a problem's wrong answers are
+sorted by how often they occur and taken until they cover half of its incorrect samples, one trajectory an answer. These
+trajectories are the negative SFT set and the rejected sides; one random correct trajectory a problem is the positive
+SFT set; each pair's chosen side is a random correct one.
 
 Choices that the paper leaves open: answers are compared as the strings that `extract_answer` gives; a wrong rollout
 without an answer forms no class and does not count towards the half, unless `include_unparsable`; rollouts that hit
 the token limit or are empty are left out of both sides, because neither a cut-off proof nor silence says which token
 was wrong. Every random choice is drawn from a seed and the problem's id, so it does not depend on shards or processes.
+
+Best/worst rule, for rewarded rollouts (T-REG, arXiv 2412.02685): a problem's rollout of the highest reward is chosen,
+the one of the lowest rejected. Rollouts are left out as above; equal rewards at either end are settled by a draw; a
+problem whose rewards do not differ, or whose best and worst are one answer, gives no pair.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +32,8 @@ from tokalign.data.contract import ContractError
 Row = dict[str, Any]
 NO_CORRECT, NO_WRONG = "no correct rollout", "no wrong rollout"
 NO_ANSWER, NO_FINISHED = "no wrong rollout with an answer", "no finished rollout"
+ONE_FINISHED, EQUAL_REWARDS = "only one finished rollout", "rewards no further apart than min_margin"
+SAME_ANSWER = "best and worst rollout are the same answer"
 TRUNCATED, EMPTY = "truncated completion", "empty completion"
 
 
@@ -50,6 +58,23 @@ class PairingOptions:
             raise ContractError(f"coverage is {self.coverage}; it must be above 0 and at most 1.")
         if self.max_pairs_per_problem is not None and self.max_pairs_per_problem < 1:
             raise ContractError(f"max_pairs_per_problem is {self.max_pairs_per_problem}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class BestWorstOptions:
+    """How the best and the worst rollout of a problem are chosen.
+
+    Attributes:
+        min_margin: Their rewards must be further apart than this; 0 asks for any difference.
+        seed: Of the draws among rollouts of one reward.
+    """
+
+    min_margin: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.min_margin) and self.min_margin >= 0):
+            raise ContractError(f"min_margin is {self.min_margin}; it must be a number of at least 0.")
 
 
 class Selection(NamedTuple):
@@ -107,15 +132,14 @@ def frequent_wrong_answers(answers: Sequence[str | None], coverage: float = 0.5)
     return chosen
 
 
-def _random(options: PairingOptions, purpose: str, problem_id: Any) -> random.Random:
-    digest = hashlib.sha256(f"{options.seed}\0{purpose}\0{problem_id}".encode()).digest()
+def _random(seed: int, purpose: str, problem_id: Any) -> random.Random:
+    digest = hashlib.sha256(f"{seed}\0{purpose}\0{problem_id}".encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 
-def _usable(rollouts: Sequence[Row]) -> tuple[list[Row], list[Row], dict[str, int]]:
-    """Correct and wrong rollouts that finished and say something, and the counts of the others."""
-    correct: list[Row] = []
-    wrong: list[Row] = []
+def _finished(rollouts: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
+    """Rollouts that finished and say something, and the counts of the others."""
+    finished: list[Row] = []
     left_out: Counter[str] = Counter()
     for rollout in rollouts:
         if rollout["prompt_ids"] != rollouts[0]["prompt_ids"]:
@@ -123,15 +147,25 @@ def _usable(rollouts: Sequence[Row]) -> tuple[list[Row], list[Row], dict[str, in
                 f"Problem {rollout['id']!r}: `prompt_ids` differ between its rollouts; give each prompt its own id "
                 "and sample again."
             )
-        if rollout["correct"] is None:
-            raise ContractError(f"Problem {rollout['id']!r}: `correct` is missing; verify the rollouts first.")
         if rollout["finish_reason"] == "length":
             left_out[TRUNCATED] += 1
         elif not rollout["completion_ids"] or not rollout["completion"].strip():
             left_out[EMPTY] += 1
         else:
-            (correct if rollout["correct"] else wrong).append(rollout)
-    return correct, wrong, dict(left_out)
+            finished.append(rollout)
+    return finished, dict(left_out)
+
+
+def _usable(rollouts: Sequence[Row]) -> tuple[list[Row], list[Row], dict[str, int]]:
+    """Correct and wrong rollouts that finished and say something, and the counts of the others."""
+    if any(rollout["correct"] is None for rollout in rollouts):
+        raise ContractError(
+            f"Problem {rollouts[0]['id']!r}: `correct` is missing; verify the rollouts first, or pair them by reward "
+            "(rule `best_worst`)."
+        )
+    finished, left_out = _finished(rollouts)
+    correct = [rollout for rollout in finished if rollout["correct"]]
+    return correct, [rollout for rollout in finished if not rollout["correct"]], left_out
 
 
 def _frequent_wrong(
@@ -143,7 +177,7 @@ def _frequent_wrong(
         answered = [pair for pair in answered if pair[0] is not None]
     if not answered:
         return []
-    draw = _random(options, "wrong", wrong[0]["id"])
+    draw = _random(options.seed, "wrong", wrong[0]["id"])
     frequent = frequent_wrong_answers([answer for answer, _ in answered], options.coverage)
     return [(answer, draw.choice([row for own, row in answered if own == answer])) for answer in frequent]
 
@@ -165,7 +199,7 @@ def preference_pairs(
     if not correct or not wrong:
         return Selection([], _why_none(correct, wrong), left_out)
     rejected = _frequent_wrong(wrong, options, answer_of)[: options.max_pairs_per_problem]
-    draw = _random(options, "chosen", rollouts[0]["id"])
+    draw = _random(options.seed, "chosen", rollouts[0]["id"])
     rows = []
     for pair, (answer, worse) in enumerate(rejected):
         better = draw.choice(correct)
@@ -196,7 +230,7 @@ def positive_rows(rollouts: Sequence[Row], options: PairingOptions = PairingOpti
     correct, wrong, left_out = _usable(rollouts)
     if not correct:
         return Selection([], _why_none(correct, wrong), left_out)
-    return Selection([_sft_row(_random(options, "positive", correct[0]["id"]).choice(correct))], None, left_out)
+    return Selection([_sft_row(_random(options.seed, "positive", correct[0]["id"]).choice(correct))], None, left_out)
 
 
 def negative_rows(
@@ -210,6 +244,63 @@ def negative_rows(
         return Selection([], NO_WRONG if correct else NO_FINISHED, left_out)
     rows = [_sft_row(rollout) for _, rollout in _frequent_wrong(wrong, options, answer_of)]
     return Selection(rows, None if rows else NO_ANSWER, left_out)
+
+
+def _best_and_worst(
+    rollouts: Sequence[Row], options: BestWorstOptions
+) -> tuple[tuple[Row, Row] | None, str | None, dict[str, int]]:
+    """The rollouts of the highest and the lowest reward, or why there are none, and what was left out."""
+    finished, left_out = _finished(rollouts)
+    if len(finished) < 2:
+        return None, ONE_FINISHED if finished else NO_FINISHED, left_out
+    for rollout in finished:
+        if rollout["reward"] is None or not math.isfinite(rollout["reward"]):
+            raise ContractError(
+                f"Problem {rollout['id']!r}: `reward` is {rollout['reward']}, not a finite number; score the rollouts "
+                "with scripts/score_rewards.py."
+            )
+    rewards = [rollout["reward"] for rollout in finished]
+    if max(rewards) - min(rewards) <= options.min_margin:
+        return None, EQUAL_REWARDS, left_out
+    best, worst = (
+        _random(options.seed, purpose, rollouts[0]["id"]).choice([r for r in finished if r["reward"] == reward])
+        for purpose, reward in (("best", max(rewards)), ("worst", min(rewards)))
+    )
+    if best["completion_ids"] == worst["completion_ids"] or best["completion"].strip() == worst["completion"].strip():
+        return None, SAME_ANSWER, left_out
+    return (best, worst), None, left_out
+
+
+def best_worst_pair(rollouts: Sequence[Row], options: BestWorstOptions = BestWorstOptions()) -> Selection:
+    """The preference row of one problem: its best rollout against its worst, by `reward`.
+
+    The row has the columns of the stage `preferences`, and `answer`, `pair` (0), `reward_chosen`, `reward_rejected`
+    (one number a side; `chosen_<signal>` is the name of a list with a number a token).
+    """
+    found, reason, left_out = _best_and_worst(rollouts, options)
+    if found is None:
+        return Selection([], reason, left_out)
+    best, worst = found
+    row = {
+        "id": best["id"],
+        "pair": 0,
+        "prompt": best["prompt"],
+        "answer": best["answer"],
+        "chosen": best["completion"],
+        "rejected": worst["completion"],
+        "prompt_ids": best["prompt_ids"],
+        "chosen_ids": best["completion_ids"],
+        "rejected_ids": worst["completion_ids"],
+        "reward_chosen": best["reward"],
+        "reward_rejected": worst["reward"],
+    }
+    return Selection([row], None, left_out)
+
+
+def best_rows(rollouts: Sequence[Row], options: BestWorstOptions = BestWorstOptions()) -> Selection:
+    """SFT row of one problem: its best rollout, for the problems that give a pair (the chosen side of that pair)."""
+    found, reason, left_out = _best_and_worst(rollouts, options)
+    return Selection([] if found is None else [_sft_row(found[0])], reason, left_out)
 
 
 def _why_none(correct: Sequence[Row], wrong: Sequence[Row]) -> str:
@@ -248,6 +339,8 @@ def check_something_left(manifest: Mapping[str, Any]) -> None:
         why = "no rollout is correct; sample more, take easier problems or a stronger model, or check the answers"
     elif dropped.get(NO_FINISHED) == problems:
         why = "no rollout finished with text; raise max_tokens"
+    elif dropped.get(EQUAL_REWARDS) == problems:
+        why = "no problem's rewards differ; lower min_margin, sample more or hotter, or choose another judge"
     else:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         why = f"no problem gives a row ({reasons}); sample more rollouts a problem"
