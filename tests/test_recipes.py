@@ -24,8 +24,10 @@ from tests.launch.support import write_preferences, write_sft
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 PAPER_MODELS = ["llama-3-8b", "llama-3-70b", "deepseek-math-7b", "qwen2.5-7b"]
+TREG_MODELS = {"llama-3-8b-instruct": "dpo", "qwen2.5-7b-instruct": "dpo", "gemma-2-9b-it": "simpo"}  # and base loss
 METHODS = ["critical_dpo", "dpo", "negative_sft", "positive_sft", "rpo", "sample_rollouts", "sft"]
-TRAINING = [path for path in RECIPES if path.stem not in ("sample_rollouts", "quickstart")]
+OFFLINE = ("sample_rollouts", "score_token_rewards", "quickstart")  # jobs, not training
+TRAINING = [path for path in RECIPES if path.stem not in OFFLINE]
 MODEL_AND_PATHS = {"model_name_or_path", "model", "dataset_name", "output_dir"}
 
 
@@ -62,7 +64,7 @@ def parse(path: Path, script: Path, overrides: dict[str, str]) -> tuple[Any, ...
 def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
     """Per training script, a dataset with all splits that a recipe may name."""
     stages = {}
-    for script, write in (("sft", write_sft), ("critical_dpo", write_preferences)):
+    for script, write in (("sft", write_sft), ("critical_dpo", write_preferences), ("treg", write_preferences)):
         folder = tmp_path_factory.mktemp(script)
         for split in ("train", "validation", "test"):
             write(folder / split, tiny_path, rows=8)
@@ -73,6 +75,9 @@ def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
 def test_all_recipes_are_there() -> None:
     for model in PAPER_MODELS:
         assert sorted(path.stem for path in RECIPES if path.parent.name == model) == METHODS
+    for model, base in TREG_MODELS.items():
+        methods = sorted([base, "sample_rollouts", "score_token_rewards", "treg"])
+        assert sorted(path.stem for path in RECIPES if path.parent.name == model) == methods
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -165,10 +170,20 @@ def test_recipes_hold_the_settings_of_the_paper() -> None:
         assert settings.items() <= of(method).items(), method
 
 
+@pytest.mark.parametrize(("model", "base"), TREG_MODELS.items())
+def test_treg_and_its_base_differ_only_in_alpha(model: str, base: str) -> None:
+    treg, plain = (yaml.safe_load((ROOT / "recipes" / model / f"{m}.yaml").read_text()) for m in ("treg", base))
+    assert treg.pop("alpha") in (0.1, 0.25, 0.5) and plain.pop("alpha") == 0.0  # the paper's grid
+    assert treg.pop("output_dir") != plain.pop("output_dir")
+    assert treg == plain and treg["base_loss"] == base
+    rollouts = yaml.safe_load((ROOT / "recipes" / model / "sample_rollouts.yaml").read_text())
+    assert rollouts["num_rollouts"] == 5  # the paper's
+
+
 def documented_commands() -> list[list[str]]:
-    """Every command in the shell blocks of docs/real_models.md and recipes/README.md, split as a shell does."""
+    """Every command in the shell blocks of the pages that walk through a method, split as a shell does."""
     commands = []
-    for page in (ROOT / "docs" / "real_models.md", ROOT / "recipes" / "README.md"):
+    for page in (*(ROOT / "docs" / name for name in ("real_models.md", "treg.md")), ROOT / "recipes" / "README.md"):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             commands += [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
     return commands

@@ -7,10 +7,22 @@ or shows them; `tokalign.signals`, `tokalign.losses`, `tokalign.trainers`, `toka
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+    from tokalign.trainers import (
+        CriticalTokenDPOConfig,
+        CriticalTokenDPOTrainer,
+        CriticalTokenEntropyCallback,
+        TRegConfig,
+        TRegTrainer,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"]
+__all__ = [
+    "CriticalTokenDPOConfig",
+    "CriticalTokenDPOTrainer",
+    "CriticalTokenEntropyCallback",
+    "TRegConfig",
+    "TRegTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -98,7 +98,8 @@ def end_processes() -> None:
 
     A gloo thread (CPU processes) frees the tensors of the last collective only after it has told the main thread that
     it is done. If the interpreter is shutting down by then, the thread cannot take its lock and the process aborts
-    after all its work is done ("terminate called without an active exception", pytorch issue 190489). So give it a moment.
+    after all its work is done ("terminate called without an active exception", pytorch issue 190489). So give it a
+    moment.
     """
     state = PartialState()
     several, on_cpu = state.num_processes > 1, state.device.type == "cpu"

@@ -86,7 +86,7 @@ def token_reward_regularizer(
     token_rewards: torch.Tensor,
     *,
     beta: float,
-    reduction: Literal["sum", "mean"] = "sum",
+    reduction: str = "sum",
 ) -> torch.Tensor:
     """T-REG's regulariser of one side (arXiv 2412.02685): it raises tokens by their reward and lowers by it.
 
@@ -156,8 +156,8 @@ def treg_loss(
     beta: float,
     alpha: float,
     gamma: float = 0.0,
-    sequence_weight: Literal["gradient", "static"] = "gradient",
-    reduction: Literal["sum", "mean"] | None = None,
+    sequence_weight: str = "gradient",
+    reduction: str | None = None,
 ) -> torch.Tensor:
     """T-REG (arXiv 2412.02685): DPO or SimPO, regularised by token rewards on both sides.
 
@@ -205,7 +205,7 @@ def treg_loss(
     return -F.logsigmoid(margin) + alpha * pair_weight(margin, sequence_weight) * regularizer
 
 
-def pair_weight(margin: torch.Tensor, sequence_weight: Literal["gradient", "static"]) -> torch.Tensor:
+def pair_weight(margin: torch.Tensor, sequence_weight: str) -> torch.Tensor:
     """T-REG's w of each pair from its reward margin r(y_w) − r(y_l) − γ, (B,) -> (B,), without a gradient."""
     if sequence_weight == "gradient":
         return torch.sigmoid(-margin.detach())

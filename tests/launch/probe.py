@@ -1,8 +1,9 @@
-"""Train with critical-token DPO as told by a JSON file, and write what the launcher really gave us and the losses.
+"""Train preference trainers as told by a JSON file, and write what the launcher really gave us and the losses.
 
-Run by test_accelerate_configs.py, alone or under `accelerate launch`:
+Run by the tests beside it, alone or under `accelerate launch`:
     python tests/launch/probe.py plan.json report.json
-The plan is a list of runs: {"model", "dataset", "lora", "arguments": {CriticalTokenDPOConfig fields}, "resume"}.
+The plan is a list of runs: {"model", "dataset", "lora", "arguments": {fields of the trainer's config}, "resume"}, and
+"method" where it is not critical-token DPO.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from transformers import AutoTokenizer
 
 from tokalign.data.contract import load_stage
 from tokalign.jobs import end_processes
-from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegConfig, TRegTrainer
+from tokalign.trainers.token_preference import TokenPreferenceTrainer
+
+METHODS: dict[str, tuple[type[TokenPreferenceTrainer], Any]] = {
+    "critical_token_dpo": (CriticalTokenDPOTrainer, CriticalTokenDPOConfig),
+    "treg": (TRegTrainer, TRegConfig),
+}
 
 ARGUMENTS: dict[str, Any] = {
     "use_cpu": True,  # in the training arguments, where DeepSpeed survives it
@@ -31,20 +38,21 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def build(run: dict[str, Any]) -> CriticalTokenDPOTrainer:
+def build(run: dict[str, Any]) -> TokenPreferenceTrainer:
     """The trainer of one run of the plan."""
+    trainer, config = METHODS[run.get("method", "critical_token_dpo")]
     tokenizer = AutoTokenizer.from_pretrained(run["model"])
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return CriticalTokenDPOTrainer(
+    return trainer(
         model=run["model"],
-        args=CriticalTokenDPOConfig(**ARGUMENTS | run["arguments"]),
-        train_dataset=load_stage(run["dataset"], stage="preferences", tokenizer=tokenizer, signals=["contrast"]),
+        args=config(**ARGUMENTS | run["arguments"]),
+        train_dataset=load_stage(run["dataset"], stage="preferences", tokenizer=tokenizer),
         processing_class=tokenizer,
         peft_config=lora if run["lora"] else None,
     )
 
 
-def describe(trainer: CriticalTokenDPOTrainer) -> dict[str, Any]:
+def describe(trainer: TokenPreferenceTrainer) -> dict[str, Any]:
     """What accelerate and DeepSpeed ended up with, after training."""
     state = trainer.accelerator.state
     report: dict[str, Any] = {

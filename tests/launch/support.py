@@ -99,7 +99,10 @@ def start(command: list[str]) -> subprocess.Popen:
 
 
 def write_preferences(folder: str | Path, tokenizer_path: str, *, rows: int) -> str:
-    """A finished preference stage with contrastive scores: sums with a right and a wrong answer. Returns its path."""
+    """A finished preference stage of sums with a right and a wrong answer, with contrastive scores and token rewards.
+
+    Returns its path.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     draw = random.Random(0)
     records = []
@@ -110,8 +113,10 @@ def write_preferences(folder: str | Path, tokenizer_path: str, *, rows: int) -> 
         for side in ("chosen", "rejected"):
             ids[side].append(tokenizer.eos_token_id)
         scores = {f"{side}_contrast": [draw.random() for _ in ids[side]] for side in ("chosen", "rejected")}
-        records.append({"id": str(row), **texts, **{f"{side}_ids": i for side, i in ids.items()}, **scores})
-    return _write_stage(folder, records, tokenizer, {"signals": ["contrast"], "beta": 1.0})
+        rewards = {f"{side}_token_reward": [draw.random() - 0.5 for _ in ids[side]] for side in ("chosen", "rejected")}
+        every = {f"{side}_ids": i for side, i in ids.items()} | scores | rewards
+        records.append({"id": str(row), **texts, **every})
+    return _write_stage(folder, records, tokenizer, {"signals": ["contrast", "token_reward"], "beta": 1.0})
 
 
 def write_sft(folder: str | Path, tokenizer_path: str, *, rows: int) -> str:

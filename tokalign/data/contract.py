@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,19 @@ _MADE_BY = {
     "preferences": "scripts/build_pairs.py",
     "sft": "scripts/build_pairs.py",
 }
-_SCORED_BY = {"contrast": "scripts/score_contrast.py"}
+_SCORED_BY = {
+    "contrast": "scripts/score_contrast.py",
+    "token_reward": "scripts/score_token_rewards.py",
+    "logprob": "scripts/score_likelihood.py",
+    "entropy": "scripts/score_likelihood.py",
+    "implicit_reward": "scripts/score_likelihood.py",
+}
+# Lowest and highest value of a signal, and what it is
+_RANGES = {
+    "contrast": (0.0, 1.0, "a contrastive score is a probability"),
+    "token_reward": (-0.5, 0.5, "a token reward lies"),
+    "implicit_reward": (-0.5, 0.5, "an implicit reward lies"),
+}
 _BATCH = 1000  # rows in memory at a time while checking or hashing
 
 
@@ -293,12 +305,14 @@ def check_preferences(
     signals: Sequence[str] = (),
     sides: Sequence[str] = ("chosen", "rejected"),
     text_rows: int = 32,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """Check every row of a preference dataset, a batch at a time (memory does not grow with the dataset).
 
     Each side's ids must be there, not empty and below the vocabulary size; a signal must have one finite number an
-    id, and `contrast`, a probability, must lie in [0, 1]. With a tokenizer, the text of the first `text_rows` rows
-    must be `tokenizer.decode(ids, skip_special_tokens=True)`: ids of another tokenizer read as other text.
+    id, and `contrast` must lie in [0, 1], `token_reward` and `implicit_reward` in [−0.5, 0.5]. With a tokenizer, the
+    text of the first `text_rows` rows must be `tokenizer.decode(ids, skip_special_tokens=True)`: ids of another
+    tokenizer read as other text.
 
     Args:
         dataset: Preference rows.
@@ -306,11 +320,13 @@ def check_preferences(
         signals: Signals to check.
         sides: Sides on which the signals must be present; the ids of both sides are always checked.
         text_rows: Rows whose text is compared; decoding every row would cost more than it finds.
+        ranges: Lowest and highest value of a signal, where the caller needs others than the signal's own.
 
     Raises:
         ContractError: naming the first bad row's `id` and index, its column, and what to do.
     """
     _check_columns(dataset, "The preference dataset", "preferences", ())
+    allowed = {**_RANGES, **{k: (*limits, "it has to lie") for k, limits in (ranges or {}).items()}}
     scored = [(side, f"{side}_{signal}", signal) for signal in signals for side in sides]
     for _, column, signal in scored:
         if column not in dataset.column_names:
@@ -327,7 +343,7 @@ def check_preferences(
         arrays = {name: _one_array(table.column(name)) for name in columns}
         lengths = {name: _check_ids(arrays, name, vocabulary, first) for name in ids_columns}
         for side, column, signal in scored:
-            _check_scores(arrays, column, signal, f"{side}_ids", lengths[f"{side}_ids"], first)
+            _check_scores(arrays, column, f"{side}_ids", lengths[f"{side}_ids"], first, allowed.get(signal))
         first += len(table)
     if tokenizer is not None:
         _check_text(dataset, tokenizer, text_rows)
@@ -372,7 +388,12 @@ def _check_ids(arrays: dict[str, pa.Array], column: str, vocabulary: int | None,
 
 
 def _check_scores(
-    arrays: dict[str, pa.Array], column: str, signal: str, ids_column: str, ids_lengths: np.ndarray, first: int
+    arrays: dict[str, pa.Array],
+    column: str,
+    ids_column: str,
+    ids_lengths: np.ndarray,
+    first: int,
+    allowed: tuple[float, float, str] | None,
 ) -> None:
     lengths = _lengths(arrays[column])
     if (bad := np.flatnonzero(lengths != ids_lengths)).size:
@@ -383,8 +404,11 @@ def _check_scores(
     if (bad := np.flatnonzero(~np.isfinite(values))).size:
         wrong = f"holds {values[bad[0]]}, not a finite number"
         _refuse(arrays, rows[bad[0]], first, column, wrong, "score these rows again, in fp32 if they overflowed")
-    if signal == "contrast" and (bad := np.flatnonzero((values < 0) | (values > 1))).size:
-        wrong = f"holds {values[bad[0]]}, but a contrastive score is a probability in [0, 1]"
+    if allowed is None:
+        return
+    low, high, what = allowed
+    if (bad := np.flatnonzero((values < low) | (values > high))).size:
+        wrong = f"holds {values[bad[0]]}, but {what} in [{low:g}, {high:g}]"
         _refuse(arrays, rows[bad[0]], first, column, wrong, "score these rows again")
 
 

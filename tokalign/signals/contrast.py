@@ -16,23 +16,17 @@ the LM head is one linear map that no adapter touches and nothing caps its outpu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel, PeftModelForCausalLM
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.generation.protocol import adapter_config
-from tokalign.jobs import process_state
+from tokalign.signals.scorer import CompletionScorer
 
-# A tile's logits, exponentials included. On a CPU a small tile stays near the cache and its pages are reused; an
-# accelerator needs enough positions in one matrix product to be busy.
-CPU_TILE_BYTES = 8 << 20
-ACCELERATOR_TILE_BYTES = 512 << 20
+CPU_TILE_BYTES = 8 << 20  # logits of a tile, exponentials included: small enough to stay near the cache
 SMALLEST_BLOCK = 2048  # words of the vocabulary in one matrix product
 
 
@@ -104,66 +98,19 @@ def contrastive_score(
     return scores
 
 
-def _logit_transform(config) -> tuple[float, float | None]:
-    """(scale, soft cap) that the model applies to its LM head's output; config names as in TRL's fused LM head."""
-    text_config = config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        scale = getattr(text_config, name, None)
-        if scale is not None:
-            break
-    else:
-        divisor = getattr(text_config, "logits_scaling", None)
-        scale = 1.0
-        if divisor is not None:
-            scale = divisor if text_config.model_type == "hyperclovax" else 1 / divisor
-    return float(scale), getattr(text_config, "final_logit_softcapping", None)
-
-
-def _load_adapters(base: PreTrainedModel, adapters: dict[str, str], base_name: str) -> PeftModel:
-    """One PeftModel over `base` holding each named adapter, refusing an adapter of another base.
-
-    The recorded base must be this one by path, weights hash or name (`adapter_config`), and, since PEFT loads what fits
-    and skips the rest, every weight of the adapter must have found its module.
-    """
-    model: PeftModel | None = None
-    for name, path in adapters.items():
-        config = adapter_config(path, base_name)
-        config.inference_mode = True
-        refusal = f"The {name} adapter {path} does not fit {base_name}: use it with the base that it was trained on"
-        try:
-            # autocast_adapter_dtype=False: a bf16 base is scored in bf16 throughout, as after merging
-            if model is None:
-                model = PeftModelForCausalLM(base, config, adapter_name=name, autocast_adapter_dtype=False)
-            loaded = model.load_adapter(path, name, autocast_adapter_dtype=False)
-        except (RuntimeError, ValueError) as error:  # PEFT: size mismatch; target modules not found
-            raise ValueError(f"{refusal} ({str(error).strip().splitlines()[-1].strip()}).") from error
-        if loaded.missing_keys or loaded.unexpected_keys:
-            raise ValueError(f"{refusal} (no match for {(loaded.missing_keys + loaded.unexpected_keys)[0]}).")
-    assert model is not None
-    return model.eval()
-
-
-def _device() -> torch.device:
-    # cpu=True where there is no accelerator: without it accelerate takes several CPU processes for one
-    return process_state().device
-
-
-class ContrastiveScorer:
+class ContrastiveScorer(CompletionScorer):
     """Scores completions with one base in memory and two adapters on it.
 
     Args:
-        model: path, hub id, or a loaded causal LM, which then receives the adapters. Sharded scoring is data parallel:
-            each accelerate process holds the base; a base too large for one device takes `device_map="auto"`.
+        model: path, hub id, or a loaded causal LM, which then receives the adapters.
         tokenizer: the models' tokenizer; only its pad id is used.
         positive, negative: PEFT adapter paths, or None for the base itself.
         beta: β of the estimate.
-        token_budget: tokens of one forward pass, padding included; a longer row goes alone.
-        tile_bytes: bound on the working memory at the LM head; default by device.
-        dtype: of a model given by path ("auto": as stored).
 
-    Raises:
-        ValueError: an adapter of another base, or a model whose way from hidden states to logits is not known here.
+    The others are those of `CompletionScorer`, and so are the errors.
     """
+
+    tile_default = CPU_TILE_BYTES
 
     def __init__(
         self,
@@ -180,90 +127,24 @@ class ContrastiveScorer:
     ):
         _check_beta(beta)
         self.beta = beta
-        self.token_budget = token_budget
-        if isinstance(model, PreTrainedModel):
-            self.base = model
-        else:
-            self.base = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=dtype, device_map=device_map or _device()
-            )
-        self.base.eval()
-        embedding = next(self.base.get_input_embeddings().parameters())
-        self.device, self.vocabulary = embedding.device, embedding.shape[0]
-        self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-        adapters = {
-            name: str(path) for name, path in (("positive", positive), ("negative", negative)) if path is not None
-        }
-        base_name = str(self.base.config._name_or_path or type(self.base).__name__)
-        self.model = _load_adapters(self.base, adapters, base_name) if adapters else None
+        adapters = {name: path for name, path in (("positive", positive), ("negative", negative)) if path is not None}
+        super().__init__(
+            model,
+            tokenizer,
+            adapters,
+            token_budget=token_budget,
+            tile_bytes=tile_bytes,
+            dtype=dtype,
+            device_map=device_map,
+        )
         self.names = tuple(name if name in adapters else None for name in ("positive", "negative"))
-
-        # Looked up after PEFT, which replaces modules that an adapter targets
-        self.head = self.base.get_output_embeddings()
-        self.scale, self.softcap = _logit_transform(self.base.config)
-        weight = next(self.head.parameters())
-        # Weights that accelerate keeps elsewhere and fetches on use are "meta"; its hooks also move the input
-        offloaded = weight.device.type == "meta"
-        self.head_device = self.device if offloaded else weight.device
-        # A head that an adapter targets is wrapped by PEFT, a quantised one has a class of its own
-        self.plain_head = type(self.head) is nn.Linear and not offloaded
-        self.max_length = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
-        self.tile_bytes = tile_bytes or (CPU_TILE_BYTES if self.head_device.type == "cpu" else ACCELERATOR_TILE_BYTES)
-        self._check_head()
-
-    @contextmanager
-    def _active(self, name: str | None) -> Iterator[None]:
-        if self.model is None:
-            yield
-        elif name is None:
-            with self.model.disable_adapter():
-                yield
-        else:
-            self.model.set_adapter(name, inference_mode=True)
-            yield
-
-    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (P, V) of hidden states (P, D) as the model itself computes them."""
-        return self._transform(self.head(hidden))
-
-    def _transform(self, logits: torch.Tensor) -> torch.Tensor:
-        """fp32 logits from the head's output, which may be overwritten."""
-        logits = logits.float()
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        """Compares with the model's own logits once: a head this class does not know is refused, never misread."""
-        ids = torch.arange(min(8, self.vocabulary), device=self.device)[None]
-        for name in self.names:
-            with self._active(name):
-                expected = self.base(input_ids=ids, use_cache=False).logits[0].float()
-                actual = self._logits(self._hidden(ids)[0].to(self.head_device))
-            error = (actual - expected.to(actual.device)).abs().max().item()
-            tolerance = 1e-3 if next(self.head.parameters()).dtype == torch.float32 else 0.05
-            if not error <= tolerance * max(1.0, expected.abs().max().item()):
-                raise ValueError(
-                    f"{type(self.base).__name__} (model_type {self.base.config.model_type!r}) turns hidden states into "
-                    f"logits in a way ContrastiveScorer does not know (difference {error:.3g}): use contrastive_score "
-                    "on the models' own logits."
-                )
+        # A head that an adapter targets is wrapped by PEFT, a quantised one has a class of its own, and the weights of
+        # one that accelerate keeps elsewhere are not there
+        self.plain_head = type(self.head) is nn.Linear and self.head.weight.device.type != "meta"
 
     def problem(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str | None:
         """Why a row is to be dropped (the same words for all such rows, so that they can be counted), or None."""
-        if not len(completion_ids):
-            return "the completion is empty"
-        if not len(prompt_ids):
-            return "the prompt is empty, so nothing predicts the first completion token"
-        if self.max_length is not None and len(prompt_ids) + len(completion_ids) > self.max_length:
-            return f"prompt and completion are longer than the model's {self.max_length} positions"
-        return None
+        return self._problem(len(prompt_ids), len(completion_ids))
 
     def score(
         self,
@@ -284,19 +165,7 @@ class ContrastiveScorer:
         Raises:
             ValueError: a row that `problem` refuses, or logits that are not finite.
         """
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: pass one prompt each.")
-        labels = list(names) if names is not None else [str(i) for i in range(len(prompts))]
-        for label, prompt, completion in zip(labels, prompts, completions, strict=True):
-            if (reason := self.problem(prompt, completion)) is not None:
-                raise ValueError(f"Row {label}: {reason}; drop the row or shorten it.")
-            low, high = min(*prompt, *completion), max(*prompt, *completion)
-            if low < 0 or high >= self.vocabulary:
-                raise ValueError(
-                    f"Row {label}: token id {low if low < 0 else high} is outside the model's vocabulary of "
-                    f"{self.vocabulary}; use the tokenizer of this model."
-                )
-
+        labels = self._check_rows(prompts, completions, names)
         results: list[list[float]] = [[] for _ in prompts]
         for rows in self._batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):
             scores = self._score_batch([prompts[r] for r in rows], [completions[r] for r in rows])
@@ -310,44 +179,19 @@ class ContrastiveScorer:
                 results[row] = values
         return results
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row indices by falling length, so the first batch is the largest and memory trouble shows at once."""
-        batch: list[int] = []
-        for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-            if batch and (len(batch) + 1) * lengths[batch[0]] > self.token_budget:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
-
     @torch.inference_mode()
     def _score_batch(self, prompts: list[Sequence[int]], completions: list[Sequence[int]]) -> list[list[float]]:
-        width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-        input_ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
-        predicts = torch.zeros(len(prompts), width, dtype=torch.bool)  # positions whose next token is scored
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            length = len(prompt) + len(completion)
-            input_ids[row, :length] = torch.tensor([*prompt, *completion])
-            predicts[row, len(prompt) - 1 : length - 1] = True
-        token_ids = input_ids[:, 1:][predicts[:, :-1]]
-
-        # No attention mask: padding is on the right, where causal attention keeps it out of every scored position, and
-        # without a mask the fused causal kernels apply.
-        input_ids, predicts = input_ids.to(self.device), predicts.to(self.device)
+        input_ids, predicts, token_ids = self._pad(prompts, completions)
         hidden = []
         for name in self.names:
             with self._active(name):
-                states = self._hidden(input_ids)
-                hidden.append(states[predicts.to(states.device)])
-                del states
+                hidden.append(self._states(input_ids, predicts))
         flat = self._combine(hidden[0], hidden[1], token_ids)
         return [part.tolist() for part in flat.cpu().split([len(c) for c in completions])]
 
     def _combine(self, positive: torch.Tensor, negative: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """(P, D), (P, D), (P,) -> (P,) scores, of which no more than a tile meets the vocabulary at a time."""
-        device = self.head_device
-        positive, negative, token_ids = positive.to(device), negative.to(device), token_ids.to(device)
+        token_ids = token_ids.to(self.head_device)
         # Bytes an entry of a tile: fp32 logits, twice where the models' are capped apart, and the head's own output
         # where it is in half precision
         entry = (4 if self.softcap is None else 8) + (0 if positive.dtype == torch.float32 else 2)

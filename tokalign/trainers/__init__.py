@@ -1,8 +1,13 @@
 """Trainers, one file a method: a TRL configuration and a TRL trainer with as little changed as the method needs."""
 
-from tokalign.trainers.critical_token_dpo import (
-    CriticalTokenDPOConfig,
-    CriticalTokenDPOTrainer,
-)
+from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+from tokalign.trainers.critical_token_entropy import CriticalTokenEntropyCallback
+from tokalign.trainers.treg import TRegConfig, TRegTrainer
 
-__all__ = ["CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"]
+__all__ = [
+    "CriticalTokenDPOConfig",
+    "CriticalTokenDPOTrainer",
+    "CriticalTokenEntropyCallback",
+    "TRegConfig",
+    "TRegTrainer",
+]

@@ -267,6 +267,7 @@ class TokenPreferenceTrainer(DPOTrainer):
         key: Any,
         compute: Callable[[Any, dict[str, Any]], torch.Tensor],
         description: str,
+        collator: Any = None,
     ) -> Dataset:
         """`dataset` with one more column a side, computed by the reference before training and kept on disk.
 
@@ -274,6 +275,7 @@ class TokenPreferenceTrainer(DPOTrainer):
             columns: ids column -> new column.
             key: what the values depend on besides rows, reference, `max_length` and truncation.
             compute: reference model and collated batch -> (2B, L − 1) values beside `input_ids[:, 1:]`.
+            collator: of these batches, where it is not the trainer's.
         """
         if set(columns.values()) <= set(dataset.column_names):
             return dataset
@@ -284,7 +286,7 @@ class TokenPreferenceTrainer(DPOTrainer):
         # Nodes may share a disk or not, so all must have the file before any skips the collective loop
         found = torch.tensor([os.path.exists(path[0])], device=self.accelerator.device, dtype=torch.int32)
         if not self.accelerator.gather(found).all():
-            self._write_token_columns(dataset, batch_size, columns, path[0], compute, description)
+            self._write_token_columns(dataset, batch_size, columns, path[0], compute, description, collator)
         return concatenate_datasets([dataset, Dataset.from_file(path[0])], axis=1)
 
     def _reference_hash(self) -> str:
@@ -303,12 +305,13 @@ class TokenPreferenceTrainer(DPOTrainer):
         path: str,
         compute: Callable[[Any, dict[str, Any]], torch.Tensor],
         description: str,
+        collator: Any,
     ) -> None:
         loader = self.accelerator.prepare(
             DataLoader(
                 dataset,  # type: ignore[arg-type]
                 batch_size=batch_size,
-                collate_fn=self.data_collator,
+                collate_fn=collator or self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory,
             )

@@ -1,0 +1,121 @@
+"""Token rewards by contrastive prompting (T-REG, arXiv 2412.02685).
+
+One model reads a completion y behind two prompts that quote it: x_better asks to rewrite it for the better, x_worse for
+the worse (`tokalign.data.revision`):
+
+    r̂_t = σ( log π(y_t|x_better, y_<t) − log π(y_t|x_worse, y_<t) ) − 0.5    in [−0.5, 0.5]
+
+A token that a better answer would keep has a positive reward. The cost is two forward passes a completion, each behind
+a prompt that holds the question and the completion once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokalign.signals.scorer import CompletionScorer
+
+
+def token_reward(better_logps: torch.Tensor, worse_logps: torch.Tensor) -> torch.Tensor:
+    """Token reward r̂_t = σ(better − worse) − 0.5 (arXiv 2412.02685).
+
+    Args:
+        better_logps: log-probabilities of tokens in nats, any shape, any float dtype.
+        worse_logps: the same tokens' under the other prompt (or another model), same shape.
+
+    Returns:
+        fp32 rewards of that shape in [−0.5, 0.5].
+
+    Raises:
+        ValueError: the shapes disagree.
+    """
+    if better_logps.shape != worse_logps.shape:
+        raise ValueError(
+            "better_logps and worse_logps must be of the same tokens, got shapes "
+            f"{tuple(better_logps.shape)} and {tuple(worse_logps.shape)}."
+        )
+    return torch.sigmoid(better_logps.float() - worse_logps.float()) - 0.5
+
+
+class PromptingScorer(CompletionScorer):
+    """Token rewards of completions, with one model in memory.
+
+    Args:
+        model: path, hub id, or a loaded causal LM, which then receives the adapter: the reference, or any other model
+            with the same tokenizer.
+        tokenizer: the model's tokenizer; only its pad id is used.
+        adapter: PEFT adapter path, or None for the model itself.
+        token_budget: tokens of one forward pass, padding included; the two rows of one completion stay together.
+        tile_bytes: bound on the fp32 logits that exist at a time; default by device.
+        dtype: of a model given by path ("auto": as stored).
+
+    Raises:
+        ValueError: an adapter of another base, or a model whose way from hidden states to logits is not known here.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        adapter: str | Path | None = None,
+        *,
+        token_budget: int = 4096,
+        tile_bytes: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        device_map: str | None = None,
+    ):
+        super().__init__(
+            model,
+            tokenizer,
+            {} if adapter is None else {"evaluation": adapter},
+            token_budget=token_budget,
+            tile_bytes=tile_bytes,
+            dtype=dtype,
+            device_map=device_map,
+        )
+        self.name = None if adapter is None else "evaluation"
+
+    def problem(self, better_ids: Sequence[int], worse_ids: Sequence[int], completion_ids: Sequence[int]) -> str | None:
+        """Why a row is to be dropped (the same words for all such rows, so that they can be counted), or None."""
+        shortest, longest = sorted((len(better_ids), len(worse_ids)))
+        return self._problem(shortest, len(completion_ids)) or self._problem(longest, len(completion_ids))
+
+    def score(
+        self,
+        better_prompts: Sequence[Sequence[int]],
+        worse_prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        names: Sequence[str] | None = None,
+    ) -> list[list[float]]:
+        """Token rewards of completions.
+
+        Args:
+            better_prompts, worse_prompts: ids of the revision prompts (`revision_prompt_ids`), one of each a row.
+            completions: token ids, scored as they are behind both prompts.
+            names: what to call the rows in errors; their index if absent.
+
+        Returns:
+            One list a row in the given order, one reward in [−0.5, 0.5] a completion token.
+
+        Raises:
+            ValueError: a row that `problem` refuses, or log-probabilities that are not finite.
+        """
+        for prompts in (better_prompts, worse_prompts):
+            labels = self._check_rows(prompts, completions, names)
+        pairs = list(zip(better_prompts, worse_prompts, strict=True))
+        lengths = [max(map(len, pair)) + len(c) for pair, c in zip(pairs, completions, strict=True)]
+        results: list[list[float]] = [[] for _ in completions]
+        for rows in self._batches(lengths, copies=2):
+            texts = [completions[r] for r in rows]
+            prompts = [pairs[r][0] for r in rows] + [pairs[r][1] for r in rows]
+            logps, _ = self._logps(self.name, prompts, texts * 2)
+            rewards = token_reward(*logps.chunk(2))
+            for row, values in zip(rows, rewards.split([len(c) for c in texts]), strict=True):
+                self._check_finite(values, labels[row])
+                results[row] = values.tolist()
+        return results
