@@ -4,9 +4,9 @@ r"""How good token signals are: which finds the token that breaks a wrong soluti
 
 On wrong solutions of the ledger world, whose first wrong token is known exactly, and against the critical token of the
 rollout estimate (arXiv 2411.19943v3): contrastive score, self-generated reward (T-REG, arXiv 2412.02685), DPO's
-implicit reward, entropy, log-prob, random. Every seed has its own problems, rollouts, pairs and adapters. AUROC of "is the
-target" and hit@1, as means over seeds with 95 % intervals, and tokens through a model for each scored token. Training
-an adapter is not counted as a cost. Writes `token_credit.json`, `token_credit.png` and `token_credit.md`.
+implicit reward, entropy, log-prob, random. Every seed has its own problems, rollouts, pairs and adapters. AUROC of "is
+the target" and hit@1, as means over seeds with 95 % intervals, and tokens through a model for each scored token.
+Training an adapter is not counted as a cost. Writes `token_credit.json`, `token_credit.png` and `token_credit.md`.
 
 A new signal joins by one line in SIGNALS, once a script writes its column `rejected_<signal>`.
 """

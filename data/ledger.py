@@ -3,7 +3,8 @@
     python data/ledger.py --output_dir runs/ledger
 
 writes `train/`, `validation/`, `test/` (problems), `sft/` (prompt and completion messages over train identities),
-`ledger-slm/` and `ledger-llm/` (tokenizer and architecture, to be trained by recipes/sft.py --from_scratch).
+and one folder for each preset of ledger_models.py (tokenizer and architecture, to be trained by recipes/sft.py
+--from_scratch).
 """
 
 import random
@@ -17,6 +18,8 @@ from tokalign.data import ledger
 from tokalign.data.card import write_dataset_card
 from tokalign.data.ledger_models import PRESETS, write_untrained
 from tokalign.jobs import run_job
+
+SLIP_RATE = 0.4  # of a wrong draft's lines: several errors a draft, as in a weak model's own
 
 
 @dataclass
@@ -42,6 +45,9 @@ class LedgerArguments:
     request_share: float = field(
         default=0.0, metadata={"help": "Share of SFT rows that ask for a correct or a wrong solution by name."}
     )
+    draft_share: float = field(
+        default=0.0, metadata={"help": "Share of SFT rows that show a draft and ask to rewrite it correct or wrong."}
+    )
 
 
 def _problem_rows(split: str, n: int, args: LedgerArguments, config: ledger.LedgerConfig):
@@ -55,8 +61,25 @@ def _problem_rows(split: str, n: int, args: LedgerArguments, config: ledger.Ledg
         }
 
 
+def _revision(problem: ledger.Problem, rng: random.Random, rendering: str) -> tuple[str, str]:
+    """Prompt and completion of a row that asks to rewrite a draft.
+
+    "Correct" sees right and wrong drafts and answers with the solution. "Wrong" sees wrong drafts only and answers with
+    the draft, so that the two requests part exactly at the draft's errors (docs/log.md: with right drafts for both, a
+    small model had not learned to heed the request after 1,000 steps).
+    """
+    request = rng.choice(("correct", "wrong"))
+    if request == "correct" and rng.random() < 0.5:
+        draft = ledger.solution(problem, rendering=rendering)
+    else:
+        draft = ledger.wrong_solution(problem, rng, rendering=rendering, slip_rate=SLIP_RATE)
+    text = draft if request == "wrong" else ledger.solution(problem, rendering=rendering)
+    return ledger.prompt(problem, rendering=rendering, request=request, draft=draft), text
+
+
 def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
     rng = random.Random(args.seed)
+    drafts = random.Random(f"drafts-{args.seed}")  # its own, so that rows without a draft are those of draft_share 0
     for problem in ledger.problems("train", args.sft, seed=args.seed + 1, config=config):
         rendering, request = rng.choice(args.renderings), None
         if rng.random() < args.request_share:
@@ -66,6 +89,8 @@ def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
         else:
             text = ledger.solution(problem, rendering=rendering)
         asked = ledger.prompt(problem, rendering=rendering, request=request)
+        if drafts.random() < args.draft_share:
+            asked, text = _revision(problem, drafts, rendering)
         yield {
             "id": problem.identity,
             "prompt": [{"role": "user", "content": asked}],

@@ -1,10 +1,13 @@
 """The ledger world: exact texts, no leak between splits, and a first error that a brute-force check confirms."""
 
+import hashlib
 import itertools
+import json
 import random
 
 import pytest
 
+from tests.data.test_builders import builder
 from tokalign.data import ledger
 from tokalign.data.ledger import LedgerConfig, Problem, build_tokenizer, first_error, problems, solution, wrong_solution
 
@@ -135,18 +138,42 @@ def test_text_after_the_end_is_an_error(tokenizer):
 
 
 @CONFIGS
-def test_wrong_solutions_end_in_a_wrong_answer(config):
+@pytest.mark.parametrize("slip_rate", [None, 0.4])
+def test_wrong_solutions_end_in_a_wrong_answer(config, slip_rate):
     rng = random.Random(2)
     for problem in problems("train", 100, seed=9, config=config):
-        answer = wrong_solution(problem, rng).rsplit("#### ", 1)[1]
+        answer = wrong_solution(problem, rng, slip_rate=slip_rate).rsplit("#### ", 1)[1]
         assert int(answer) != problem.answer
+
+
+def test_slips_are_wrong_totals_and_other_events_at_the_rate_asked_for(tokenizer):
+    """Line by line: every left number is the last total, and slips are as many and of the kinds that were asked for."""
+    rng = random.Random(3)
+    totals = events = possible = several = 0
+    for problem in problems("train", 300, seed=12):
+        text = wrong_solution(problem, rng, slip_rate=0.4)
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+        balance, slips = problem.start[0], 0
+        for written, (line,) in zip(text.split("\n")[:-1], problem.steps, strict=True):
+            left, op, right, _, total = written.split(": ")[1].split(" ")
+            assert int(left) == balance
+            wrong_total = ledger._apply(int(left), op, int(right)) != int(total)
+            other_event = (op, int(right)) != (line.op, line.right)
+            assert not (wrong_total and other_event)
+            totals, events, possible = totals + wrong_total, events + other_event, possible + 1
+            slips += wrong_total or other_event
+            balance = int(total)
+        assert text.endswith(f"#### {balance}") and slips >= 1
+        several += slips > 1
+    # At least one slip a solution, so somewhat above the rate; an event is a quarter of the draws.
+    assert 0.35 < (totals + events) / possible < 0.55
+    assert 2 * events < totals < 7 * events
+    assert several > 60
 
 
 @CONFIGS
 def test_json_rendering_keeps_its_schema(config):
     jsonschema_rs = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
-    import json
-
     for problem in problems("train", 20, seed=10, config=config):
         jsonschema_rs.validate(json.loads(solution(problem, rendering="json")), ledger.JSON_SCHEMA)
 
@@ -169,3 +196,43 @@ def test_a_world_too_small_says_so():
     config = LedgerConfig(people=1, min_events=1, max_events=1, max_start=1, max_change=1)
     with pytest.raises(ValueError, match=r"Only .* distinct problems"):
         list(problems("train", 500, config=config))
+
+
+# --- the builder's SFT rows ------------------------------------------------------------------------------------------
+
+
+def sft_rows(**options):
+    script = builder("ledger")
+    arguments = script.LedgerArguments(output_dir="unused", sft=400, **options)
+    return list(script._sft_rows(arguments, LedgerConfig()))
+
+
+def rows_hash(rows):
+    return hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
+
+
+def test_rows_without_drafts_are_those_that_quoted_figures_were_measured_on():
+    """Hashes taken before `draft_share` existed."""
+    assert rows_hash(sft_rows()).startswith("1c599e7808955aea")
+    assert rows_hash(sft_rows(request_share=0.5, renderings=["worked", "json"])).startswith("b8f734a351828256")
+
+
+@pytest.mark.parametrize("rendering", ledger.RENDERINGS)
+def test_drafts_are_fixed_on_request_or_kept_wrong(rendering):
+    plain = {row["id"]: row for row in sft_rows(renderings=[rendering])}
+    counts = {"none": 0, "correct, right draft": 0, "correct, wrong draft": 0, "wrong, wrong draft": 0}
+    for row in sft_rows(renderings=[rendering], draft_share=0.5):
+        asked, text = row["prompt"][0]["content"], row["completion"][0]["content"]
+        right = plain[row["id"]]["completion"][0]["content"]
+        if "Draft:" not in asked:
+            assert row == plain[row["id"]]
+            counts["none"] += 1
+            continue
+        request = next(name for name, sentence in ledger.REVISIONS.items() if sentence in asked)
+        draft = asked.split("Draft:\n")[1].split("\n" + ledger.REVISIONS[request])[0]
+        assert asked.endswith("Answer in JSON.") == (rendering == "json")
+        assert text == (right if request == "correct" else draft)
+        counts[f"{request}, {'right' if draft == right else 'wrong'} draft"] += 1
+    assert 160 < counts["none"] < 240
+    assert 60 < counts["wrong, wrong draft"] < 140
+    assert 25 < counts["correct, right draft"] < 80 and 25 < counts["correct, wrong draft"] < 80

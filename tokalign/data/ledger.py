@@ -41,6 +41,7 @@ REVISIONS = {
     "correct": "Rewrite the draft so that it is correct.",
     "wrong": "Rewrite the draft so that it is wrong.",
 }
+SLIPS = ("total", "total", "total", "event")  # what goes wrong in a line, about as often as in a weak model's own
 # The schema of the "json" rendering, for structured-output rewards and constrained decoding.
 JSON_SCHEMA = {
     "type": "object",
@@ -288,14 +289,24 @@ def solution(problem: Problem, *, rendering: str = "worked") -> str:
     return _render(problem.steps, problem.answer, rendering)
 
 
-def wrong_solution(problem: Problem, rng: random.Random, *, rendering: str = "worked") -> str:
-    """A deliberately bad solution: one line gets a wrong total and everything after follows from it.
+def wrong_solution(
+    problem: Problem, rng: random.Random, *, rendering: str = "worked", slip_rate: float | None = None
+) -> str:
+    """A deliberately bad solution: errors in some lines, and everything after follows from them.
 
     Drawn anew until the final answer is wrong (an error in a balance nobody asks about does not count).
+
+    Args:
+        slip_rate: None gives one line a wrong total. A rate is each line's chance of a slip, as a weak model makes
+            several in one solution: a wrong total three times in four, another event than the story's else.
     """
     limit = max(30, max(line.total for step in problem.steps for line in step))
+    lines_in_all = sum(len(step) for step in problem.steps)
     while True:
-        target = rng.randrange(sum(len(step) for step in problem.steps))
+        if slip_rate is None:
+            slips = {rng.randrange(lines_in_all): "total"}
+        else:
+            slips = {i: rng.choice(SLIPS) for i in range(lines_in_all) if rng.random() < slip_rate}
         index = itertools.count()
         balance = dict(zip(problem.names, problem.start, strict=True))
         steps: list[list[Line]] = []
@@ -308,10 +319,14 @@ def wrong_solution(problem: Problem, rng: random.Random, *, rendering: str = "wo
                     right = balance[problem.names[len(done) + 1]]
                 else:
                     left, right = balance[line.name], line.right
-                total = _apply(left, line.op, right)
-                if next(index) == target:
+                slip = slips.get(next(index))
+                op = line.op
+                if slip == "event":
+                    op, right = rng.choice((("+", rng.randint(1, 20)), ("-", rng.randint(1, 20)), ("*", 2), ("/", 2)))
+                total = _apply(left, op, right)
+                if slip == "total":
                     total += rng.choice((-3, -2, -1, 1, 2, 3))
-                lines.append(Line(line.name, left, line.op, right, total))
+                lines.append(Line(line.name, left, op, right, total))
                 balance[line.name] = total
             steps.append(lines)
         values = [v for s in steps for x in s for v in (x.left, x.right, x.total)]

@@ -25,6 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ledger-slm": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 2},
     "ledger-llm": {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
+# The weak one, trained for longer in a world with drafts to rewrite (data/ledger.py --draft_share): base of T-REG.
+PRESETS["ledger-slm-revise"] = PRESETS["ledger-slm"]
 
 
 def model_config(preset: str, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
@@ -68,11 +70,12 @@ def cache_key(preset: str, world: list[str]) -> str:
 
 
 def trained_model(preset: str, *, world: list[str] | None = None) -> Path:
-    """Folder of the trained `preset`, trained now if the cache does not have it (slm: about a minute on two cores).
+    """Folder of the trained `preset`, trained now if the cache does not have it (minutes; the YAMLs say how many).
 
     Args:
-        preset: "ledger-slm" or "ledger-llm".
-        world: extra command-line arguments of data/ledger.py, e.g. `["--request_share", "0.5"]`.
+        preset: "ledger-slm", "ledger-llm" or "ledger-slm-revise".
+        world: extra command-line arguments of data/ledger.py; "ledger-slm-revise" is made for
+            `["--draft_share", "0.6"]`.
 
     Raises:
         subprocess.CalledProcessError: the builder or the recipe failed; its output is on the screen.
