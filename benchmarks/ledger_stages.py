@@ -15,6 +15,8 @@ from typing import Any
 
 from scipy import stats
 
+from tokalign.data.ledger_models import trained_model
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -22,6 +24,14 @@ from quickstart import Stages  # noqa: E402  the quickstart's way of running a s
 
 LEDGER = "recipes/ledger"
 MAX_TOKENS = 96
+
+
+def models(base: str | None, eval_model: str | None) -> tuple[str, str]:
+    """The ledger's weak base and the model that gives token rewards, from the cache (trained first) where not given."""
+    return (
+        base or str(trained_model("ledger-slm")),
+        eval_model or str(trained_model("ledger-slm-revise", world=["--draft_share", "0.6"])),
+    )
 
 
 def stages_in(folder: Path) -> Stages:

@@ -1,12 +1,13 @@
 r"""How good token signals are: which finds the token that breaks a wrong solution, and at what cost.
 
-    python benchmarks/token_credit.py --base BASE --output_dir runs/token_credit
+    python benchmarks/token_credit.py --output_dir runs/token_credit
 
 On wrong solutions of the ledger world, whose first wrong token is known exactly, and against the critical token of the
-rollout estimate (arXiv 2411.19943v3): contrastive score, self-generated reward (T-REG, arXiv 2412.02685), DPO's
-implicit reward, entropy, log-prob, random. Every seed has its own problems, rollouts, pairs and adapters. AUROC of "is
-the target" and hit@1, as means over seeds with 95 % intervals, and tokens through a model for each scored token.
-Training an adapter is not counted as a cost. Writes `token_credit.json`, `token_credit.png` and `token_credit.md`.
+rollout estimate (arXiv 2411.19943v3): contrastive score, T-REG's reward by contrastive prompting (arXiv 2412.02685) and
+the plain log-prob of the model that gives it, DPO's implicit reward, entropy, log-prob, random. Every seed has its own
+problems, rollouts, pairs and adapters. AUROC of "is the target" and hit@1, as means over seeds with 95 % intervals, and
+tokens through a model for each scored token. Training a model or an adapter is not counted as a cost. Writes
+`token_credit.json`, `token_credit.png` and `token_credit.md`.
 
 A new signal joins by one line in SIGNALS, once a script writes its column `rejected_<signal>`.
 """
@@ -23,7 +24,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from ledger_stages import LEDGER, MAX_TOKENS, build_pairs, over_seeds, score_token_rewards, stages_in, write_json
+from ledger_stages import (
+    LEDGER,
+    MAX_TOKENS,
+    build_pairs,
+    models,
+    over_seeds,
+    score_token_rewards,
+    stages_in,
+    write_json,
+)
 from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
@@ -42,12 +52,14 @@ class Signal(NamedTuple):
 
 SIGNALS = {
     "contrastive score": Signal("contrast", 1, 2),
-    "self-generated reward": Signal("token_reward", 1, 2),
+    "T-REG's reward": Signal("token_reward", 1, 2),
+    "the same model's log-prob": Signal("eval_logprob", 1, 1),
     "DPO implicit reward": Signal("implicit_reward", 1, 2),
     "entropy": Signal("entropy", -1, 1),
     "log-prob": Signal("logprob", 1, 1),
     "random": Signal("random", 1, 0),
 }
+RENAMED = {"eval_likelihood": {"rejected_logprob": "rejected_eval_logprob"}}  # two models' columns of one name
 TARGETS = {"first_error": "true first error", "critical_index": "rollout estimate"}
 MEASURES = {"auroc": "AUROC", "hit1": "hit@1"}
 
@@ -56,7 +68,11 @@ MEASURES = {"auroc": "AUROC", "hit1": "hit@1"}
 class TokenCreditArguments:
     """Sizes of the benchmark."""
 
-    base: str = field(metadata={"help": "Model under study: a ledger model that knows the revision prompts."})
+    base: str | None = field(default=None, metadata={"help": "Model under study; unset is the ledger's weak base."})
+    eval_model: str | None = field(
+        default=None,
+        metadata={"help": "Model that gives token rewards; unset is the ledger's, which can rewrite drafts."},
+    )
     output_dir: str = field(default="runs/token_credit", metadata={"help": "Folder of all results."})
     seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, …"})
     problems: int = field(default=600, metadata={"help": "Training problems a seed."})
@@ -89,7 +105,11 @@ def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
         *("--signals", "logprob", "entropy", "implicit_reward", "--dataset", pairs),
         *("--output_dir", out / "likelihood"),
     )
-    rewarded = score_token_rewards(stages, out, args.base, pairs)
+    rewarded = score_token_rewards(stages, out, args.eval_model, pairs)
+    stages.run(
+        *("likelihood of the eval model", "scripts/score_likelihood.py", "--model", args.eval_model),
+        *("--signals", "logprob", "--dataset", pairs, "--output_dir", out / "eval_likelihood"),
+    )
     stages.run(
         *("true first errors", "scripts/mark_first_errors.py", "--dataset", pairs, "--tokenizer", args.base),
         *("--problems", out / "world" / "train", "--output_dir", out / "marked"),
@@ -99,7 +119,8 @@ def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
         *("--max_rows", args.estimate_rows, "--n", args.continuations, "--max_tokens", MAX_TOKENS),
         *("--output_dir", out / "estimate", "--seed", seed),
     )
-    return agreement([out / "contrast", out / "likelihood", rewarded, out / "marked", out / "estimate"], seed)
+    scored = [out / name for name in ("contrast", "likelihood", "eval_likelihood")]
+    return agreement([rewarded, *scored, out / "marked", out / "estimate"], seed)
 
 
 def agreement(folders: list[Path], seed: int) -> dict[str, Any]:
@@ -108,7 +129,8 @@ def agreement(folders: list[Path], seed: int) -> dict[str, Any]:
     for folder in folders:
         dataset = load_stage(folder)
         keep = [c for c in dataset.column_names if c.startswith("rejected_") or c in ("id", "prompt_ids", *TARGETS)]
-        tables.append({(row["id"], *row["rejected_ids"]): row for row in dataset.select_columns(keep)})
+        rows = dataset.select_columns(keep).rename_columns(RENAMED.get(folder.name, {}))
+        tables.append({(row["id"], *row["rejected_ids"]): row for row in rows})
     results = {}
     for target in TARGETS:
         needed = tables if target == "critical_index" else tables[:-1]
@@ -130,8 +152,8 @@ def costs(rows: list[dict[str, Any]], folders: list[Path]) -> dict[str, float]:
     scored = sum(len(row["rejected_ids"]) for row in rows)
     one_pass = sum(len(row["prompt_ids"]) for row in rows) / scored + 1
     found = {name: signal.passes * one_pass for name, signal in SIGNALS.items()}
-    manifest = json.loads((folders[2] / "manifest.json").read_text())
-    found["self-generated reward"] = manifest["model_tokens"] / manifest["scored_tokens"]
+    manifest = json.loads((folders[0] / "manifest.json").read_text())
+    found["T-REG's reward"] = manifest["model_tokens"] / manifest["scored_tokens"]
     return found
 
 
@@ -188,6 +210,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
 
 
 def main(args: TokenCreditArguments) -> dict[str, Any]:
+    args.base, args.eval_model = models(args.base, args.eval_model)
     results = summarise(args, [run_seed(args, seed) for seed in range(args.seeds)])
     folder = Path(args.output_dir)
     write_json(folder / "token_credit.json", results)

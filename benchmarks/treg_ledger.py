@@ -1,13 +1,13 @@
 r"""T-REG and its ablation (arXiv 2412.02685, AlpacaEval/Arena-Hard table) in the ledger world: accuracy, by seed.
 
-    python benchmarks/treg_ledger.py --base BASE --output_dir runs/treg_ledger
+    python benchmarks/treg_ledger.py --output_dir runs/treg_ledger
 
-From one base model: DPO, DPO + SFT on the chosen answer, T-REG with w fixed, with DPO's implicit reward as r̂ (of a DPO
-model trained before, and of the policy in training), T-REG; SimPO and T-REG on SimPO. Every method has the same grid of
-learning rates, chosen by greedy accuracy on validation problems with pairs of their own (seed 1000). Every seed then
-has its own problems, rollouts, pairs, training order and test problems, and the test problems are read once. Means over
-seeds with 95 % intervals, and the paired differences that the paper's ordering claims. Writes `treg_ledger.json`,
-`.png` and `.md`.
+From one base model, with the token rewards of a model that has learned to rewrite drafts: DPO, DPO + SFT on the chosen
+answer, T-REG with w fixed, with DPO's implicit reward as r̂ (of a DPO model trained before, and of the policy in
+training), T-REG; SimPO and T-REG on SimPO. Every method has the same grid of learning rates, chosen by greedy accuracy
+on validation problems with pairs of their own (seed 1000). Every seed then has its own problems, rollouts, pairs,
+training order and test problems, and the test problems are read once. Means over seeds with 95 % intervals, and the
+paired differences that the paper's ordering claims. Writes `treg_ledger.json`, `.png` and `.md`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from ledger_stages import LEDGER, MAX_TOKENS, build_pairs, over_seeds, score_token_rewards, stages_in, write_json
+from ledger_stages import (
+    LEDGER,
+    MAX_TOKENS,
+    build_pairs,
+    models,
+    over_seeds,
+    score_token_rewards,
+    stages_in,
+    write_json,
+)
 from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
@@ -52,7 +61,11 @@ CLAIMS = (  # better, worse: the paper's ordering
 class TRegLedgerArguments:
     """Sizes of the experiment."""
 
-    base: str = field(metadata={"help": "The start: a ledger model that knows the revision prompts."})
+    base: str | None = field(default=None, metadata={"help": "The start; unset is the ledger's weak base."})
+    eval_model: str | None = field(
+        default=None,
+        metadata={"help": "Model that gives token rewards; unset is the ledger's, which can rewrite drafts."},
+    )
     output_dir: str = field(default="runs/treg_ledger", metadata={"help": "Folder of all results."})
     seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, …"})
     problems: int = field(default=1000, metadata={"help": "Training problems a seed."})
@@ -74,7 +87,7 @@ class Seed:
         self.out = Path(args.output_dir) / f"seed-{seed}"
         self.stages = stages_in(self.out)
         pairs = build_pairs(self.stages, self.out, args.base, problems=args.problems, rollouts=args.rollouts, seed=seed)
-        self.datasets = {"rewarded": score_token_rewards(self.stages, self.out, args.base, pairs)}
+        self.datasets = {"rewarded": score_token_rewards(self.stages, self.out, args.eval_model, pairs)}
         counts = {name: 1 for name in ("train", "validation", "test", "sft")} | {split: problems}
         self.stages.run(
             *("held-out problems", "data/ledger.py", "--output_dir", self.out / "held_out", "--seed", seed),
@@ -127,6 +140,7 @@ def choose_rates(args: TRegLedgerArguments) -> dict[str, Any]:
 
 
 def main(args: TRegLedgerArguments) -> dict[str, Any]:
+    args.base, args.eval_model = models(args.base, args.eval_model)
     chosen = choose_rates(args)
     accuracies: dict[str, list[dict[str, float]]] = {m: [] for m in ("base", *args.methods)}
     for number in range(args.seeds):

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+from tokalign.trainers import CriticalTokenDPOTrainer
 
 LORA = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -68,11 +68,13 @@ def settings(output_dir, **changes) -> dict:
     )
 
 
-def make_trainer(path, output_dir, rows, *, lora=False, eval_rows=None, moved=False, **changes):
+def make_trainer(
+    path, output_dir, rows, *, method=CriticalTokenDPOTrainer, lora=False, eval_rows=None, moved=False, **changes
+):
     """A trainer on `rows`; with `moved`, its policy has left the reference by a fixed random step."""
-    trainer = CriticalTokenDPOTrainer(
+    trainer = method(
         model=AutoModelForCausalLM.from_pretrained(path, dtype="float32"),
-        args=CriticalTokenDPOConfig(**settings(output_dir, **changes)),
+        args=method._config_class(**settings(output_dir, **changes)),
         train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         processing_class=AutoTokenizer.from_pretrained(path),

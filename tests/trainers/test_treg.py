@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 
 import pytest
@@ -17,6 +18,7 @@ from tests.trainers.preferences import (
     as_text,
     first_batch,
     gradients,
+    make_trainer,
     preference_rows,
     settings,
     token_logps,
@@ -43,23 +45,7 @@ def without_rewards(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.endswith("_token_reward")} for row in rows]
 
 
-def make(path, output_dir, rows, *, lora=False, moved=False, eval_rows=None, **changes) -> TRegTrainer:
-    """A trainer on `rows`; with `moved`, its policy has left the reference by a fixed random step."""
-    trainer = TRegTrainer(
-        model=AutoModelForCausalLM.from_pretrained(path, dtype="float32"),
-        args=TRegConfig(**settings(output_dir, **changes)),
-        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
-        processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=LoraConfig(**LORA) if lora else None,
-    )
-    if moved:
-        generator = torch.Generator().manual_seed(11)
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return trainer
+make = functools.partial(make_trainer, method=TRegTrainer)
 
 
 def reference_of(trainer, path):

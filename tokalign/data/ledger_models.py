@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ledger-slm": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 2},
     "ledger-llm": {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
-# The weak one, trained for longer in a world with drafts to rewrite (data/ledger.py --draft_share): base of T-REG.
+# The weak one, trained for longer in a world with drafts to rewrite (data/ledger.py --draft_share): T-REG's eval model.
 PRESETS["ledger-slm-revise"] = PRESETS["ledger-slm"]
 
 
