@@ -52,8 +52,8 @@ class Signal(NamedTuple):
 
 SIGNALS = {
     "contrastive score": Signal("contrast", 1, 2),
-    "T-REG's reward": Signal("token_reward", 1, 2),
-    "the same model's log-prob": Signal("eval_logprob", 1, 1),
+    "T-REG reward (eval model)": Signal("token_reward", 1, 2),
+    "log-prob (eval model)": Signal("eval_logprob", 1, 1),
     "DPO implicit reward": Signal("implicit_reward", 1, 2),
     "entropy": Signal("entropy", -1, 1),
     "log-prob": Signal("logprob", 1, 1),
@@ -153,7 +153,7 @@ def costs(rows: list[dict[str, Any]], folders: list[Path]) -> dict[str, float]:
     one_pass = sum(len(row["prompt_ids"]) for row in rows) / scored + 1
     found = {name: signal.passes * one_pass for name, signal in SIGNALS.items()}
     manifest = json.loads((folders[0] / "manifest.json").read_text())
-    found["T-REG's reward"] = manifest["model_tokens"] / manifest["scored_tokens"]
+    found["T-REG reward (eval model)"] = manifest["model_tokens"] / manifest["scored_tokens"]
     return found
 
 

@@ -61,7 +61,9 @@ SCALES: dict[str, Scale] = {
     "rollout_accuracy": Scale(0.0, 1.0, "low", "low: few continuations reach the right answer"),
     "token_reward": Scale(-0.5, 0.5, "both", "below 0 worse, above 0 better"),
     "entropy": Scale(0.0, None, "high", "high: uncertain next token"),
+    "implicit_reward": Scale(-0.5, 0.5, "both", "below 0 worse, above 0 better"),
     "logprobs": Scale(None, 0.0, "low", "low: improbable token"),
+    "logprob": Scale(None, 0.0, "low", "low: improbable token"),
 }
 
 
