@@ -271,7 +271,8 @@ class TRegTrainer(TokenPreferenceTrainer):
 
     def _start_init(self, model: Any, args: TRegConfig, train_dataset: Any) -> None:
         asks = args.alpha > 0 and args.reward_source == "signal" and args.signal == SELF_GENERATED
-        self._on_the_fly = asks and not set(REWARDS.values()) & set(next(iter(train_dataset)))
+        columns = set() if train_dataset is None else set(next(iter(train_dataset)))  # TRL refuses None
+        self._on_the_fly = asks and not columns & set(REWARDS.values())
         self._compares = args.base_loss == "dpo" or (args.alpha > 0 and args.reward_source == "implicit")
         if self._on_the_fly:
             self._templates = load_templates(args.templates)
