@@ -312,7 +312,10 @@ def test_two_processes_judge_as_one(tmp_path, judge):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert load_stage(tmp_path / "two").to_list() == load_stage(tmp_path / "rewarded").to_list()
+    one, two = load_stage(tmp_path / "rewarded"), load_stage(tmp_path / "two")
+    # other batches and other threads: the last bits of a reward may differ
+    assert two["reward"][:] == pytest.approx(one["reward"][:], abs=1e-5)
+    assert two.remove_columns("reward").to_list() == one.remove_columns("reward").to_list()
     assert done.stdout.count("rewards from") == 1
 
 

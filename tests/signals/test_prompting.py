@@ -317,4 +317,5 @@ def test_two_processes_reward_as_one(tiny_path, tmp_path):
     one, two = load_stage(tmp_path / "one"), load_stage(tmp_path / "two")
     assert one["id"][:] == two["id"][:] and len(two) == 6
     for side in SIDES:
-        assert one[f"{side}_token_reward"][:] == two[f"{side}_token_reward"][:]
+        for alone, shared in zip(one[f"{side}_token_reward"], two[f"{side}_token_reward"], strict=True):
+            assert shared == pytest.approx(alone, abs=1e-6)  # other threads may round the last bit otherwise
