@@ -100,16 +100,17 @@ def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
         *("DPO", "recipes/critical_dpo.py", out / "dpo", "--config", f"{LEDGER}/dpo.yaml"),
         *(*base, "--dataset_name", pairs),
     )
-    stages.run(
-        *("likelihood signals", "scripts/score_likelihood.py", "--model", args.base, "--adapter", out / "dpo"),
-        *("--signals", "logprob", "entropy", "implicit_reward", "--dataset", pairs),
-        *("--output_dir", out / "likelihood"),
-    )
+    likelihood = {  # of the base that wrote the solutions, of the DPO policy against it, of the eval model
+        "base_likelihood": ("--model", args.base, "--signals", "logprob", "entropy"),
+        "implicit": ("--model", args.base, "--adapter", out / "dpo", "--signals", "implicit_reward"),
+        "eval_likelihood": ("--model", args.eval_model, "--signals", "logprob"),
+    }
+    for name, options in likelihood.items():
+        stages.run(
+            *(name.replace("_", " "), "scripts/score_likelihood.py", *options),
+            *("--dataset", pairs, "--output_dir", out / name),
+        )
     rewarded = score_token_rewards(stages, out, args.eval_model, pairs)
-    stages.run(
-        *("likelihood of the eval model", "scripts/score_likelihood.py", "--model", args.eval_model),
-        *("--signals", "logprob", "--dataset", pairs, "--output_dir", out / "eval_likelihood"),
-    )
     stages.run(
         *("true first errors", "scripts/mark_first_errors.py", "--dataset", pairs, "--tokenizer", args.base),
         *("--problems", out / "world" / "train", "--output_dir", out / "marked"),
@@ -119,7 +120,7 @@ def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
         *("--max_rows", args.estimate_rows, "--n", args.continuations, "--max_tokens", MAX_TOKENS),
         *("--output_dir", out / "estimate", "--seed", seed),
     )
-    scored = [out / name for name in ("contrast", "likelihood", "eval_likelihood")]
+    scored = [out / name for name in ("contrast", *likelihood)]
     return agreement([rewarded, *scored, out / "marked", out / "estimate"], seed)
 
 
