@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError, fsync_folder, load_stage, weights_hash
+from tokalign.data.contract import ContractError, load_stage, weights_hash, write_text_atomically
 from tokalign.data.prompts import render_prompt
 from tokalign.evaluation.run import problem_seed
 from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
@@ -210,17 +209,6 @@ def entry(benchmark: str, row: Row, name: str, system_prompt: str | None, writte
     }
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """A reader sees the whole file or none of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    fsync_folder(file.parent)
-
-
 def main(arguments: WriteAnswersArguments, engine_arguments: EngineArguments) -> Path:
     state = process_state()
     benchmark, questions = read_questions(arguments.questions)
@@ -265,7 +253,7 @@ def main(arguments: WriteAnswersArguments, engine_arguments: EngineArguments) ->
         written = (work / "manifest.json").stat().st_mtime  # not the clock: a finished run writes the same file again
         entries = [entry(benchmark, row, arguments.name, arguments.system_prompt, written) for row in answers]
         lines = json.dumps(entries, indent=2) if alpaca else "\n".join(json.dumps(one) for one in entries)
-        write_atomically(file, lines + "\n")
+        write_text_atomically(file, lines + "\n")
         cut = sum(row["finish_reason"] == "length" for row in answers)
         print(f"{benchmark}: {len(answers)} of {manifest['rows_in']} answered, {cut} cut by max_tokens; {file}")
     return file

@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from tests.launch.support import launch
 from tests.trainers.preferences import LORA, as_text, make_trainer, preference_rows, settings
+from tokalign.data.batching import batches_by_length
 from tokalign.data.contract import ContractError, load_stage, shard_name, write_manifest
 from tokalign.jobs import end_processes
 from tokalign.trainers import (
@@ -28,7 +29,7 @@ from tokalign.trainers import (
     TRegConfig,
     TRegTrainer,
 )
-from tokalign.trainers.critical_token_entropy import cut_batches, form_starts, word_forms
+from tokalign.trainers.critical_token_entropy import form_starts, word_forms
 
 NAME = "critical_token_entropy"
 KEYS = (NAME, "critical_token_count", "completion_entropy")
@@ -536,10 +537,10 @@ def test_the_probe_selects_the_checkpoint(tiny_path, tmp_path, rows):
 def test_batches_hold_every_row_once_within_the_budget():
     draw = random.Random(0)
     lengths = [draw.randint(1, 50) for _ in range(40)]
-    batches = cut_batches(lengths, 100)
+    batches = list(batches_by_length(lengths, 100))
     assert sorted(row for batch in batches for row in batch) == list(range(40))
     assert all(len(batch) * max(lengths[row] for row in batch) <= 100 for batch in batches)
-    assert cut_batches([300, 2], 100) == [[0], [1]]
+    assert list(batches_by_length([300, 2], 100)) == [[0], [1]]
 
 
 def _change(rows, row, column, value):

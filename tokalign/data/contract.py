@@ -77,16 +77,21 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json` into folder `path` atomically: a reader sees the old text or the new one, never half."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
-    fsync_folder(folder)
+    """Write `manifest.json` into folder `path` atomically."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text_atomically(Path(path) / MANIFEST, text)
+
+
+def write_text_atomically(file: Path, text: str) -> None:
+    """Write a file so that a reader, or a machine after a power cut, sees the old text or the new one, never half."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+    fsync_folder(file.parent)
 
 
 def fsync_folder(folder: Path) -> None:

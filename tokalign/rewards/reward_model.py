@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
+from tokalign.data.batching import batches_by_length
 from tokalign.jobs import process_state
 
 Messages = list[dict[str, str]]
@@ -141,15 +142,8 @@ class RewardModel:
         return rewards
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row indices by falling length, so the first batch is the largest and memory trouble shows at once."""
-        batch: list[int] = []
-        for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-            if batch and (len(batch) + 1) * lengths[batch[0]] > self.token_budget:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+        """Indices of the rows of each forward pass."""
+        return batches_by_length(lengths, self.token_budget)
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:

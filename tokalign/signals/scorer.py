@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from tokalign.data.batching import batches_by_length
 from tokalign.generation.protocol import adapter_config
 from tokalign.jobs import process_state
 
@@ -209,20 +210,8 @@ class CompletionScorer:
             )
 
     def _batches(self, lengths: Sequence[int], copies: int = 1) -> Iterator[list[int]]:
-        """Indices by falling length, so the first batch is the largest and memory trouble shows at once.
-
-        Args:
-            lengths: tokens of the longest row of each entry.
-            copies: rows that one entry puts into a batch.
-        """
-        batch: list[int] = []
-        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batch and (len(batch) + 1) * copies * lengths[batch[0]] > self.token_budget:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+        """Indices of the rows of each forward pass."""
+        return batches_by_length(lengths, self.token_budget, copies)
 
     def _pad(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]

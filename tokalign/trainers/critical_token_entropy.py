@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from tokalign.data.contract import ContractError, content_hash, fsync_folder, manifest_of, tokenizer_hash
+from tokalign.data.batching import batches_by_length
+from tokalign.data.contract import ContractError, content_hash, manifest_of, tokenizer_hash, write_text_atomically
 
 BRANCH_WORDS = ("Wait", "Alternatively")
 NAME = "critical_token_entropy"  # of the logged value, the file beside the checkpoints, and the entry in their state
@@ -115,7 +116,7 @@ class CriticalTokenEntropyCallback(TrainerCallback):
         self._probe: Any = None
         if probe is not None:
             self._columns = ["prompt_ids", f"{side}_ids", *([] if signal is None else [f"{side}_{signal}"])]
-            self._batches = cut_batches(self._check_probe(probe, tokenizer), token_budget)
+            self._batches = list(batches_by_length(self._check_probe(probe, tokenizer), token_budget))
             self._probe = probe.select_columns(self._columns)
             self._definition["probe"] = content_hash(self._probe)
         else:
@@ -252,7 +253,8 @@ class CriticalTokenEntropyCallback(TrainerCallback):
                 "best": best_names[0] if best_names else None,
                 "checkpoints": self._memory["saves"],
             }
-            write_json(Path(args.output_dir) / f"{NAME}.json", content)
+            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+            write_text_atomically(Path(args.output_dir) / f"{NAME}.json", text)
 
     # ------------------------------------------------------------------------------------------------------ probe
 
@@ -426,32 +428,6 @@ def means(totals: Sequence[float]) -> dict[str, float]:
         | {"critical_token_count": critical_count}
         | ({"completion_entropy": everywhere / count} if count else {})
     )
-
-
-def cut_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Row indices, longest first, cut so that rows × longest stays within the budget."""
-
-    def cut() -> Iterator[list[int]]:
-        batch: list[int] = []
-        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
-                yield batch
-                batch = []
-            batch.append(row)
-        yield batch
-
-    return list(cut())
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write `file` atomically: a reader sees the old text or the new one, never half."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    fsync_folder(file.parent)
 
 
 def _evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
