@@ -1,0 +1,129 @@
+"""How far a document says what the reference says, value by value and type by type.
+
+`agreement` (the reward) weighs every key of an object the same, at each level, over the keys of *either* side:
+    a(object) = Σ over common keys a(child) / |keys of value ∪ keys of reference|,
+    a(array)  = Σ over positions a(item) / max(len(value), len(reference)),
+    a(scalar) = 1 if type and value are equal, else 0.
+Leaving out a part that is wrong gains nothing, which F1 over all leaves would pay for. `leaf_f1` is that F1, for tables
+and for the preset that reproduces the paper. `True` is not 1, "1" is not 1; 1.0 is 1, as in JSON Schema.
+
+A reference of allowed values, as the Berkeley Function-Calling Leaderboard has it, gives every argument of a call a
+list of values that are right; an empty string among them lets the argument be left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+TextMatch = Literal["exact", "tokens"]
+
+
+def equal(value: Any, reference: Any) -> bool:
+    """Typed equality of JSON values, at any depth."""
+    if isinstance(value, bool) or isinstance(reference, bool):
+        return value is reference
+    if isinstance(value, int | float) and isinstance(reference, int | float):
+        return value == reference
+    if type(value) is not type(reference):
+        return False
+    if isinstance(value, dict):
+        return value.keys() == reference.keys() and all(equal(item, reference[key]) for key, item in value.items())
+    if isinstance(value, list):
+        return len(value) == len(reference) and all(map(equal, value, reference))
+    return value == reference
+
+
+def agreement(value: Any, reference: Any, *, text_match: TextMatch = "exact") -> float:
+    """Share of the reference that the value says, in [0, 1]; see the top of this file.
+
+    Args:
+        value: parsed document.
+        reference: parsed reference.
+        text_match: "exact", or "tokens" for the F1 over words of two strings (free text).
+    """
+    kind = type(value)
+    if kind is not type(reference):
+        return 1.0 if equal(value, reference) else 0.0  # 1 and 1.0
+    if kind is dict:
+        common = value.keys() & reference.keys()
+        total = len(value) + len(reference) - len(common)
+        return _mean(((value[key], reference[key]) for key in common), total, text_match)
+    if kind is list:
+        return _mean(zip(value, reference, strict=False), max(len(value), len(reference)), text_match)
+    if value == reference:
+        return 1.0
+    return token_f1(value, reference) if kind is str and text_match == "tokens" else 0.0
+
+
+def _mean(pairs: Iterable[tuple[Any, Any]], total: int, text_match: TextMatch) -> float:
+    return sum([agreement(a, b, text_match=text_match) for a, b in pairs]) / total if total else 1.0
+
+
+def token_f1(text: str, reference: str) -> float:
+    """F1 over the words of two texts, case aside."""
+    return _f1(Counter(text.casefold().split()), Counter(reference.casefold().split()))
+
+
+def leaf_f1(value: Any, reference: Any) -> float:
+    """F1 over typed leaves, each with the path to it; an empty container is a leaf."""
+    return _f1(Counter(_leaves(value, ())), Counter(_leaves(reference, ())))
+
+
+def _f1(found: Counter[Any], wanted: Counter[Any]) -> float:
+    total = found.total() + wanted.total()
+    return 1.0 if total == 0 else 2 * (found & wanted).total() / total
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*path, index))
+    elif isinstance(value, dict | list):
+        yield path, type(value).__name__
+    else:
+        kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+        yield path, kind, value
+
+
+def allowed_agreement(call: Any, reference: Mapping[str, Any]) -> float:
+    """Share of a tool call that is allowed: (1 + right arguments) / (1 + arguments), 0 for another function.
+
+    Args:
+        call: `{"name": …, "arguments": {…}}`.
+        reference: `{"name": …, "arguments": {argument: [allowed value, …]}}`; "" among the values lets it be left out.
+    """
+    if not isinstance(call, dict) or call.get("name") != reference["name"]:
+        return 0.0
+    arguments = call.get("arguments")
+    if not isinstance(arguments, dict):
+        return 0.0
+    right, total = _allowed_arguments(arguments, reference["arguments"])
+    return (1 + right) / (1 + total)
+
+
+def _allowed_arguments(arguments: Mapping[str, Any], allowed: Mapping[str, Any]) -> tuple[int, int]:
+    right = total = 0
+    for key in allowed.keys() | arguments.keys():
+        if key not in arguments and "" in allowed[key]:
+            continue
+        total += 1
+        if key in arguments and key in allowed:
+            right += any(_is_allowed(arguments[key], one) for one in allowed[key])
+    return right, total
+
+
+def _is_allowed(value: Any, allowed: Any) -> bool:
+    if isinstance(allowed, dict) and isinstance(value, dict):
+        try:
+            right, total = _allowed_arguments(value, allowed)
+        except TypeError:  # an object of plain values, not of lists of them
+            return equal(value, allowed)
+        return right == total
+    if isinstance(allowed, list) and isinstance(value, list):
+        return len(value) == len(allowed) and all(map(_is_allowed, value, allowed))
+    return equal(value, allowed)

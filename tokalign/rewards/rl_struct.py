@@ -1,0 +1,54 @@
+"""The reward of RL-Struct (arXiv 2512.00319) as its equation says, for comparison; it is easily gamed.
+
+    R = 1.0 R_structure + 0.5 R_format + 1.0 R_validity + 0.5 R_correctness + 0.1 R_length
+    R_structure = [every required key occurs in the text]      R_format = 0.5 [a Markdown fence] + 0.3 [the word json]
+    R_validity = [the text parses]      R_correctness = F1 of words with the reference
+    R_length = −0.1 [length outside the bounds]
+
+Keys are looked for as substrings and the whole text must parse, so that a fenced answer is invalid while the bare JSON
+string `"reasoning answer ```json"` earns 2.40 of 2.90. The paper leaves open what F1 runs over: words here. The limits
+on size and depth hold for this reward too.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from tokalign.rewards.content import token_f1
+from tokalign.rewards.documents import MISSING, Fault, Source, check_depth, text_of, unreadable
+
+if TYPE_CHECKING:
+    from tokalign.rewards.schemas import CompiledSchema
+    from tokalign.rewards.structured import StructuredReward
+
+WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "correctness": 0.5, "length": 0.1}
+
+
+def components(reward: StructuredReward, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
+    """The paper's components of a completion; correctness is None without a reference, length without bounds."""
+    text = text_of(completion)
+    fault = unreadable(text, reward.limits)
+    if fault is not None:
+        text = ""
+    required = schema.schema.get("required", []) if isinstance(schema.schema, dict) else []
+    bounds = (reward.min_length or 0, float("inf") if reward.max_length is None else reward.max_length)
+    error = fault or _syntax_error(text, reward)
+    return {
+        "structure": float(bool(text) and all(key in text for key in required)),
+        "format": 0.5 * ("```" in text) + 0.3 * ("json" in text),
+        "validity": float(error is None),
+        "schema": None,
+        "correctness": None if reference is MISSING else token_f1(text, json.dumps(reference, ensure_ascii=False)),
+        "length": None if bounds == (0, float("inf")) else -0.1 * (not bounds[0] <= len(text) <= bounds[1]),
+        "_reason": error,
+    }
+
+
+def _syntax_error(text: str, reward: StructuredReward) -> str | None:
+    try:
+        check_depth(text, reward.limits)
+        json.loads(text)
+    except (Fault, ValueError, RecursionError) as error:
+        return str(error)[:200]
+    return None

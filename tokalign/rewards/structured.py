@@ -1,0 +1,388 @@
+"""A reward for answers that must have a structure: graded, bounded in time on hostile text, and hard to game.
+
+    R = Σ_i w_i R_i      over structure, format, validity, schema, correctness, length, each in [0, 1]
+
+after RL-Struct (arXiv 2512.00319), whose literal reward is `preset="rl-struct"` (`tokalign.rewards.rl_struct`). A
+completion is read once, strictly (`tokalign.rewards.documents`), and every component is a small function of that one
+reading. With k the grade of keys and types and f the same with bounds (`tokalign.rewards.schemas`):
+
+| the completion is | structure | others |
+|---|---|---|
+| an answer: one whole document that attempts what the schema asks | FLOOR + (1 − FLOOR) k | below |
+| an attempt with text around it, broken off, or with no value of the right type | 0.45 FLOOR (1 + share) k | 0 |
+| anything else: `{}`, a scalar, a JSON string, prose, repeated keys, NaN, too deep, too long | 0 | 0 |
+
+    validity 1;  format 1 if the fence is as asked;  schema ½ f + ½ [valid and no invented key];
+    correctness = agreement with the reference;  length 1 if valid and within the bounds
+
+So every hack ranks below every answer, whichever components are on; and among answers a missing key, an invented key, a
+wrong type and text around each cost, because no other component can rise by them. Deviations from the paper: structure
+is judged on parsed keys and types instead of substrings, a fence is no reason to be invalid, correctness compares typed
+values instead of words, the length term is a bonus instead of a malus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from tokalign.rewards import rl_struct
+from tokalign.rewards.content import TextMatch, agreement, allowed_agreement
+from tokalign.rewards.documents import (
+    FORMATS,
+    MISSING,
+    Document,
+    Format,
+    Limits,
+    Source,
+    check_depth,
+    decode_json,
+    read_document,
+    text_of,
+)
+from tokalign.rewards.schemas import NO_SCHEMA, CompiledSchema, Grade, SchemaError, TooManyValues, compile_schema
+
+COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
+WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}
+FLOOR = 0.1  # structure of the least answer; what is not an answer stays below it
+_KEPT = 1024  # parsed references
+_PERFECT = Grade(1.0, 1.0, True)
+_NOTHING = Grade(0.0, 0.0, False)
+
+
+class StructuredReward:
+    """Scores structured completions; an instance is a reward function for TRL's `GRPOTrainer`.
+
+    ```python
+    reward = StructuredReward(schema=Recipe)  # a Pydantic model, a JSON Schema, or the path of one
+    reward.score('{"name": "soup", "servings": 4}', reference={"name": "soup", "servings": 4})["total"]
+    trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=problems)  # columns `schema` and `answer` are read
+    ```
+
+    Args:
+        schema: JSON Schema as an object, JSON text, the path of a JSON file or a Pydantic model class. None takes each
+            row's own from the column `schema_column`; a row's schema wins over this one.
+        output_format: "json", "yaml", "xml" or "tool_call".
+        weights: of components, by name; a component that is left out has weight 0 and is off. None is `WEIGHTS`.
+        preset: "rl-struct" is the paper's literal reward, with its weights; it is easily gamed.
+        fence: whether the document stands in a Markdown fence: "optional" (either way is fine), "never", "required".
+        references: "value" compares with the reference as a document; "allowed" takes lists of allowed values for
+            each argument of a tool call (`tokalign.rewards.content.allowed_agreement`).
+        text_match: "exact", or "tokens" to compare strings by the F1 over their words.
+        min_length, max_length: bounds in characters; the component length is off without them.
+        reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>".
+        schema_column, reference_column: dataset columns.
+        limits: most bytes, depth and values of a completion.
+        name: name of the reward and prefix of its metrics.
+
+    Raises:
+        SchemaError: an invalid schema, with the place in it.
+        ValueError: an unknown component, option or bound.
+    """
+
+    def __init__(
+        self,
+        schema: Any = None,
+        *,
+        output_format: Format = "json",
+        weights: Mapping[str, float] | None = None,
+        preset: Literal["rl-struct"] | None = None,
+        fence: Literal["optional", "never", "required"] = "optional",
+        references: Literal["value", "allowed"] = "value",
+        text_match: TextMatch = "exact",
+        min_length: int | None = None,
+        max_length: int | None = None,
+        reasoning_end: str | None = None,
+        schema_column: str = "schema",
+        reference_column: str = "answer",
+        limits: Limits | None = None,
+        name: str = "structured",
+    ):
+        for option, value, known in (
+            ("output_format", output_format, FORMATS),
+            ("preset", preset, (None, "rl-struct")),
+            ("fence", fence, ("optional", "never", "required")),
+            ("references", references, ("value", "allowed")),
+            ("text_match", text_match, ("exact", "tokens")),
+        ):
+            if value not in known:
+                raise ValueError(f"{option} is {value!r}; use one of {', '.join(map(repr, known))}.")
+        if min_length is not None and max_length is not None and min_length > max_length:
+            raise ValueError(f"min_length is {min_length} and max_length {max_length}; exchange them.")
+        self.weights = _checked(weights, rl_struct.WEIGHTS if preset else WEIGHTS)
+        self.schema = None if schema is None else compile_schema(schema)
+        self.output_format: Format = output_format
+        self.preset = preset
+        self.fence = fence
+        self.references = references
+        self.text_match: TextMatch = text_match
+        self.min_length, self.max_length = min_length, max_length
+        self.reasoning_end = reasoning_end
+        self.schema_column, self.reference_column = schema_column, reference_column
+        self.limits = limits or Limits()
+        self.__name__ = name  # TRL names metrics and table columns by it
+        self._references: dict[tuple[str, CompiledSchema], Any] = {}
+        self._batch: tuple[Any, list[dict[str, Any]]] | None = None
+
+    # -------------------------------------------------------------------------------------------------- one completion
+
+    def read(self, completion: Source, schema: Any = None) -> Document:
+        """The document that a completion is; never raises for a completion."""
+        return self._read(completion, self._compiled(schema))
+
+    def score(self, completion: Source, reference: Any = None, schema: Any = None) -> dict[str, Any]:
+        """Score of one completion; never raises for a completion.
+
+        Args:
+            completion: text, or messages.
+            reference: right document, as an object or as text in the output format or in JSON; None if unknown.
+            schema: of this row; None is the constructor's.
+
+        Returns:
+            "total" = Σ weight · component; every component in [0, 1], or None where it does not apply (no reference,
+            no bounds); "reason": None for a flawless document, else its first fault in words.
+
+        Raises:
+            SchemaError, ValueError: a bad schema or reference.
+        """
+        compiled = self._compiled(schema)
+        result = self._components(completion, self._reference(reference, compiled), compiled)
+        reason = result.pop("_reason")
+        return {**result, "reason": reason() if callable(reason) else reason}
+
+    def _components(self, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
+        if self.preset is not None:
+            return self._total(rl_struct.components(self, completion, reference, schema))
+        document = self._read(completion, schema)
+        if document.value is MISSING:
+            return self._of_nothing(document.error, reference)
+        try:
+            grade, perfect = self._grade(document.value, reference, schema)
+        except TooManyValues:
+            return self._of_nothing(f"more than {self.limits.max_values} values", reference)
+        except RecursionError:
+            return self._of_nothing("nested too deep for this schema", reference)
+        if not document.whole or not grade.attempt:
+            share = 0.5 * (1 + document.share) if document.whole is False else 1.0
+            made = self._of_nothing(document.error or self._fault(document, schema, grade), reference)
+            made["structure"] = 0.9 * FLOOR * share * grade.keys
+            return self._total(made)
+        return self._total(
+            {
+                "structure": structure(grade),
+                "format": presentation(document, self.fence),
+                "validity": 1.0,
+                "schema": 0.5 * grade.full + 0.5 * perfect,
+                "correctness": self._correctness(document.value, reference),
+                "length": self._length(completion, perfect),
+                "_reason": None if perfect else lambda: self._fault(document, schema, grade),
+            }
+        )
+
+    def _read(self, completion: Source, schema: CompiledSchema) -> Document:
+        return read_document(
+            completion,
+            self.output_format,
+            limits=self.limits,
+            reasoning_end=self.reasoning_end,
+            wants_list=schema.wants_list,
+            types=schema.shape,
+        )
+
+    def _grade(self, value: Any, reference: Any, schema: CompiledSchema) -> tuple[Grade, bool]:
+        """Grade, and whether the document is valid without an invented key."""
+        if isinstance(value, dict | list) and not value:
+            # right only where the reference is empty too: else the cheapest of all answers would be worth something
+            right = reference is not MISSING and value == reference and type(value) is type(reference)
+            return (_PERFECT, schema.is_valid(value)) if right else (_NOTHING, False)
+        perfect = schema.is_perfect(value)
+        if perfect and ((not schema.shape.options and schema.shape.required) or isinstance(value, list)):
+            return _PERFECT, True  # required keys or items, all of them right: surely an attempt
+        grade = schema.grade(value, max_values=self.limits.max_values)
+        return grade, grade.keys == 1.0 and schema.is_valid(value) if perfect is None else perfect and grade.keys == 1.0
+
+    def _correctness(self, value: Any, reference: Any) -> float | None:
+        if reference is MISSING:
+            return None
+        if self.references == "allowed":
+            return allowed_agreement(value, reference)
+        return agreement(value, reference, text_match=self.text_match)
+
+    def _length(self, completion: Source, perfect: bool) -> float | None:
+        if self.min_length is None and self.max_length is None:
+            return None
+        length = len(text_of(completion))
+        within = (self.min_length or 0) <= length and (self.max_length is None or length <= self.max_length)
+        return 1.0 if perfect and within else 0.0
+
+    def _of_nothing(self, reason: Any, reference: Any) -> dict[str, Any]:
+        made: dict[str, Any] = dict.fromkeys(COMPONENTS, 0.0)
+        if reference is MISSING:
+            made["correctness"] = None
+        if self.min_length is None and self.max_length is None:
+            made["length"] = None
+        return self._total({**made, "_reason": reason})
+
+    def _fault(self, document: Document, schema: CompiledSchema, grade: Grade) -> str:
+        error = schema.first_error(document.value)
+        if error is not None:
+            return error
+        if grade.keys < 1.0:
+            try:
+                invented = schema.invented_keys(document.value, max_values=self.limits.max_values)
+            except (TooManyValues, RecursionError):
+                invented = 0
+            if invented:
+                return f"{invented} key{'s' if invented > 1 else ''} that the schema does not know"
+        return "nothing of what the schema asks for"
+
+    def _total(self, made: dict[str, Any]) -> dict[str, Any]:
+        made["total"] = sum([weight * made[name] for name, weight in self.weights.items() if made[name]])
+        return made
+
+    # ------------------------------------------------------------------------------------------- schemas and references
+
+    def _compiled(self, schema: Any) -> CompiledSchema:
+        if schema is None:
+            return self.schema or NO_SCHEMA
+        return compile_schema(schema)
+
+    def _reference(self, reference: Any, schema: CompiledSchema) -> Any:
+        """The parsed reference; MISSING if there is none."""
+        if reference is None:
+            return MISSING
+        if isinstance(reference, str):
+            key = (reference, schema)
+            if key in self._references:  # the completions of a group share one
+                return self._references[key]
+            if len(self._references) >= _KEPT:
+                self._references.clear()
+            self._references[key] = self._parsed(reference, schema)
+            return self._references[key]
+        return self._parsed(reference, schema)
+
+    def _parsed(self, reference: Any, schema: CompiledSchema) -> Any:
+        if isinstance(reference, str):
+            try:
+                check_depth(reference, self.limits)
+                reference = decode_json(reference)
+            except ValueError as error:
+                document = MISSING if self.output_format == "json" else self._read(reference, schema).value
+                if document is MISSING:
+                    raise ValueError(f"is not JSON ({str(error)[:200]}); give the right document as JSON") from None
+                reference = document
+        if self.references == "allowed" and not _is_allowed_reference(reference):
+            raise ValueError(
+                'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}}; give it so, or set '
+                "references to 'value'"
+            )
+        return reference
+
+    def check_row(self, schema: Any = None, reference: Any = None) -> None:
+        """Raise what scoring a row of the dataset would raise for its schema or reference."""
+        self._reference(reference, self._compiled(schema))
+
+    # -------------------------------------------------------------------------------------------------------- a batch
+
+    def __call__(
+        self,
+        prompts: Sequence[Any] | None = None,
+        completions: Sequence[Any] = (),
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Totals of a batch, as TRL's trainers call it: `columns` holds one value a completion."""
+        return [row["total"] for row in self.score_batch(completions, log_extra, log_metric, **columns)]
+
+    def score_batch(
+        self,
+        completions: Sequence[Any],
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[dict[str, Any]]:
+        """`score` of every completion; the same batch is scored and logged once however many components ask for it."""
+        if self._batch is not None and self._batch[0] is completions:
+            return self._batch[1]
+        schemas = columns.get(self.schema_column) or [None] * len(completions)
+        references = columns.get(self.reference_column) or [None] * len(completions)
+        rows: list[dict[str, Any]] = []
+        for index, completion in enumerate(completions):
+            schema, reference = schemas[index], references[index]
+            try:
+                compiled = self._compiled(schema)
+                parsed = self._reference(reference, compiled)
+            except ValueError as error:
+                identity = columns["id"][index] if "id" in columns else index
+                column = self.schema_column if isinstance(error, SchemaError) else self.reference_column
+                raise ValueError(f"Row {identity!r}: `{column}`: {error}") from None
+            rows.append(self._components(completion, parsed, compiled))
+        reasons = [row.pop("_reason") for row in rows]
+        self._batch = (completions, rows)
+        for component in self.active:
+            values = [row[component] for row in rows if row[component] is not None]
+            if log_metric is not None and values:
+                log_metric(f"{self.__name__}/{component}", sum(values) / len(values))
+            if log_extra is not None:
+                log_extra(component, [row[component] for row in rows])
+        if log_extra is not None:
+            log_extra("reason", [reason() if callable(reason) else reason for reason in reasons])
+        return rows
+
+    @property
+    def active(self) -> list[str]:
+        """Components with a weight."""
+        return [name for name in COMPONENTS if self.weights.get(name)]
+
+    def component_rewards(self) -> list[ComponentReward]:
+        """One reward function a component, for trainers that normalise each before they sum (GDPO).
+
+        They share this reward's one reading of a batch; give the trainer `[self.weights[c] for c in self.active]`.
+        """
+        return [ComponentReward(self, name) for name in self.active]
+
+
+class ComponentReward:
+    """One component of a `StructuredReward` as a reward function of its own; None where it does not apply."""
+
+    def __init__(self, reward: StructuredReward, component: str):
+        self.reward, self.component = reward, component
+        self.__name__ = f"{reward.__name__}_{component}"
+
+    def __call__(
+        self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] = (), **columns: Any
+    ) -> list[float | None]:
+        return [row[self.component] for row in self.reward.score_batch(completions, **columns)]
+
+
+def structure(grade: Grade) -> float:
+    """Structure of an answer from its grade of keys and types."""
+    return FLOOR + (1 - FLOOR) * grade.keys
+
+
+def presentation(document: Document, fence: str) -> float:
+    """The component format of an answer: whether its fence is as asked."""
+    return 1.0 if fence == "optional" or document.fenced is (fence == "required") else 0.0
+
+
+def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) -> dict[str, float]:
+    if weights is None:
+        return dict(default)
+    for name, weight in weights.items():
+        if name not in COMPONENTS:
+            raise ValueError(f"Unknown component {name!r}; components are {', '.join(COMPONENTS)}.")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"The weight of {name} is {weight}; use 0 (off) or a positive number.")
+    if not any(weights.values()):
+        raise ValueError("All components are off; give at least one a positive weight.")
+    return {name: float(weights[name]) for name in COMPONENTS if weights.get(name)}
+
+
+def _is_allowed_reference(reference: Any) -> bool:
+    return (
+        isinstance(reference, dict)
+        and reference.keys() == {"name", "arguments"}
+        and isinstance(reference["arguments"], dict)
+        and all(isinstance(values, list) for values in reference["arguments"].values())
+    )
