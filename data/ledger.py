@@ -5,6 +5,11 @@
 writes `train/`, `validation/`, `test/` (problems), `sft/` (prompt and completion messages over train identities),
 and one folder for each preset of ledger_models.py (tokenizer and architecture, to be trained by recipes/sft.py
 --from_scratch).
+
+    python data/ledger.py --output_dir runs/ledger_json --problem_rendering json --renderings json
+
+makes structured problems: they ask for JSON, `answer` is the solution as JSON text, and `schema` and `completion` stand
+beside it.
 """
 
 import random
@@ -17,8 +22,15 @@ from trl import TrlParser
 from tokalign.data import ledger
 from tokalign.data.card import write_dataset_card
 from tokalign.data.ledger_models import PRESETS, write_untrained
+from tokalign.data.structured import assistant, json_text, user
 from tokalign.jobs import run_job
 
+STRUCTURED = {  # columns of structured problems that others have not, or have with another content
+    "answer": "the right document, as JSON text",
+    "solution": "the same",
+    "schema": "JSON Schema of the document, as JSON text",
+    "completion": "the right document, as one assistant message, for SFT",
+}
 SLIP_RATE = 0.4  # of a wrong draft's lines: several errors a draft, as in a weak model's own
 
 
@@ -42,23 +54,35 @@ class LedgerArguments:
     renderings: list[str] = field(
         default_factory=lambda: ["worked"], metadata={"help": "SFT renderings to mix evenly: worked, json."}
     )
+    problem_rendering: str = field(
+        default="worked", metadata={"help": "What problems ask for: 'worked', or 'json' (structured problems)."}
+    )
     request_share: float = field(
         default=0.0, metadata={"help": "Share of SFT rows that ask for a correct or a wrong solution by name."}
     )
     draft_share: float = field(
         default=0.0, metadata={"help": "Share of SFT rows that show a draft and ask to rewrite it correct or wrong."}
     )
+    sloppy_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of SFT rows in JSON that have a fault of structure (tokalign/data/ledger.py)."},
+    )
 
 
 def _problem_rows(split: str, n: int, args: LedgerArguments, config: ledger.LedgerConfig):
+    rendering = args.problem_rendering
     for problem in ledger.problems(split, n, seed=args.seed, config=config):
-        yield {
+        solution = ledger.solution(problem, rendering=rendering)
+        row = {
             "id": problem.identity,
-            "prompt": [{"role": "user", "content": ledger.prompt(problem)}],
+            "prompt": user(ledger.prompt(problem, rendering=rendering)),
             "answer": str(problem.answer),
-            "solution": ledger.solution(problem),
+            "solution": solution,
             "ledger": problem.to_json(),
         }
+        if rendering == "json":
+            row |= {"answer": solution, "schema": json_text(ledger.JSON_SCHEMA), "completion": assistant(solution)}
+        yield row
 
 
 def _revision(problem: ledger.Problem, rng: random.Random, rendering: str) -> tuple[str, str]:
@@ -79,6 +103,7 @@ def _revision(problem: ledger.Problem, rng: random.Random, rendering: str) -> tu
 
 def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
     rng = random.Random(args.seed)
+    sloppy = random.Random(f"sloppy-{args.seed}")
     drafts = random.Random(f"drafts-{args.seed}")  # its own, so that rows without a draft are those of draft_share 0
     for problem in ledger.problems("train", args.sft, seed=args.seed + 1, config=config):
         rendering, request = rng.choice(args.renderings), None
@@ -88,6 +113,8 @@ def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
             text = ledger.wrong_solution(problem, rng, rendering=rendering)
         else:
             text = ledger.solution(problem, rendering=rendering)
+        if rendering == "json" and request is None and sloppy.random() < args.sloppy_share:
+            text = ledger.sloppy_solution(problem, sloppy)
         asked = ledger.prompt(problem, rendering=rendering, request=request)
         if drafts.random() < args.draft_share:
             asked, text = _revision(problem, drafts, rendering)
@@ -104,6 +131,10 @@ def main(args: LedgerArguments) -> None:
     config = ledger.LedgerConfig(**{f.name: getattr(args, f.name) for f in fields(ledger.LedgerConfig)})
     tokenizer = ledger.build_tokenizer(config, digits=args.digits)
     parameters = {k: v for k, v in asdict(args).items() if k != "output_dir"}
+    if args.problem_rendering == "worked":
+        del parameters["problem_rendering"]  # a folder built before the option existed is still this one
+    if not args.sloppy_share:
+        del parameters["sloppy_share"]
     for split in ledger.SPLITS:
         rows = Dataset.from_list(list(_problem_rows(split, getattr(args, split), args, config)))
         run_job(lambda batch: batch, rows, output / split, name="ledger problems", parameters=parameters)
@@ -122,9 +153,11 @@ def main(args: LedgerArguments) -> None:
             "answer": "the balance asked for",
             "solution": "worked solution",
             "ledger": "the problem as JSON, from which the first wrong token of any solution follows",
+            **(STRUCTURED if args.problem_rendering == "json" else {}),
         },
         splits={split: getattr(args, split) for split in ledger.SPLITS},
-        command=f"python data/ledger.py --output_dir {args.output_dir}",
+        command=f"python data/ledger.py --output_dir {args.output_dir}"
+        + (" --problem_rendering json" if args.problem_rendering == "json" else ""),
         notes="Splits share no identity; `sft/` uses identities of the train split only.",
     )
 

@@ -5,10 +5,12 @@ import itertools
 import json
 import random
 
+import jsonschema_rs
 import pytest
 
 from tests.data.test_builders import builder
 from tokalign.data import ledger
+from tokalign.data.contract import load_stage, read_manifest
 from tokalign.data.ledger import LedgerConfig, Problem, build_tokenizer, first_error, problems, solution, wrong_solution
 
 
@@ -173,9 +175,9 @@ def test_slips_are_wrong_totals_and_other_events_at_the_rate_asked_for(tokenizer
 
 @CONFIGS
 def test_json_rendering_keeps_its_schema(config):
-    jsonschema_rs = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    validator = jsonschema_rs.validator_for(ledger.JSON_SCHEMA, offline=True)
     for problem in problems("train", 20, seed=10, config=config):
-        jsonschema_rs.validate(json.loads(solution(problem, rendering="json")), ledger.JSON_SCHEMA)
+        validator.validate(json.loads(solution(problem, rendering="json")))
 
 
 @CONFIGS
@@ -207,6 +209,11 @@ def sft_rows(**options):
     return list(script._sft_rows(arguments, LedgerConfig()))
 
 
+def problem_rows(split="test", **options):
+    script = builder("ledger")
+    return list(script._problem_rows(split, 100, script.LedgerArguments("unused", **options), LedgerConfig()))
+
+
 def rows_hash(rows):
     return hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
 
@@ -236,3 +243,43 @@ def test_drafts_are_fixed_on_request_or_kept_wrong(rendering):
     assert 160 < counts["none"] < 240
     assert 60 < counts["wrong, wrong draft"] < 140
     assert 25 < counts["correct, right draft"] < 80 and 25 < counts["correct, wrong draft"] < 80
+
+
+# --- the builder's structured problems -------------------------------------------------------------------------------
+
+
+def test_worked_problems_are_those_that_quoted_figures_were_measured_on():
+    """Hash taken before `problem_rendering` existed."""
+    assert rows_hash(problem_rows()).startswith("71ed909ccc4c3a5e")
+
+
+def test_json_problems_hold_their_document_and_its_schema():
+    worked = problem_rows()
+    for row, plain in zip(problem_rows(problem_rendering="json"), worked, strict=True):
+        assert (row["id"], row["ledger"]) == (plain["id"], plain["ledger"])
+        assert row["prompt"][0]["content"] == plain["prompt"][0]["content"] + " Answer in JSON."
+        assert row["answer"] == row["solution"]
+        assert row["completion"] == [{"role": "assistant", "content": row["answer"]}]
+        document, schema = json.loads(row["answer"]), json.loads(row["schema"])
+        jsonschema_rs.validator_for(schema, offline=True).validate(document)
+        assert schema == ledger.JSON_SCHEMA and str(document["answer"]) == plain["answer"]
+
+
+def test_an_unknown_rendering_of_problems_says_so():
+    with pytest.raises(ValueError, match="Unknown rendering 'xml': use one of worked, json"):
+        problem_rows(problem_rendering="xml")
+
+
+def test_the_builder_writes_either_rendering(tmp_path):
+    script = builder("ledger")
+    sizes = {"train": 5, "validation": 5, "test": 5, "sft": 5}
+    for rendering in ledger.RENDERINGS:
+        folder = tmp_path / rendering
+        script.main(script.LedgerArguments(str(folder), **sizes, problem_rendering=rendering))
+        stage = "structured" if rendering == "json" else "problems"
+        assert len(load_stage(folder, split="test", stage=stage)) == 5
+        text = (folder / "README.md").read_text()
+        assert ("| `schema` | JSON Schema of the document" in text) == (rendering == "json")
+        assert ("--problem_rendering json\n" in text) == (rendering == "json")
+        # folders from before the option existed go on being this job's
+        assert ("problem_rendering" in read_manifest(folder / "test")["parameters"]) == (rendering == "json")

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 MANIFEST = "manifest.json"
 STAGES: dict[str, tuple[str, ...]] = {
     "problems": ("id", "prompt", "answer"),
+    "structured": ("id", "prompt", "answer", "schema"),
     "rollouts": (
         *("id", "prompt", "answer", "prompt_ids", "completion_ids", "completion"),
         *("finish_reason", "logprobs", "sample", "correct"),
@@ -35,6 +36,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 _MADE_BY = {
     "problems": "a dataset builder in data/",
+    "structured": "a dataset builder in data/ that writes a schema a row (gsm8k_json.py, bfcl.py, cooking.py)",
     "rollouts": "scripts/sample_rollouts.py",
     "preferences": "scripts/build_pairs.py",
     "sft": "scripts/build_pairs.py",

@@ -335,6 +335,41 @@ def wrong_solution(
             return _render(steps, answer, rendering)
 
 
+def sloppy_solution(problem: Problem, rng: random.Random) -> str:
+    """The JSON solution with one fault of structure, as documents in the wild have them; its numbers are right.
+
+    A key missing or invented, a type wrong, a bracket missing, text before or after, or an end too early: what GRPO
+    with structured rewards is to teach out of a model that has read such documents.
+    """
+    document = json.loads(solution(problem, rendering="json"))
+    step = rng.choice(document["steps"])
+    fault = rng.choice(
+        ("missing", "missing step key", "invented", "type", "step type", "bracket", "before", "after", "cut")
+    )
+    if fault == "missing":
+        del document[rng.choice(("steps", "answer"))]
+    elif fault == "missing step key":
+        del step[rng.choice(("name", "left", "op", "right", "total"))]
+    elif fault == "invented":
+        document["total"] = problem.answer
+    elif fault == "type":
+        document["answer"] = [problem.answer]
+    elif fault == "step type":
+        step["total"] = rng.choice(([step["total"]], step["name"]))
+    text = json.dumps(document)
+    if fault == "bracket":
+        place = rng.choice([i for i, letter in enumerate(text) if letter in "{}[]"])
+        text = text[:place] + text[place + 1 :]
+    elif fault == "before":
+        text = f"Answer in JSON: {text}"
+    elif fault == "after":
+        text = f"{text} {problem.names[0]} has {problem.answer} {problem.thing}."
+    elif fault == "cut":
+        ends = [i for i, letter in enumerate(text) if letter in ",}"]
+        text = text[: rng.choice(ends[len(ends) // 2 : -1]) + 1]
+    return text
+
+
 def prompt(problem: Problem, *, rendering: str = "worked", request: str | None = None, draft: str | None = None) -> str:
     """The user's message: the problem, then what is asked for.
 

@@ -26,9 +26,11 @@ from tokalign.jobs import Dropped, process_state, run_job
 _COLUMNS = {
     "id": "source, split and row",
     "prompt": "what the model reads",
-    "answer": "the final answer",
+    "answer": "the final answer, or the right document as JSON text",
     "accepted": "all accepted answers; `answers_match` takes the list",
     "solution": "worked solution, for SFT",
+    "schema": "JSON Schema of the document that `answer` is, as JSON text",
+    "completion": "the right document as one assistant message, for SFT",
 }
 
 

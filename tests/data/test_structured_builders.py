@@ -1,0 +1,505 @@
+"""Builders of structured problems: every completion is valid under its schema and is what the reference says."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import jsonschema_rs
+import pytest
+from datasets import Dataset
+from huggingface_hub import DatasetCard
+
+from tests.data.test_builders import DATA, builder, needs_data, write
+from tokalign.data.contract import ContractError, load_stage, read_manifest
+from tokalign.rewards.content import allowed_agreement
+
+gsm8k, gsm8k_json, bfcl, cooking = builder("gsm8k"), builder("gsm8k_json"), builder("bfcl"), builder("cooking")
+needs_bfcl = pytest.mark.skipif(
+    not (DATA / "bfcl" / "simple_python.jsonl").exists(),
+    reason=f"no BFCL under {DATA}; set TOKALIGN_SHARED_DATA to its folder",
+)
+
+
+def checked(row: dict) -> dict:
+    """The document of a row's completion, after the checks that every builder's rows pass."""
+    (message,) = row["completion"]
+    assert message["role"] == "assistant"
+    assert row["prompt"][-1]["role"] == "user"
+    schema = json.loads(row["schema"])
+    text = message["content"].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+    document = json.loads(text)
+    assert text == json.dumps(document, ensure_ascii=False)
+    jsonschema_rs.validator_for(schema, offline=True).validate(document)
+    assert in_order(document, schema)
+    return document
+
+
+def in_order(value, schema: dict) -> bool:
+    """Whether the keys of every object are in the order of its schema."""
+    if isinstance(value, list):
+        return all(in_order(item, schema.get("items", {})) for item in value)
+    if not isinstance(value, dict) or "properties" not in schema:
+        return True
+    known = schema["properties"]
+    return list(value) == [key for key in known if key in value] and all(in_order(value[k], known[k]) for k in value)
+
+
+def leaves(value) -> Iterable:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+# ----------------------------------------------------------------------------------------------------------- GSM8K-JSON
+
+SOLVED = [
+    {"question": "Hens?", "answer": "3 + 2 = <<3+2=5>>5 hens.\n#### 5"},
+    {
+        "question": "Robe — how much? ",
+        "answer": "Let x be it.\nIt costs $<<2*1,000.50=2,001.00>>2,001.\n\nThat is half.\n"
+        "Tax <<5%*2001=100.05>>100.05.\nSo “much”.\n#### $2,101",
+    },
+    {"question": "Two marks?", "answer": "1+1=<<1+1=2>>2 and 2+2=<<2+2=4>>4.\n#### 4"},
+    {"question": "A fraction?", "answer": "It is <<3/4=3/4>>3/4.\n#### 1"},
+]
+UNSOLVED = [
+    {"question": "No end?", "answer": "<<1+1=2>>2"},
+    {"question": "Half?", "answer": "<<1/2=.5>>\n#### 0.5"},
+    {"question": "Words?", "answer": "<<1+1=2>>\n#### two"},
+    {"question": "No mark?", "answer": "x = 5\n#### 5"},
+    {"question": "A third?", "answer": "<<1/3=1/3>>\n#### 5"},
+    {"question": "No number?", "answer": "<<1/3=x>>\n#### 5"},
+    {"question": " ", "answer": "<<1+1=2>>\n#### 2"},
+    {"question": "Nothing?", "answer": None},
+]
+
+
+def build_gsm8k(folder: Path, rows: list[dict], **options) -> Dataset:
+    source = write(folder / "train.jsonl", rows)
+    gsm8k_json.main(gsm8k_json.Gsm8kJsonArguments(source=source, output_dir=str(folder / "out"), **options))
+    return load_stage(folder / "out", split="train", stage="structured")
+
+
+def test_gsm8k_solutions_become_documents(tmp_path: Path) -> None:
+    rows = build_gsm8k(tmp_path, SOLVED + UNSOLVED)
+    documents = [checked(row) for row in rows]
+    assert [row["answer"] for row in rows] == [row["completion"][0]["content"] for row in rows]
+    assert rows["id"] == [f"gsm8k_json-train-{k}" for k in range(4)]
+    assert documents == [
+        {"steps": [{"text": "3 + 2 = 5 hens.", "calculation": "3+2", "result": 5}], "answer": 5},
+        {
+            "steps": [
+                {"text": "Let x be it. It costs $2,001.", "calculation": "2*1,000.50", "result": 2001},
+                {"text": "That is half. Tax 100.05. So “much”.", "calculation": "5%*2001", "result": 100.05},
+            ],
+            "answer": 2101,
+        },
+        {"steps": [{"text": "1+1=2 and 2+2=4.", "calculation": "2+2", "result": 4}], "answer": 4},
+        {"steps": [{"text": "It is 3/4.", "calculation": "3/4", "result": 0.75}], "answer": 1},
+    ]
+    assert "“much”" in rows[1]["answer"] and '"result": 2001}' in rows[1]["answer"]
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {
+        "no final answer after ####": 2,
+        "final answer is not an integer": 2,
+        "no calculator mark": 1,
+        "result is not an exact number": 2,
+        "no question": 1,
+    }
+
+
+def test_gsm8k_prompts_show_what_was_asked_for(tmp_path: Path) -> None:
+    shown = build_gsm8k(tmp_path / "shown", SOLVED[1:2])[0]
+    question, instruction, schema = shown["prompt"][0]["content"].split("\n")
+    assert (question, instruction) == ("Robe — how much?", "Answer with one JSON document and nothing else.")
+    assert schema == "JSON Schema: " + shown["schema"]
+    bare = build_gsm8k(tmp_path / "bare", SOLVED[:1], show_schema=False, instruction="")[0]
+    assert bare["prompt"] == [{"role": "user", "content": "Hens?"}]
+    text = build_gsm8k(tmp_path / "text", SOLVED[:1], show_schema=False, instruction="JSON.", prompt_style="string")[0]
+    assert (text["prompt"], text["completion"]) == ("Hens?\nJSON.\n", text["answer"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((" 5 ", 5), ("-5", -5), ("$1,234.50", 1234.5), ("-$2", -2), ("50%", 50), ("12.00", 12), (".5", 0.5)),
+        *(("5.", 5), ("1,234,567", 1234567), ("6/8", 0.75), ("0.1", 0.1), ("123456789012345", 123456789012345)),
+        *(("1/3", None), ("3/0", None), ("1,5", None), ("12,34", None), ("1 2", None), ("", None), ("x", None)),
+        *(("0.123456789012345", 0.123456789012345), ("1e9", None), ("9" * 5000, None), ("1.2.3", None), ("3$4", None)),
+        ("123456789012.123456789012345", None),  # more digits than a double has
+    ],
+)
+def test_numbers_are_read_exactly_or_not_at_all(text: str, value: float | None) -> None:
+    found = gsm8k_json.number(text)
+    assert (type(found), found) == (type(value), value)
+    if isinstance(found, float) and "/" not in text:
+        assert Fraction(json.dumps(found)) == Fraction(text.strip("$ ").replace(",", ""))
+
+
+def test_gsm8k_json_keeps_questions_on_the_side_that_gsm8k_puts_them(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {k} + 1?", "answer": f"<<{k}+1={k + 1}>>\n#### {k + 1}"} for k in range(200)]
+    source = write(tmp_path / "train.jsonl", rows)
+    shared = {"source": source, "validation_share": 0.25}
+    gsm8k.main(gsm8k.Gsm8kArguments(**shared, output_dir=str(tmp_path / "plain")))
+    gsm8k_json.main(gsm8k_json.Gsm8kJsonArguments(**shared, output_dir=str(tmp_path / "json")))
+    plain, made = (load_stage(tmp_path / name, split="validation") for name in ("plain", "json"))
+    questions = [prompt[0]["content"].split("\n")[0] for prompt in made["prompt"]]
+    assert questions == [prompt.strip() for prompt in plain["prompt"]] and 20 < len(questions) < 80
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a"}, "columns question but none of answer; rename"),
+        ({"prompt": "a", "answer": "b"}, "columns prompt, answer but none of question, problem; rename"),
+    ],
+)
+def test_a_gsm8k_source_without_a_column_is_one_sentence(tmp_path: Path, row: dict, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        build_gsm8k(tmp_path, [row])
+
+
+@needs_data
+def test_real_gsm8k_becomes_documents(tmp_path: Path) -> None:
+    gsm8k_json.main(
+        gsm8k_json.Gsm8kJsonArguments(
+            source=str(DATA / "gsm8k" / "test.jsonl"), output_dir=str(tmp_path), show_schema=False
+        )
+    )
+    rows = load_stage(tmp_path, split="test", stage="structured")
+    assert read_manifest(tmp_path / "test")["dropped"] == {"no calculator mark": 18}
+    assert len(rows) == 1301
+    for row in rows:
+        document = checked(row)
+        assert json.loads(row["answer"]) == document
+        assert not any("<<" in step["text"] or not step["calculation"] for step in document["steps"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- BFCL
+
+
+def ask_bfcl(row_id: str, properties: dict, allowed: dict, required: tuple[str, ...] = (), **changed) -> tuple:
+    """A request and its answer as the leaderboard writes them."""
+    parameters = {"type": "dict", "properties": properties, "required": list(required)}
+    function = {"name": "f.g", "description": "Does it.", "parameters": parameters}
+    question = {"id": row_id, "question": [[{"role": "user", "content": f"Do {row_id}."}]], "function": [function]}
+    return {**question, **changed}, {"id": row_id, "ground_truth": [{"f.g": allowed}]}
+
+
+def build_bfcl(folder: Path, pairs: list[tuple], **options) -> Dataset:
+    write(folder / "simple_python.jsonl", [question for question, _ in pairs])
+    write(folder / "simple_python_answers.jsonl", [answer for _, answer in pairs])
+    options = {"test_share": 0.0, **options}
+    bfcl.main(bfcl.BfclArguments(source=str(folder), output_dir=str(folder / "out"), **options))
+    return load_stage(folder / "out", split="train", stage="structured")
+
+
+EVERY_TYPE = {
+    "b": {"type": "tuple", "items": {"type": "float"}, "description": "Two."},
+    "a": {"type": "integer", "default": "one", "optional": True},
+    "c": {"type": "any", "description": "Anything."},
+    "d": {
+        "type": "array",
+        "items": {"type": "dict", "properties": {"x": {"type": "float", "default": 1}, "y": {"type": "string"}}},
+    },
+    "e": {"type": "dict", "description": "Open."},
+    "h": {"type": "string", "enum": ["Red", "Blue"], "default": "Red"},
+    "i": {"type": "boolean", "default": "false"},
+}
+MAPPED = {
+    "b": {"type": "array", "description": "Two.", "items": {"type": "number"}},
+    "a": {"type": "integer"},
+    "c": {"description": "Anything."},
+    "d": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"x": {"type": "number", "default": 1}, "y": {"type": "string"}},
+            "additionalProperties": False,
+        },
+    },
+    "e": {"type": "object", "description": "Open."},
+    "h": {"type": "string", "enum": ["Red", "Blue"], "default": "Red"},
+    "i": {"type": "boolean"},
+}
+ALLOWED = {
+    "a": ["", 7],
+    "b": [[1, 2.5], [2.5, 1]],
+    "c": [[[1]], "x"],
+    "d": [[{"y": ["z", "Z"], "x": [1.0, 2]}, {"x": ["", 3]}]],
+    "e": [{"Ann": [["a"], "b"]}],
+    "h": ["red", "Red"],
+    "i": [""],
+}
+
+
+def test_bfcl_types_are_mapped_and_calls_filled_at_any_depth(tmp_path: Path) -> None:
+    row = build_bfcl(tmp_path, [ask_bfcl("s_0", EVERY_TYPE, ALLOWED, required=("b",))])[0]
+    assert json.loads(row["schema"]) == {
+        "type": "object",
+        "properties": {
+            "name": {"const": "f.g"},
+            "arguments": {"type": "object", "properties": MAPPED, "required": ["b"], "additionalProperties": False},
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+    assert checked(row) == {
+        "name": "f.g",
+        "arguments": {
+            "b": [1, 2.5],
+            "a": 7,
+            "c": [[1]],
+            "d": [{"x": 1.0, "y": "z"}, {"x": 3}],
+            "e": {"Ann": ["a"]},
+            "h": "Red",
+        },
+    }
+    assert json.loads(row["answer"]) == {"name": "f.g", "arguments": ALLOWED}
+    assert list(json.loads(row["answer"])["arguments"]) == list(EVERY_TYPE)
+    assert row["id"] == "s_0"
+    assert row["completion"][0]["content"].startswith('<tool_call>\n{"name": "f.g", "arguments": {"b": [1, 2.5]')
+
+
+def test_bfcl_prompts_hold_the_function_or_the_column_does(tmp_path: Path) -> None:
+    pairs = [ask_bfcl("s_0", {"a": {"type": "float"}}, {"a": [1]})]
+    parameters = {
+        **{"type": "object", "required": [], "properties": {"a": {"type": "number"}}},
+        "additionalProperties": False,
+    }
+    function = {"name": "f.g", "description": "Does it.", "parameters": parameters}
+    inline = build_bfcl(tmp_path / "inline", pairs)[0]
+    request, *instruction, shown = inline["prompt"][0]["content"].split("\n")
+    assert request == "Do s_0." and json.loads(shown) == function
+    assert "<tool_call>" in instruction[0] and "tools" not in inline
+    column = build_bfcl(tmp_path / "column", pairs, prompt_tools="column", call_format="json")[0]
+    assert column["prompt"] == [{"role": "user", "content": "Do s_0."}]
+    assert json.loads(column["tools"]) == [{"type": "function", "function": function}]
+    assert column["completion"][0]["content"] == '{"name": "f.g", "arguments": {"a": 1}}'
+    own = build_bfcl(tmp_path / "own", pairs, instruction="Call it.")[0]
+    assert own["prompt"][0]["content"].split("\n")[:2] == ["Do s_0.", "Call it."]
+    card = DatasetCard.load(tmp_path / "column" / "out" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert "| `tools` | the function in OpenAI's form" in card.text and "| train | 1 |" in card.text
+
+
+def test_bfcl_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    integer = {"a": {"type": "integer"}}
+    turn = [{"role": "user", "content": "Do."}]
+    pairs = [
+        ask_bfcl("fine", integer, {"a": [1.0]}),  # 1.0 is an integer in JSON Schema
+        ask_bfcl("left out", integer, {"a": ["", True]}),  # no value of its type, but none is needed
+        ask_bfcl("wrong type", integer, {"a": ["1"]}),
+        ask_bfcl("another name", integer, {"b": [1]}),
+        ask_bfcl("missing", integer, {}, required=("a",)),
+        ask_bfcl("no type", {"a": {"type": "complex"}}, {"a": [1]}),
+        ask_bfcl("turns", integer, {"a": [1]}, question=[turn, turn]),
+    ]
+    pairs.append((ask_bfcl("unanswered", integer, {})[0], {"id": "nobody", "ground_truth": []}))
+    other_name = ask_bfcl("other function", integer, {"a": [1]})
+    other_name[1]["ground_truth"] = [{"h": {"a": [1]}}]
+    rows = build_bfcl(tmp_path, [*pairs, other_name])
+    assert [(row["id"], checked(row)["arguments"]) for row in rows] == [("fine", {"a": 1.0}), ("left out", {})]
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {
+        "answer breaks its schema (type)": 1,
+        "answer breaks its schema (additionalProperties)": 1,
+        "answer breaks its schema (required)": 1,
+        "answer breaks its schema (const)": 1,
+        "schema does not compile": 1,
+        "not one turn, one function and one call": 1,
+        "no answer": 1,
+    }
+
+
+def test_bfcl_splits_by_the_id_alone(tmp_path: Path) -> None:
+    pairs = [ask_bfcl(f"s_{k}", {"a": {"type": "integer"}}, {"a": [k]}) for k in range(200)]
+    train = build_bfcl(tmp_path, pairs, test_share=0.25)["id"]
+    test = load_stage(tmp_path / "out", split="test", stage="structured")["id"]
+    assert sorted([*train, *test]) == sorted(f"s_{k}" for k in range(200)) and 25 < len(test) < 75
+    half = build_bfcl(tmp_path / "half", pairs[:100], test_share=0.25)["id"]
+    assert set(half) <= set(train)
+
+
+def test_bfcl_reads_two_files_by_option(tmp_path: Path) -> None:
+    question, answer = ask_bfcl("s_0", {"a": {"type": "integer"}}, {"a": [1]})
+    files = {"questions": write(tmp_path / "q.json", [question]), "answers": write(tmp_path / "a" / "q.json", [answer])}
+    bfcl.main(bfcl.BfclArguments(**files, output_dir=str(tmp_path / "out"), test_share=1.0))
+    assert load_stage(tmp_path / "out", split="test")["id"] == ["s_0"]
+    assert not (tmp_path / "out" / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"id": "a", \n', r"Line 1 of .*simple_python\.jsonl is not JSON \(.* at column \d+\); repair or remove it"),
+        ("[]\n", r"Line 1 of .*simple_python\.jsonl has no `id`; repair or remove it"),
+        ('\n{"id": "a", "question": []}\n', r"Line 2 of .*simple_python\.jsonl has no `function`; repair or remove it"),
+    ],
+)
+def test_a_bad_line_of_bfcl_is_one_sentence(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "simple_python.jsonl").write_text(lines)
+    write(tmp_path / "simple_python_answers.jsonl", [])
+    with pytest.raises(ContractError, match=message):
+        bfcl.main(bfcl.BfclArguments(source=str(tmp_path), output_dir=str(tmp_path / "out")))
+
+
+def test_bad_bfcl_options_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"_answers\.jsonl does not exist; check --source, or give --questions"):
+        bfcl.main(bfcl.BfclArguments(source=str(tmp_path), output_dir="unused"))
+    with pytest.raises(ContractError, match="nothing to read; give --source, or both --questions and --answers"):
+        bfcl.BfclArguments(output_dir="unused", questions="q.json")
+    with pytest.raises(ContractError, match="test_share is 2; use a number from 0 to 1"):
+        bfcl.BfclArguments(output_dir="unused", source="s", test_share=2)
+    with pytest.raises(ContractError, match="call_format is 'xml'; use 'hermes' or 'json'"):
+        bfcl.BfclArguments(output_dir="unused", source="s", call_format="xml")
+    with pytest.raises(ContractError, match="prompt_tools is 'both'; use 'inline' or 'column'"):
+        bfcl.BfclArguments(output_dir="unused", source="s", prompt_tools="both")
+    with pytest.raises(ContractError, match="--instruction needs --prompt_tools inline"):
+        bfcl.BfclArguments(output_dir="unused", source="s", prompt_tools="column", instruction="Call it.")
+
+
+@needs_bfcl
+def test_every_real_bfcl_row_has_a_valid_and_allowed_call(tmp_path: Path) -> None:
+    bfcl.main(bfcl.BfclArguments(source=str(DATA / "bfcl"), output_dir=str(tmp_path)))
+    rows = [row for split in ("train", "test") for row in load_stage(tmp_path, split=split, stage="structured")]
+    assert len(rows) == 400
+    for row in rows:
+        assert allowed_agreement(checked(row), json.loads(row["answer"])) == 1.0
+
+
+# -------------------------------------------------------------------------------------------------------------- cooking
+
+
+def cooked(**options) -> dict[str, list[dict]]:
+    args = cooking.CookingArguments(output_dir="unused", train=300, validation=60, test=60, **options)
+    return {split: list(cooking.rows(split, args)) for split in cooking.SPLITS}
+
+
+@pytest.mark.parametrize("schemas", ["fixed", "varied"])
+def test_every_recipe_is_valid_and_in_its_prompt(schemas: str) -> None:
+    made = cooked(schemas=schemas)
+    for row in (row for rows in made.values() for row in rows):
+        document = checked(row)
+        assert row["answer"] == row["completion"][0]["content"]
+        request, instruction, schema = row["prompt"][0]["content"].split("\n")
+        assert instruction == "Answer with one JSON document and nothing else."
+        assert schema == "JSON Schema: " + row["schema"]
+        facts = [value for value in leaves(document) if not isinstance(value, bool)]
+        sentences = [value for value in facts if isinstance(value, str) and value.endswith(".")]
+        for value in facts:
+            if value not in sentences and value != "piece":
+                words = {str(value), *({cooking.COUNTS[value - 1]} if value in range(1, 9) else ())}
+                assert any(word in request for word in {*words, cooking.TIMES.get(value, str(value))}), (value, request)
+    everything = [row["id"] for rows in made.values() for row in rows]
+    assert len(set(everything)) == len(everything) == 420
+    wanted = {row["schema"] for row in made["train"]}
+    assert len(wanted) == 1 if schemas == "fixed" else len(wanted) > 250
+
+
+def test_recipes_follow_their_facts() -> None:
+    """Against a plain reading of the rules: meat or fish, times, and every ingredient used once when it is prepared."""
+    meat = {"chicken breast", "beef", "salmon", "ham", "bacon", "shrimp", "turkey", "chicken broth"}
+    for recipe in cooking.recipes("train", 400):
+        _, document = cooking.render(recipe, cooking.FIXED)
+        names = [item["name"] for item in document["ingredients"]]
+        assert document["vegetarian"] == (not meat & set(names))
+        assert (document["servings"], document["minutes"]) == (recipe.servings, recipe.minutes)
+        *method, end = document["steps"]
+        assert end == f"Serve on {recipe.servings} plate{'' if recipe.servings == 1 else 's'}."
+        used = [step for step in method if not step.startswith(("Wash", "Peel", "Mince", "Cut", "Drain", "Grate"))]
+        assert all(any(name in step for step in used) for name in names)
+        taken = [kind for kinds, _ in cooking.WAYS[cooking.DISHES[recipe.dish][0]] for kind in kinds]
+        assert all(taken.count(cooking.INGREDIENTS[name].kind) == 1 for name, _ in recipe.ingredients)
+        waits = [int(word) for step in method for word in step.split() if word.isdigit()]
+        assert set(waits) <= {5, 200, recipe.minutes - 10} and "{" not in "".join(method)
+
+
+def test_recipes_are_various_and_words_agree_with_numbers() -> None:
+    rows = cooked()["train"]
+    documents = [checked(row) for row in rows]
+    assert len({document["name"] for document in documents}) == len(cooking.DISHES) >= 20
+    assert len({item["name"] for document in documents for item in document["ingredients"]}) >= 30
+    assert {document["vegetarian"] for document in documents} == {True, False}
+    assert {type(item["amount"]) for document in documents for item in document["ingredients"]} == {int, float}
+    assert len({row["prompt"][0]["content"].split(" ")[0] for row in rows}) >= 8
+    assert any(" 1 onion" in row["prompt"][0]["content"] for row in rows)
+    assert not any(" 1 onions" in row["prompt"][0]["content"] for row in rows)
+    used = {name for _, always, perhaps in cooking.DISHES.values() for name in f"{always}, {perhaps}".split(", ")}
+    assert used == set(cooking.INGREDIENTS)
+
+
+def test_varied_schemas_ask_for_the_same_recipes_in_every_way() -> None:
+    fixed, varied = cooked(), cooked(schemas="varied")
+    for split in cooking.SPLITS:
+        for one, other in zip(fixed[split], varied[split], strict=True):
+            assert one["id"] == other["id"]
+            assert one["prompt"][0]["content"].split("\n")[0] == other["prompt"][0]["content"].split("\n")[0]
+    rng = random.Random(0)
+    shapes = [cooking.draw_shape(rng) for _ in range(300)]
+    for name, keys in cooking.KEYS.items():
+        assert {shape.keys[name] for shape in shapes} == set(keys)
+    changeable = {"servings", "minutes", "vegetarian", "steps"}
+    assert {name for shape in shapes for name in shape.optional} == changeable
+    assert {name for shape in shapes for name in cooking.FIELDS if name not in shape.fields} == changeable
+    assert {(shape.nested_facts, shape.nested_amounts) for shape in shapes} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    recipe = cooking.draw_recipe(rng)
+    shape = cooking.Shape(
+        {name: keys[1] for name, keys in cooking.KEYS.items()}, nested_facts=True, nested_amounts=True
+    )
+    _, document = cooking.render(recipe, shape)
+    assert list(document) == ["title", "details", "shopping_list", "instructions"]
+    assert document["details"] == {
+        **{"people": recipe.servings, "time_in_minutes": recipe.minutes},
+        "is_vegetarian": recipe.vegetarian,
+    }
+    assert set(document["shopping_list"][0]["how_much"]) == {"quantity", "measure"}
+
+
+def test_an_optional_field_may_be_missing_and_another_may_not() -> None:
+    recipe = cooking.draw_recipe(random.Random(1))
+    schema, document = cooking.render(recipe, cooking.Shape(cooking.FIXED.keys, optional=("minutes",)))
+    validator = jsonschema_rs.validator_for(schema, offline=True)
+    assert document["minutes"] == recipe.minutes
+    assert validator.is_valid({key: value for key, value in document.items() if key != "minutes"})
+    assert not validator.is_valid({key: value for key, value in document.items() if key != "servings"})
+
+
+def test_one_seed_gives_one_cookbook() -> None:
+    assert cooked(seed=3, schemas="varied") == cooked(seed=3, schemas="varied")
+    assert not {row["id"] for row in cooked(seed=3)["train"]} & {row["id"] for row in cooked(seed=4)["train"]}
+    recipe = cooking.draw_recipe(random.Random(0))
+    turned = cooking.Recipe(recipe.dish, recipe.servings, recipe.minutes, recipe.ingredients[::-1])
+    assert turned.identity == recipe.identity
+
+
+def test_cooking_writes_its_stages_and_card(tmp_path: Path) -> None:
+    sizes = {"train": 12, "validation": 3, "test": 5}
+    cooking.main(cooking.CookingArguments(output_dir=str(tmp_path), **sizes, show_schema=False, instruction="Go."))
+    for split, size in sizes.items():
+        rows = load_stage(tmp_path, split=split, stage="structured")
+        assert len(rows) == size
+        assert all(row["prompt"][0]["content"].endswith("\nGo.") and checked(row) for row in rows)
+    assert read_manifest(tmp_path / "train")["seed"] == 0
+    text = DatasetCard.load(tmp_path / "README.md").text
+    assert "| validation | 3 |" in text and "| `schema` | JSON Schema of the document, as JSON text |" in text
+
+
+def test_bad_cooking_options_are_one_sentence() -> None:
+    with pytest.raises(ContractError, match="--schemas is 'many'; use 'fixed' or 'varied'"):
+        cooking.CookingArguments(output_dir="unused", schemas="many")
+    with pytest.raises(ContractError, match="--schemas varied needs --show_schema"):
+        cooking.CookingArguments(output_dir="unused", schemas="varied", show_schema=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- contract
+
+
+def test_a_structured_stage_without_schemas_is_refused(tmp_path: Path) -> None:
+    Dataset.from_list([{"id": "a", "prompt": "b", "answer": "{}"}]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ContractError, match=r"no column `schema`, which the stage 'structured' needs .* data/"):
+        load_stage(tmp_path, stage="structured")
