@@ -7,10 +7,13 @@ or shows them; `tokalign.signals`, `tokalign.losses`, `tokalign.trainers`, `toka
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokalign.rewards import StructuredReward
     from tokalign.trainers import (
         CriticalTokenDPOConfig,
         CriticalTokenDPOTrainer,
         CriticalTokenEntropyCallback,
+        StructuredGRPOConfig,
+        StructuredGRPOTrainer,
         TRegConfig,
         TRegTrainer,
     )
@@ -20,6 +23,9 @@ __all__ = [
     "CriticalTokenDPOConfig",
     "CriticalTokenDPOTrainer",
     "CriticalTokenEntropyCallback",
+    "StructuredGRPOConfig",
+    "StructuredGRPOTrainer",
+    "StructuredReward",
     "TRegConfig",
     "TRegTrainer",
 ]
@@ -27,6 +33,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Trainers are imported at first use: TRL takes seconds, and most of the package does not need it."""
+    if name == "StructuredReward":
+        from tokalign.rewards import StructuredReward
+
+        return StructuredReward
     if name in __all__:
         from tokalign import trainers
 
