@@ -114,6 +114,13 @@ def test_engines_agree(engines):
     assert stopped[0][0].finish_reason == "stop" and len(stopped[0][0].token_ids) <= 5
     check_equal(engines, SamplingParams(temperature=0, max_tokens=20, stop_token_ids=(greedy[1][0].token_ids[4],)))
 
+    # Under a schema, one a request; log-probs are the model's own in the transformers engine alone.
+    number, word = '{"type": "integer", "minimum": 10, "maximum": 500}', '{"enum": ["yes", "no"]}'
+    bound = [SamplingParams(temperature=0, max_tokens=9, json_schema=(number, word, None)[i % 3]) for i in range(12)]
+    written = [[c.token_ids for (c,) in engine.generate(PROMPTS, bound)] for engine, _ in engines.values()]
+    assert written[0] == written[1] == written[2]
+    assert tokenizer.decode(written[0][1], skip_special_tokens=True) in ('"yes"', '"no"')
+
     # Sampled ids differ between engines, but in each the seed fixes a request whatever it is batched with.
     params = SamplingParams(n=4, seed=11, max_tokens=10)
     for name, (engine, _) in engines.items():

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
 
 from tokalign.generation.protocol import Completion, Ids, SamplingParams
 from tokalign.generation.sampling import sample, uniforms, wide_dtype
+
+if TYPE_CHECKING:
+    from tokalign.generation.constrained import Grammars, Matcher
 
 # Logits looked at together while sampling; bounds its float64 temporaries to a few hundred MB at any vocabulary.
 SAMPLED_LOGITS = 2**24
@@ -34,6 +37,7 @@ class Row:
     sample: int
     limit: int  # most new tokens: max_tokens, or what the model's positions leave
     completion: Completion | None = None
+    matcher: Matcher | None = None  # where it is in the document of its schema
 
     @property
     def width(self) -> int:
@@ -60,6 +64,7 @@ class Plan:
     stop_strings: bool
     plain: bool
     decode: Callable[[list[list[int]]], list[str]]
+    grammars: Grammars | None  # None: no row has a schema
 
 
 class Batch:
@@ -94,6 +99,10 @@ class Batch:
             "ids": torch.zeros(size, plan.longest + 1, dtype=torch.long, device=device),
             "logprobs": torch.zeros(size, plan.longest + 1, dtype=torch.float32, device=device),
         }
+        if plan.grammars is not None:
+            for row in rows:
+                if row.params.json_schema is not None:
+                    row.matcher = plan.grammars.matcher(row.params.json_schema, row.request)
         if plan.bans:
             banned = torch.zeros(size, self.logits.shape[1], dtype=torch.bool, device=device)
             for k, row in enumerate(rows):
@@ -110,6 +119,8 @@ class Batch:
         c = self.columns
         u = uniforms(c["seed"], c["sample"], c["age"])
         chunk = max(1, SAMPLED_LOGITS // self.logits.shape[1])
+        grammars = self.plan.grammars
+        done = [] if grammars is None else c["done"].tolist()
         drawn = []
         for a in range(0, len(self.rows), chunk):
             part = slice(a, a + chunk)
@@ -118,12 +129,19 @@ class Batch:
             if self.plan.bans:
                 now = c["age"][part] < c["banned_steps"][part]
                 allowed = logits.masked_fill(c["banned"][part] & now[:, None], -torch.inf)
+            if grammars is not None:
+                allowed = logits.clone() if allowed is logits else allowed
+                grammars.mask_(allowed, self.rows[part], done[part])
             ids = sample(allowed, u[part], c["temperature"][part], c["top_p"][part])[:, None]
             drawn.append((ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)))
         self.last = torch.cat([ids for ids, _ in drawn])
         slot = c["age"].masked_fill(c["done"], self.plan.longest)[:, None]
         c["ids"].scatter_(1, slot, self.last)
         c["logprobs"].scatter_(1, slot, torch.cat([logprobs for _, logprobs in drawn]))
+        if grammars is not None:
+            for row, was_done, token in zip(self.rows, done, self.last.flatten().tolist(), strict=True):
+                if row.matcher is not None and not was_done:
+                    row.matcher.accept(token)
         going = ~c["done"]
         c["age"] += going
         stopped = (self.last == c["stop_ids"]).any(1) & going

@@ -7,6 +7,10 @@ exponentially growing pause with jitter.
 
 Bans: the API clips `logit_bias` to −100, which multiplies a probability by e^−100. An answer that holds a banned id all
 the same is refused.
+
+A `json_schema` goes out as vLLM's `structured_outputs`; the server's own `--structured-outputs-config` chooses the
+library, and its log-probs are over the allowed ids. A server that does not know the field ignores it:
+`tokalign.evaluation.structured` counts what comes back.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Any
 import openai
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tokalign.generation.constrained import needs_leading_space
 from tokalign.generation.protocol import (
     Completion,
     EngineArguments,
@@ -60,6 +65,7 @@ class OpenAIEngine:
             arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
         )
         self.vocab_size = len(self.tokenizer)
+        self._leading_space = needs_leading_space(self.tokenizer)
 
     def generate(
         self,
@@ -76,6 +82,12 @@ class OpenAIEngine:
         """
         each = params_of_each(params, len(prompts))
         check_prompts(prompts, self.vocab_size, None, each)
+        for row, one in enumerate(each):
+            if one.json_schema is not None and self._leading_space:
+                raise ValueError(
+                    f"Prompt {row} has a json_schema, which a server cannot hold this word-level tokenizer to: use "
+                    "engine=transformers or vllm."
+                )
         model = adapter or self.arguments.adapter or self.arguments.served_model or self.arguments.model
         return generate_with_early_bans(lambda prompts, each: self._run(prompts, each, model), prompts, each)
 
@@ -134,6 +146,8 @@ class OpenAIEngine:
 
     def _ask(self, client: openai.OpenAI, prompt: Ids, params: SamplingParams, model: str) -> list[Completion]:
         extra: dict[str, Any] = {"return_token_ids": True, "skip_special_tokens": False}
+        if params.json_schema is not None:
+            extra["structured_outputs"] = {"json": params.json_schema}
         if params.stop_token_ids:
             extra["stop_token_ids"] = list(params.stop_token_ids)
         optional: dict[str, Any] = {}

@@ -8,6 +8,7 @@ else is in the batch, so shards, processes and resumed jobs do not change result
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ class SamplingParams:
         banned_token_ids: ids that are never sampled, with probability exactly 0.
         banned_steps: the ban holds for this many first tokens (1 masks a critical token at its own position
             only); None is every token.
+        json_schema: JSON text of a JSON Schema; only documents of it can be written. None is free text.
     """
 
     n: int = 1
@@ -49,6 +51,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     banned_token_ids: tuple[int, ...] = ()
     banned_steps: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -65,6 +68,11 @@ class SamplingParams:
             raise ValueError(f"stop is {self.stop!r}: give a tuple of non-empty strings, e.g. ('\\n',).")
         if self.banned_steps is not None and self.banned_steps < 1:
             raise ValueError(f"banned_steps is {self.banned_steps}: use at least 1, or None for every token.")
+        if self.json_schema is not None and not _is_object(self.json_schema):
+            raise ValueError(
+                f"json_schema is {str(self.json_schema)[:80]!r}: give the JSON text of an object, e.g. "
+                '\'{"type": "object"}\'.'
+            )
         for name in ("stop", "stop_token_ids", "banned_token_ids"):  # YAML and JSON give lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -79,13 +87,21 @@ class SamplingParams:
         return 1 if self.greedy else self.n
 
 
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
 @dataclass
 class Completion:
     """One sampled continuation.
 
     Attributes:
         token_ids: sampled ids, the end token included if the model wrote one.
-        logprobs: log-probability in nats of each id under the model itself: temperature 1, before top-p and bans.
+        logprobs: log-probability in nats of each id under the model itself: temperature 1, before top-p, bans and
+            schemas (but with a `json_schema`, vLLM and its server give them over the ids that the schema allows).
         finish_reason: "stop" (an end token, stop id or stop string) or "length" (`max_tokens` reached).
     """
 
@@ -190,6 +206,10 @@ class EngineArguments:
     max_lora_rank: int = field(
         default=16, metadata={"help": "vllm: largest rank of any adapter; 0 serves the base model alone."}
     )
+    grammar_backend: Literal["xgrammar", "llguidance"] = field(
+        default="xgrammar",
+        metadata={"help": "transformers, vllm: library that constrains completions to a JSON Schema, where asked to."},
+    )
 
 
 def load_engine(arguments: EngineArguments) -> Engine:
@@ -225,8 +245,14 @@ def continue_from_prefixes(
 
     Args:
         params: one for all prefixes (they then share random numbers, which steadies differences between prefixes),
-            or one each.
+            or one each. A `json_schema` is refused: the document has begun before the prefix ends.
     """
+    for t, each in zip(lengths, params_of_each(params, len(lengths)), strict=True):
+        if each.json_schema is not None:
+            raise ValueError(
+                f"Prefix length {t} has a json_schema, which would start anew inside the completion: leave json_schema "
+                "out, or generate from the prompt."
+            )
     shared = getattr(engine, "continue_from_prefixes", None)
     if shared is not None:
         return shared(prompt_ids, completion_ids, lengths, params, adapter=adapter)
@@ -299,7 +325,8 @@ def generate_with_early_bans(
     """`generate` for an engine that can only ban ids for a whole completion, with `banned_steps` obeyed.
 
     A request with `banned_steps` = m is asked for m tokens with the ban, then its unfinished completions for the rest
-    without it. A stop string could straddle the two parts unseen, so the two options exclude each other here.
+    without it. A stop string could straddle the two parts unseen, and a schema's document would start anew in the
+    second, so these options exclude each other here.
     """
     early = [p.banned_steps is not None and bool(p.banned_token_ids) for p in each]
     for row, params in enumerate(each):
@@ -307,6 +334,11 @@ def generate_with_early_bans(
             raise ValueError(
                 f"Prompt {row} has both banned_steps and stop strings, which only engine=transformers combines: "
                 "use stop_token_ids instead of stop."
+            )
+        if early[row] and params.json_schema is not None:
+            raise ValueError(
+                f"Prompt {row} has both banned_steps and json_schema, which only engine=transformers combines: "
+                "leave one of them out."
             )
     first = [
         replace(p, max_tokens=min(p.max_tokens, p.banned_steps or p.max_tokens)) if is_early else p

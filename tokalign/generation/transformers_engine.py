@@ -32,6 +32,7 @@ from transformers import (
 
 from tokalign.generation.batch import Batch, Plan, Prefilled, Row
 from tokalign.generation.cache import is_plain, new_cache
+from tokalign.generation.constrained import Grammars
 from tokalign.generation.protocol import (
     Completion,
     EngineArguments,
@@ -99,6 +100,7 @@ class TransformersEngine:
         self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
         # Only such caches can be padded, joined and masked inside.
         self._plain = "position_ids" in accepted and is_plain(model.config)
+        self._grammars: Grammars | None = None
 
     def generate(
         self,
@@ -160,6 +162,9 @@ class TransformersEngine:
         return self.model.get_input_embeddings().weight.device
 
     def _rows(self, prompts: Sequence[Ids], each: list[SamplingParams]) -> list[Row]:
+        for i, params in enumerate(each):
+            if params.json_schema is not None:  # compiled now, so that a bad one stops the call at once
+                self._loaded_grammars().matcher(params.json_schema, i)
         rows: list[Row] = []
         groups: dict[tuple[int, ...], int] = {}
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
@@ -170,6 +175,11 @@ class TransformersEngine:
             group = groups.setdefault(tuple(prompt), len(groups))
             rows += [Row(i, group, prompt, params, seed, k, limit) for k in range(params.draws)]
         return rows
+
+    def _loaded_grammars(self) -> Grammars:
+        if self._grammars is None:
+            self._grammars = Grammars(self.arguments.grammar_backend, self.tokenizer, self.vocab_size, self.end_ids)
+        return self._grammars
 
     @torch.inference_mode()
     def _run(self, rows: list[Row], prefill: Callable[[list[Row]], tuple[Prefilled, list[int]]]) -> None:
@@ -183,6 +193,7 @@ class TransformersEngine:
             bans=any(row.params.banned_token_ids for row in rows),
             stop_strings=any(row.params.stop for row in rows),
             plain=self._plain,
+            grammars=self._grammars if any(row.params.json_schema is not None for row in rows) else None,
             decode=lambda ids: self.tokenizer.batch_decode(
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             ),

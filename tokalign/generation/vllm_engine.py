@@ -5,6 +5,10 @@ parameters object itself (the HTTP interface clips biases to ±100), so a banned
 
 A request's `seed` fixes its completions here too (sample k uses seed + k), but through vLLM's own generator: sampled
 ids differ from the transformers engine's, greedy ids agree.
+
+A `json_schema` goes to vLLM's structured outputs. They read the vocabulary's entries as they stand, so a word-level
+tokenizer is handed over spelled out (`tokalign.generation.constrained`); its prompts and completions are ids as ever.
+vLLM masks before it takes log-probs: those of a constrained completion are over the allowed ids, not the model's own.
 """
 
 from __future__ import annotations
@@ -12,11 +16,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from tokalign.generation.constrained import check_llguidance, ebnf, needs_leading_space, refused, spelled_out
 from tokalign.generation.protocol import (
     Completion,
     EngineArguments,
@@ -58,19 +64,26 @@ class VLLMEngine:
         if arguments.max_lora_rank:
             rank = next((r for r in LORA_RANKS if r >= arguments.max_lora_rank), arguments.max_lora_rank)
             options |= {"enable_lora": True, "max_lora_rank": rank}
+        name = arguments.tokenizer or arguments.model
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+        self._spelled = tempfile.TemporaryDirectory(prefix="tokalign-tokenizer-")
+        spelled = spelled_out(self.tokenizer, self._spelled.name)
+        if spelled:  # vLLM looks for a configuration beside a tokenizer
+            AutoConfig.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code).save_pretrained(
+                self._spelled.name
+            )
         self._llm = LLM(
             model=arguments.model,
-            tokenizer=arguments.tokenizer or arguments.model,
+            tokenizer=self._spelled.name if spelled else name,
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
             tensor_parallel_size=arguments.tensor_parallel_size,
             logprobs_mode="raw_logprobs",
             enable_prefix_caching=True,
+            structured_outputs_config={"backend": arguments.grammar_backend.removeprefix("ll")},
             **{name: value for name, value in options.items() if value is not None},
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
-        )
+        self._leading_space = needs_leading_space(self.tokenizer)
         config = self._llm.llm_engine.model_config
         self.vocab_size: int = config.get_vocab_size()
         self.max_length: int = config.max_model_len
@@ -96,10 +109,12 @@ class VLLMEngine:
     def close(self) -> None:
         """Stop the engine's worker processes."""
         self._llm.llm_engine.engine_core.shutdown()
+        self._spelled.cleanup()
 
     def _run(self, prompts: Sequence[Ids], each: Sequence[SamplingParams], lora: Any) -> list[list[Completion]]:
         from vllm import SamplingParams as VLLMParams
         from vllm import TokensPrompt
+        from vllm.exceptions import VLLMValidationError
 
         sampling = [
             VLLMParams(
@@ -111,18 +126,27 @@ class VLLMEngine:
                 stop=list(p.stop),
                 stop_token_ids=list(p.stop_token_ids),
                 logit_bias=dict.fromkeys(p.banned_token_ids, float("-inf")) or None,
+                structured_outputs=self._structure(p.json_schema, row),
                 logprobs=0,
                 detokenize=bool(p.stop),
                 skip_special_tokens=False,
             )
-            for p in each
+            for row, p in enumerate(each)
         ]
-        outputs: Any = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
-            sampling,
-            lora_request=lora,
-            use_tqdm=False,
-        )
+        try:
+            outputs: Any = self._llm.generate(
+                [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
+                sampling,
+                lora_request=lora,
+                use_tqdm=False,
+            )
+        except VLLMValidationError as error:
+            if all(p.json_schema is None for p in each):
+                raise
+            raise ValueError(
+                f"vLLM refused a json_schema ({' '.join(str(error).split())[:300]}): correct it, or try the other "
+                "grammar_backend."
+            ) from error
         results = [
             [
                 Completion(
@@ -135,6 +159,20 @@ class VLLMEngine:
             for output in outputs
         ]
         return repeat_greedy(results, each)
+
+    def _structure(self, schema: str | None, prompt: int) -> Any:
+        from vllm.sampling_params import StructuredOutputsParams
+
+        if schema is None:
+            return None
+        if self.arguments.grammar_backend == "llguidance":
+            check_llguidance(self.tokenizer)
+        if not self._leading_space:
+            return StructuredOutputsParams(json=schema)
+        try:
+            return StructuredOutputsParams(grammar=ebnf(schema, leading_space=True))
+        except RuntimeError as error:
+            raise refused(prompt, error) from error
 
     def _lora(self, path: str | None) -> Any:
         from vllm.lora.request import LoRARequest
