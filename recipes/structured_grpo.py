@@ -8,15 +8,16 @@ r"""GRPO with structured-output rewards: teach a model to answer in the structur
 `dataset_name` is a folder of structured problems (data/gsm8k_json.py, data/bfcl.py, data/cooking.py, data/ledger.py) or
 a dataset on the hub with a column `prompt`; `schema` (a JSON file) is for all rows, the column `schema` for each. With
 `--rollouts vllm-server`, start `trl vllm-serve --model …` on other GPUs first. Besides the model, `output_dir` gets
-`curriculum.png`: every component of the reward over the steps.
+`log_history.json` and `curriculum.png`: every component of the reward over the steps.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from tokalign.data.contract import load_stage
+from tokalign.data.contract import load_stage, write_text_atomically
 from tokalign.jobs import end_processes
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
 from tokalign.view.curriculum import plot_curriculum
@@ -62,8 +63,9 @@ def main(
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
-        picture = Path(training_args.output_dir) / "curriculum.png"
-        plot_curriculum({"training": trainer.state.log_history}, picture, trainer.structured.__name__)
+        output, history = Path(training_args.output_dir), trainer.state.log_history
+        write_text_atomically(output / "log_history.json", json.dumps(history, indent=1) + "\n")
+        plot_curriculum({"training": history}, output / "curriculum.png", trainer.structured.__name__)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -118,7 +118,7 @@ class StructuredGRPOConfig(GRPOConfig):
         default="json",
         metadata={"help": "Format of the documents.", "choices": ["json", "yaml", "xml", "tool_call"]},
     )
-    component_weights: str | dict[str, float] | None = field(
+    component_weights: dict | str | None = field(
         default=None, metadata={"help": "Weights of the reward's components; one that is left out is off."}
     )
     reward_preset: str | None = field(

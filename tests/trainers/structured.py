@@ -1,0 +1,105 @@
+"""Structured problems with rollouts that are known beforehand, so that rewards, advantages and losses can be checked.
+
+`table_rollouts` stands for sampling: the k-th completion of a prompt is the k-th of DOCUMENTS, whatever process asks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tokalign.data import ledger
+from tokalign.data.ledger_models import model_config
+from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
+
+CONFIG = ledger.LedgerConfig(min_events=2, max_events=2, max_start=9, max_change=9, max_number=40)
+KINDS = ("right", "wrong answer", "no answer", "text after")  # a group
+
+
+def save_ledger_model(path: str | Path, *, seed: int = 0) -> str:
+    """An untrained ledger model with its tokenizer; it can spell JSON, and vLLM takes its heads."""
+    tokenizer = ledger.build_tokenizer(CONFIG)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(model_config("ledger-slm", tokenizer)).float().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def problems(count: int) -> list[dict[str, Any]]:
+    """Structured problems of the ledger world."""
+    return [
+        {
+            "id": problem.identity,
+            "prompt": [{"role": "user", "content": ledger.prompt(problem, rendering="json")}],
+            "answer": ledger.solution(problem, rendering="json"),
+            "schema": json.dumps(ledger.JSON_SCHEMA),
+        }
+        for problem in ledger.problems("train", count, seed=0, config=CONFIG)
+    ]
+
+
+def document(answer: str, kind: str) -> str:
+    """A completion of a kind for a problem with this right document."""
+    made = json.loads(answer)
+    if kind == "wrong answer":
+        made["answer"] = (made["answer"] + 1) % 40
+    elif kind == "no answer":
+        del made["answer"]
+    return json.dumps(made) + (" All have 1 coins." if kind == "text after" else "")
+
+
+class TableRollouts:
+    """A TRL rollout function that looks completions up. It takes groups of len(KINDS) that lie next to each other."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.answers = {row["prompt"][0]["content"]: row["answer"] for row in rows}
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        tokenizer = trainer.processing_class
+        made: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+        for number, prompt in enumerate(prompts):
+            text = document(self.answers[prompt[0]["content"]], KINDS[number % len(KINDS)])
+            made["prompt_ids"].append(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            made["completion_ids"].append([*ids, tokenizer.eos_token_id])
+        return made
+
+
+def settings(output_dir: str | Path, **changes: Any) -> dict[str, Any]:
+    """Arguments of a short run on the CPU."""
+    return {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 8,
+        "num_generations": len(KINDS),
+        "max_completion_length": 48,
+        "save_strategy": "no",
+        "seed": 3,
+    } | changes
+
+
+def make_trainer(path: str, output_dir: str | Path, *, table: bool = True, **options: Any) -> StructuredGRPOTrainer:
+    """A trainer on 16 problems, their completions known with `table`. Options are the trainer's or the config's."""
+    rows = options.pop("rows", None) or problems(16)
+    given = {k: options.pop(k) for k in ("reward_funcs", "peft_config", "eval_dataset", "callbacks") if k in options}
+    return StructuredGRPOTrainer(
+        model=path,
+        args=StructuredGRPOConfig(**settings(output_dir, **options)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        rollout_func=TableRollouts(rows) if table else None,
+        **given,
+    )

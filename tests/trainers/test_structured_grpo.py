@@ -1,0 +1,251 @@
+"""The structured GRPO trainer: the advantages of the equation, the curriculum, warnings, and an honest baseline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from tests.trainers.structured import KINDS, document, make_trainer, problems, save_ledger_model, settings
+from tokalign.data.contract import ContractError
+from tokalign.rewards import StructuredReward
+from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
+
+ONE = {"structure": 1.0, "correctness": 0.5}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    return save_ledger_model(tmp_path_factory.mktemp("ledger"))
+
+
+def scores(reward: StructuredReward, row: dict) -> list[dict]:
+    """One prompt's group, scored one by one."""
+    return [reward.score(document(row["answer"], kind), row["answer"], row["schema"]) for kind in KINDS]
+
+
+def generated(trainer) -> dict:
+    """The first generation batch as TRL scores it."""
+    trainer.model.train()
+    return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
+def groups_of(trainer) -> list[list[dict]]:
+    """Scores of the groups that the first generation batch holds, by the reward alone."""
+    by_prompt = {row["prompt"][0]["content"]: row for row in problems(16)}
+    order = [inputs["prompt"][0]["content"] for inputs in next(iter(trainer.get_train_dataloader()))][:: len(KINDS)]
+    return [scores(StructuredReward(weights=trainer.structured.weights), by_prompt[content]) for content in order]
+
+
+def test_advantages_are_the_equations(path, tmp_path) -> None:
+    """(R − mean) / (std + ε) within each group, R the weighted sum of the components."""
+    trainer = make_trainer(path, tmp_path, component_weights=ONE)
+    expected = []
+    for group in groups_of(trainer):
+        totals = [sum(ONE[name] * score[name] for name in ONE) for score in group]
+        mean, std = statistics.mean(totals), statistics.stdev(totals)
+        expected += [(total - mean) / (std + 1e-4) for total in totals]
+    assert len({round(value, 3) for value in expected[: len(KINDS)]}) == len(KINDS)  # four kinds, four rewards
+    assert generated(trainer)["advantages"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_normalize_then_sum_normalises_each_component_first(path, tmp_path) -> None:
+    trainer = make_trainer(path, tmp_path, component_weights=ONE, multi_objective_aggregation="normalize_then_sum")
+    assert trainer.reward_weights.tolist() == list(ONE.values())
+    sums = []
+    for group in groups_of(trainer):
+        normal = {}
+        for name in ONE:
+            values = [score[name] for score in group]
+            mean, std = statistics.mean(values), statistics.stdev(values)
+            normal[name] = [(value - mean) / (std + 1e-4) for value in values]
+        sums += [sum(ONE[name] * normal[name][i] for name in ONE) for i in range(len(group))]
+    mean, std = statistics.mean(sums), statistics.stdev(sums)
+    expected = [(value - mean) / (std + 1e-4) for value in sums]
+    assert generated(trainer)["advantages"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_every_component_and_its_empty_groups_are_logged(path, tmp_path) -> None:
+    trainer = make_trainer(path, tmp_path, max_steps=1, log_completions=True)
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "structured/structure" in e)
+    groups = groups_of(trainer)
+    for name in ("structure", "format", "validity", "schema", "correctness"):
+        values = [score[name] for group in groups for score in group]
+        assert entry[f"structured/{name}"] == pytest.approx(statistics.mean(values), abs=1e-6)
+        assert entry[f"structured/{name}/zero_groups"] == 0.0
+    assert "structured/length" not in entry  # no bounds, no component
+    (table,) = (tmp_path / "completions").glob("*.parquet")
+    rows = Dataset.from_parquet(str(table)).to_list()
+    assert {row["reason"] for row in rows} >= {None, "text around the document"}
+    assert {"structure", "correctness", "advantage"} <= rows[0].keys()
+
+
+def test_a_component_that_stays_0_is_warned_about_once(path, tmp_path, caplog) -> None:
+    """No completion is fenced, so with `fence: required` the format is 0 in every group."""
+    trainer = make_trainer(path, tmp_path, max_steps=5, fence="required", plateau_patience=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    warnings = [record.getMessage() for record in caplog.records if "The component" in record.getMessage()]
+    assert len(warnings) == 1 and "format is 0" in warnings[0] and "3 generations" in warnings[0]
+    assert "fence: optional" in warnings[0]
+    entries = [e for e in trainer.state.log_history if "structured/format/zero_groups" in e]
+    assert [e["structured/format/zero_groups"] for e in entries] == [1.0] * 5
+
+
+def test_other_reward_functions_are_added(path, tmp_path) -> None:
+    def brevity(completions, **_):
+        return [-float(len(completion[0]["content"])) for completion in completions]
+
+    own = StructuredReward(weights={"validity": 2.0}, name="mine")
+    trainer = make_trainer(path, tmp_path, reward_funcs=[brevity, own], max_steps=1)
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "reward" in e)
+    assert trainer.structured is own and trainer.reward_func_names == ["mine", "brevity"]
+    assert entry["mine/validity"] == pytest.approx(0.75)  # three of the four kinds are whole documents
+    assert entry["reward"] == pytest.approx(1.5 + entry["rewards/brevity/mean"], abs=1e-4)
+
+
+def test_resumes_exactly(path, tmp_path) -> None:
+    """Sampled rollouts and dropout-free LoRA: four steps, and two with two more from the checkpoint."""
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def length(completion_ids, **_):  # an untrained model earns no structure: something to learn from
+        return [float(len(ids) % 7) for ids in completion_ids]
+
+    def run(name: str, resume: str | None = None, **options):
+        trainer = make_trainer(
+            path,
+            tmp_path / name,
+            table=False,
+            reward_funcs=[length],
+            peft_config=lora,
+            max_completion_length=12,
+            **options,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(str(tmp_path / name))
+        return [e["loss"] for e in trainer.state.log_history if "loss" in e], load_file(
+            tmp_path / name / "adapter_model.safetensors"
+        )
+
+    losses, weights = run("whole", max_steps=4)
+    run("half", max_steps=2, save_strategy="steps", save_steps=2)
+    again, resumed = run("rest", str(tmp_path / "half" / "checkpoint-2"), max_steps=4)
+    assert again == losses and any(losses)
+    assert all((weights[name] == resumed[name]).all() for name in weights)
+
+
+# --------------------------------------------------------------------------------------- constrained decoding, in eval
+
+
+def test_the_constrained_baseline_is_valid_and_touches_nothing_else(path, tmp_path) -> None:
+    evaluation = Dataset.from_list(problems(4))
+    schema = tmp_path / "schema.json"  # short documents, which an untrained model can finish
+    schema.write_text(
+        json.dumps({"type": "object", "properties": {"answer": {"enum": [1, 2]}}, "required": ["answer"]})
+    )
+    rows = [{"prompt": row["prompt"]} for row in problems(16)]
+    logs = {}
+    for share in (0.0, 0.5):
+        trainer = StructuredGRPOTrainer(
+            model=path,
+            args=StructuredGRPOConfig(
+                **settings(
+                    tmp_path / str(share),
+                    schema=str(schema),
+                    constrained_eval_share=share,
+                    max_completion_length=24,
+                    per_device_eval_batch_size=8,
+                )
+            ),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=evaluation.remove_columns(["schema", "answer"]),
+        )
+        logs[share] = trainer.evaluate()
+    constrained = {key: value for key, value in logs[0.5].items() if "constrained" in key}
+    assert constrained["eval_constrained/validity"] > 0.5 > logs[0.0]["eval_structured/validity"]
+    assert constrained["eval_constrained/schema"] == constrained["eval_constrained/validity"]
+    assert not any("constrained" in key for key in logs[0.0])
+    assert logs[0.0]["eval_loss"] == logs[0.5]["eval_loss"] and logs[0.0]["eval_reward"] == logs[0.5]["eval_reward"]
+
+
+def test_the_server_is_asked_once_a_schema_and_answers_go_back_in_order(path, tmp_path) -> None:
+    """The server's own weight sync needs a GPU; what is sent to it and how answers are dealt out does not."""
+    trainer = make_trainer(path, tmp_path)
+    asked = []
+
+    class Client:
+        def generate(self, prompts, generation_kwargs, **_):
+            asked.append((prompts, generation_kwargs["structured_outputs"]["json"]))
+            return {"completion_ids": [[*prompt, 99] for prompt in prompts]}
+
+    class Engine:
+        vllm_client = Client()
+        temperature, top_p, top_k, max_completion_length = 1.0, 1.0, 0, 8
+
+    trainer.vllm_generation = Engine()
+    assert trainer._ask_server([[1], [2], [3]], ["a", "b", "a"]) == [[1, 99], [2, 99], [3, 99]]
+    assert asked == [([[1], [3]], "a"), ([[2]], "b")]
+
+
+def test_constrained_baseline_is_refused_where_it_cannot_work(path, tmp_path) -> None:
+    with pytest.raises(ValueError, match="needs output_format 'json'"):
+        make_trainer(path, tmp_path, constrained_eval_share=0.5, output_format="yaml")
+    with pytest.raises(ValueError, match=r"constrained_eval_share is 1\.5; use a share from 0 to 1"):
+        StructuredGRPOConfig(**settings(tmp_path, constrained_eval_share=1.5))
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "use_vllm", "mode"),
+    [("transformers", False, "colocate"), ("vllm-colocate", True, "colocate"), ("vllm-server", True, "server")],
+)
+def test_one_key_says_where_rollouts_come_from(rollouts, use_vllm, mode, tmp_path) -> None:
+    args = StructuredGRPOConfig(**settings(tmp_path, rollouts=rollouts))
+    assert (args.use_vllm, args.vllm_mode) == (use_vllm, mode)
+    assert StructuredGRPOConfig(**settings(tmp_path, use_vllm=True)).use_vllm  # TRL's own keys hold where it is unset
+    with pytest.raises(ValueError, match="rollouts is 'sglang'; use one of transformers, vllm-colocate, vllm-server"):
+        StructuredGRPOConfig(**settings(tmp_path, rollouts="sglang"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": None}, r"Row 2 \(id '2'\): `schema` is missing; give it a JSON Schema, or drop the row"),
+        ({"schema": '{"type": "objct"}'}, r"Row 2 \(id '2'\): `schema`: The schema is invalid at /type"),
+        ({"schema": '{"$ref": "http://a.b/c"}'}, r"Row 2 \(id '2'\): `schema`: .*http://a.b/c"),
+        ({"answer": "{"}, r"Row 2 \(id '2'\): `answer`: is not JSON .*; give the right document as JSON"),
+    ],
+)
+def test_a_bad_row_is_named_before_training(path, tmp_path, change, message) -> None:
+    rows = [{**row, "id": str(i)} for i, row in enumerate(problems(4))]
+    rows[2] |= change
+    with pytest.raises(ContractError, match=message):
+        make_trainer(path, tmp_path, rows=rows)
+
+
+def test_a_dataset_without_schema_or_prompt_is_refused(path, tmp_path) -> None:
+    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in problems(4)]
+    with pytest.raises(ContractError, match="has no column `schema` and no schema is given for all rows; set `schema`"):
+        make_trainer(path, tmp_path, rows=rows, table=False)
+    with pytest.raises(ContractError, match="training dataset has no column `prompt`"):
+        make_trainer(path, tmp_path, rows=[{"schema": "{}"}], table=False)
+
+
+def test_a_stream_is_taken_as_it_comes(path, tmp_path) -> None:
+    trainer = StructuredGRPOTrainer(
+        model=path,
+        args=StructuredGRPOConfig(**settings(tmp_path, max_steps=1, max_completion_length=8)),
+        train_dataset=Dataset.from_list(problems(16)).to_iterable_dataset(),
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
