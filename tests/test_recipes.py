@@ -6,6 +6,7 @@ The tiny model and data stand in for the YAML's own; everything else (losses, ad
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -16,6 +17,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from trl import TrlParser
 
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 PAPER_MODELS = ["llama-3-8b", "llama-3-70b", "deepseek-math-7b", "qwen2.5-7b"]
 TREG_MODELS = {"llama-3-8b-instruct": "dpo", "qwen2.5-7b-instruct": "dpo", "gemma-2-9b-it": "simpo"}  # and base loss
+STRUCTURED_MODELS = ["qwen3-4b-instruct", "llama-3.1-8b-instruct", "qwen2.5-1.5b-instruct"]
 METHODS = ["critical_dpo", "dpo", "negative_sft", "positive_sft", "rpo", "sample_rollouts", "sft"]
 OFFLINE = ("sample_rollouts", "score_token_rewards", "quickstart")  # jobs, not training
 TRAINING = [path for path in RECIPES if path.stem not in OFFLINE]
@@ -69,6 +72,20 @@ def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
         for split in ("train", "validation", "test"):
             write(folder / split, tiny_path, rows=8)
         stages[script] = str(folder)
+    folder = tmp_path_factory.mktemp("structured_grpo")
+    schema = {"type": "object", "properties": {"name": {}, "arguments": {"type": "object"}}, "required": ["name"]}
+    answer = {"name": "f", "arguments": {"x": [1]}}  # a tool call's allowed values, or any document
+    rows = [
+        {
+            "id": str(i),
+            "prompt": [{"role": "user", "content": f"Call f with {i}."}],
+            "schema": json.dumps(schema),
+            "answer": json.dumps(answer),
+        }
+        for i in range(8)
+    ]
+    Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    stages["structured_grpo"] = str(folder)
     return stages
 
 
@@ -111,11 +128,17 @@ def test_recipe_trains_two_steps(path: Path, tiny_path: str, stages: dict[str, s
         "report_to": "none",
         "disable_tqdm": "true",
     }
+    if script.stem == "structured_grpo":  # tests/launch/test_structured_grpo.py has vLLM's rollouts
+        overrides |= {"rollouts": "transformers", "max_completion_length": "8", "num_completions_to_print": "1"}
+        overrides |= {"vllm_enable_sleep_mode": "false"}
     trainer = load_script(script).main(*parse(path, script, overrides))
     assert trainer.state.global_step == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     options = yaml.safe_load(path.read_text())
+    if script.stem == "structured_grpo":  # a random model earns nothing: no gradient, but every stage was run
+        assert (tmp_path / "curriculum.png").exists() and trainer.num_generations == options["num_generations"]
+        return
     if options.get("use_peft"):
         adapter = load_file(tmp_path / "adapter_model.safetensors")
         moved = {key.split(".")[-3] for key, value in adapter.items() if "lora_B" in key and value.any()}
@@ -180,10 +203,21 @@ def test_treg_and_its_base_differ_only_in_alpha(model: str, base: str) -> None:
     assert rollouts["num_rollouts"] == 5  # the paper's
 
 
+def test_structured_grpo_holds_the_settings_of_the_paper() -> None:
+    for model in STRUCTURED_MODELS:
+        assert [path.stem for path in RECIPES if path.parent.name == model] == ["structured_grpo"]
+    options = yaml.safe_load((ROOT / "recipes" / "qwen3-4b-instruct" / "structured_grpo.yaml").read_text())
+    paper = {"lora_r": 32, "lora_alpha": 32, "learning_rate": 5e-6, "lr_scheduler_type": "cosine", "max_steps": 250}
+    assert (paper | {"num_generations": 6}).items() <= options.items()
+
+
 def documented_commands() -> list[list[str]]:
     """Every command in the shell blocks of the pages that walk through a method, split as a shell does."""
     commands = []
-    for page in (*(ROOT / "docs" / name for name in ("real_models.md", "treg.md")), ROOT / "recipes" / "README.md"):
+    for page in (
+        *(ROOT / "docs" / name for name in ("real_models.md", "treg.md", "structured_grpo.md")),
+        ROOT / "recipes" / "README.md",
+    ):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             commands += [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
     return commands

@@ -14,7 +14,7 @@ list of values that are right; an empty string among them lets the argument be l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 TextMatch = Literal["exact", "tokens"]
@@ -46,19 +46,24 @@ def agreement(value: Any, reference: Any, *, text_match: TextMatch = "exact") ->
     kind = type(value)
     if kind is not type(reference):
         return 1.0 if equal(value, reference) else 0.0  # 1 and 1.0
+    total = 0.0
     if kind is dict:
-        common = value.keys() & reference.keys()
-        total = len(value) + len(reference) - len(common)
-        return _mean(((value[key], reference[key]) for key in common), total, text_match)
+        common = 0
+        # in the value's order: the order of a set of strings, and with it the last bit, differs between processes
+        for key, item in value.items():
+            if key in reference:
+                common += 1
+                total += agreement(item, reference[key], text_match=text_match)
+        either = len(value) + len(reference) - common
+        return total / either if either else 1.0
     if kind is list:
-        return _mean(zip(value, reference, strict=False), max(len(value), len(reference)), text_match)
+        for item, other in zip(value, reference, strict=False):
+            total += agreement(item, other, text_match=text_match)
+        longest = max(len(value), len(reference))
+        return total / longest if longest else 1.0
     if value == reference:
         return 1.0
     return token_f1(value, reference) if kind is str and text_match == "tokens" else 0.0
-
-
-def _mean(pairs: Iterable[tuple[Any, Any]], total: int, text_match: TextMatch) -> float:
-    return sum([agreement(a, b, text_match=text_match) for a, b in pairs]) / total if total else 1.0
 
 
 def token_f1(text: str, reference: str) -> float:
@@ -119,10 +124,9 @@ def _allowed_arguments(arguments: Mapping[str, Any], allowed: Mapping[str, Any])
 
 def _is_allowed(value: Any, allowed: Any) -> bool:
     if isinstance(allowed, dict) and isinstance(value, dict):
-        try:
-            right, total = _allowed_arguments(value, allowed)
-        except TypeError:  # an object of plain values, not of lists of them
-            return equal(value, allowed)
+        if not all(isinstance(values, list) for values in allowed.values()):
+            return equal(value, allowed)  # an object of plain values, not of lists of allowed ones
+        right, total = _allowed_arguments(value, allowed)
         return right == total
     if isinstance(allowed, list) and isinstance(value, list):
         return len(value) == len(allowed) and all(map(_is_allowed, value, allowed))

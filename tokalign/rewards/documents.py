@@ -46,12 +46,12 @@ class Limits:
     Args:
         max_bytes: longest completion in UTF-8 bytes; a longer one is not parsed.
         max_depth: deepest nesting of containers.
-        max_values: most values (keys not counted) that a score visits in one document.
+        max_values: most values (keys not counted) of one document.
     """
 
     max_bytes: int = 1 << 18
     max_depth: int = 64
-    max_values: int = 20_000
+    max_values: int = 10_000
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_depth", "max_values"):
@@ -69,13 +69,13 @@ class Document:
         value: the parsed document; MISSING where there is none.
         error: why the text is not exactly one strict document, None if it is.
         fenced: it stood in one Markdown fence.
-        share: of the text's characters, those that belong to the document; 1 for a whole one.
+        outside: characters of the text that do not belong to the document.
     """
 
     value: Any
     error: str | None = None
     fenced: bool = False
-    share: float = 1.0
+    outside: int = 0
 
     @property
     def whole(self) -> bool:
@@ -91,12 +91,18 @@ def text_of(completion: Source) -> str:
     """The text of a completion as TRL passes it: a string, or messages of which the last one is the answer."""
     if isinstance(completion, str):
         return completion
-    message = completion if isinstance(completion, Mapping) else (completion[-1] if completion else {})
-    content = message.get("content")
+    content = _message(completion).get("content")
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, Sequence) else ()
     return "".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+
+
+def _message(completion: Any) -> Mapping[str, Any]:
+    # chat parsers make messages out of what a model writes: anything may be missing or of another type
+    if isinstance(completion, Sequence) and completion:
+        completion = completion[-1]
+    return completion if isinstance(completion, Mapping) else {}
 
 
 def read_document(
@@ -130,7 +136,7 @@ def read_document(
     try:
         if output_format == "tool_call":
             return _read_tool_calls(completion, text.strip(), limits, wants_list)
-        return _READERS[output_format](text.strip(), limits, wants_list, types)
+        return _READERS[output_format](text, limits, wants_list, types)
     except Fault as error:
         return Document(MISSING, str(error))
     except RecursionError:  # the caller's own stack is nearly used up; the depth limit is checked before this
@@ -151,25 +157,27 @@ def unreadable(text: str, limits: Limits) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ fences
+# Possessive quantifiers throughout: on text made for it, backtracking takes minutes.
 
 _NAMES = {"json": ("", "json"), "yaml": ("", "yaml", "yml"), "xml": ("", "xml"), "tool_call": ("", "json")}
-_FENCED = re.compile(r"```[ \t]*([A-Za-z]*)[ \t]*\n(.*)\n?[ \t]*```", re.DOTALL)
-_BLOCK = re.compile(r"```[ \t]*([A-Za-z]*)[ \t]*\n(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```[ \t]*+([A-Za-z]*+)[ \t]*+\n(.*)```", re.DOTALL)
+_BLOCK = re.compile(r"```[ \t]*+([A-Za-z]*+)[ \t]*+\n(.*?)```", re.DOTALL)
 
 
 def unfence(text: str, output_format: Format) -> tuple[str, bool]:
     """The text inside one fence around everything, and whether there was one."""
-    if not (text.startswith("```") and text.endswith("```")):
+    bare = text.strip()
+    if not (bare.startswith("```") and bare.endswith("```")):
         return text, False
-    match = _FENCED.fullmatch(text)
+    match = _FENCED.fullmatch(bare)
     if match is None or match[1].lower() not in _NAMES[output_format]:
         return text, False
-    return match[2].strip(), True
+    return match[2], True
 
 
 def one_block(text: str, output_format: Format) -> str | None:
     """The content of the only fenced block of this format, None if there is none or more than one."""
-    blocks = [m[2].strip() for m in _BLOCK.finditer(text) if m[1].lower() in _NAMES[output_format]]
+    blocks = [m[2] for m in _BLOCK.finditer(text) if m[1].lower() in _NAMES[output_format]]
     return blocks[0] if len(blocks) == 1 else None
 
 
@@ -197,18 +205,21 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # a string that never ends takes the rest with it
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
-_SURROGATE = re.compile(r"\\u[dD][89abAB]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STARTS = 8  # places in a text where a document is looked for; each costs at most one pass
 
 
-def check_depth(text: str, limits: Limits) -> None:
-    """Raise `Fault` if JSON brackets nest deeper than the limit, without parsing."""
-    if text.count("{") + text.count("[") <= limits.max_depth:
+def check_limits(text: str, limits: Limits) -> None:
+    """Raise `Fault` if JSON text nests too deep or holds too many values, without parsing."""
+    if text.count("{") + text.count("[") <= limits.max_depth and text.count(",") < limits.max_values:
         return
+    bare = _STRING.sub("", text)
+    if bare.count(",") >= limits.max_values:
+        raise Fault(f"more than {limits.max_values} values")
     depth = 0
-    for bracket in _NO_BRACKET.sub("", _STRING.sub("", text)):
+    for bracket in _NO_BRACKET.sub("", bare):
         depth += 1 if bracket in "[{" else -1
         if depth > limits.max_depth:
             raise Fault(f"nested deeper than {limits.max_depth}")
@@ -237,14 +248,15 @@ def _refuse_surrogates(text: str, value: Any) -> None:
 
 def _read_json(text: str, limits: Limits, wants_list: bool, _: Any) -> Document:
     body, fenced = unfence(text, "json")
-    check_depth(body, limits)
+    body = body.strip()
+    check_limits(body, limits)
     try:
         return Document(decode_json(body), None, fenced)
     except json.JSONDecodeError as error:
-        return _partial_json(body, error, wants_list)
+        return _partial_json(body, error, limits, wants_list)
 
 
-def _partial_json(text: str, error: json.JSONDecodeError, wants_list: bool) -> Document:
+def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_list: bool) -> Document:
     """What can be told of a text that is not one document: one with text around it, or the beginning of one."""
     if not text:
         return Document(MISSING, "empty")
@@ -260,7 +272,7 @@ def _partial_json(text: str, error: json.JSONDecodeError, wants_list: bool) -> D
             value, end = _DECODER.raw_decode(text, start)
         except json.JSONDecodeError as inner:
             if found is None and inner.pos > start + 1:  # a document that breaks off, not a brace in prose
-                return _beginning(text, start, inner.pos, reason)
+                return _beginning(text, start, inner.pos, reason, limits)
             position = start + 1
             continue
         except Fault:
@@ -269,24 +281,27 @@ def _partial_json(text: str, error: json.JSONDecodeError, wants_list: bool) -> D
             raise Fault("an integer of thousands of digits") from None
         if found is not None:
             return Document(MISSING, "more than one document")  # nobody can tell which one is the answer
-        _refuse_surrogates(text[start:end], value)
-        found = Document(value, "text around the document", share=(end - start) / len(text))
+        part = text[start:end]
+        _refuse_surrogates(part, value)
+        check_limits(part, limits)  # quotes outside it may have hidden its brackets from the check of the whole text
+        found = Document(value, "text around the document", outside=len(text) - len(part))
         position = end
     return found or Document(MISSING, reason)
 
 
-def _beginning(text: str, start: int, end: int, reason: str) -> Document:
+def _beginning(text: str, start: int, end: int, reason: str, limits: Limits) -> Document:
     """The well-formed beginning `text[start:end]` of a document, its open brackets closed."""
+    part = text[start:end]
+    check_limits(part, limits)
     try:
-        value = pydantic_core.from_json(text[start:end], allow_partial=True, allow_inf_nan=False)
+        value = pydantic_core.from_json(part, allow_partial=True, allow_inf_nan=False)
     except ValueError:
         return Document(MISSING, reason)
-    return Document(value, reason, share=(end - start) / len(text))
+    return Document(value, reason, outside=len(text) - len(part))
 
 
 # -------------------------------------------------------------------------------------------------------- tool calls
 
-_TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _MARKS = ("[TOOL_CALLS]", "<|python_tag|>")
 
 
@@ -297,26 +312,20 @@ def _read_tool_calls(completion: Source, text: str, limits: Limits, wants_list: 
     object, perhaps after `<|python_tag|>`, with "parameters" for "arguments". Parsed already: a message with
     `tool_calls` in OpenAI's form, arguments as an object or as JSON text.
     """
-    message = completion if isinstance(completion, Mapping) else {}
-    if not isinstance(completion, str | Mapping) and completion:
-        message = completion[-1]
-    parsed = message.get("tool_calls")
+    parsed = None if isinstance(completion, str) else _message(completion).get("tool_calls")
     if parsed:
-        calls = [_openai_call(call, limits) for call in parsed]
         error = "text beside the tool call" if text else None
-        return _of_calls(calls, error, 0.5 if text else 1.0, wants_list)
-    bodies = _TAGGED.findall(text)
+        return _of_calls(_openai_calls(parsed, limits), error, len(text), wants_list)
+    outside, bodies = _tagged(text)
     if bodies:
-        outside = _TAGGED.sub("", text).strip()
         calls = []
         for body in bodies:
-            check_depth(body, limits)
+            check_limits(body, limits)
             try:
                 calls.append(_call(decode_json(body.strip())))
             except json.JSONDecodeError as error:
                 return Document(MISSING, f"a tool call is not JSON: {error.msg} at character {error.pos}")
-        share = 1.0 - len(outside) / len(text)
-        return _of_calls(calls, "text around the tool call" if outside else None, share, wants_list)
+        return _of_calls(calls, "text around the tool call" if outside else None, len(outside), wants_list)
     for mark in _MARKS:
         text = text.removeprefix(mark).strip()
     document = _read_json(text, limits, True, None)
@@ -324,12 +333,26 @@ def _read_tool_calls(completion: Source, text: str, limits: Limits, wants_list: 
         return document
     value = document.value
     calls = [_call(item) for item in value] if isinstance(value, list) else [_call(value)]
-    return _of_calls(calls, document.error, document.share, wants_list, document.fenced)
+    return _of_calls(calls, document.error, document.outside, wants_list, document.fenced)
 
 
-def _of_calls(calls: list[Any], error: str | None, share: float, wants_list: bool, fenced: bool = False) -> Document:
+def _tagged(text: str) -> tuple[str, list[str]]:
+    """What stands outside the tags `<tool_call>…</tool_call>`, and what stands in each pair of them."""
+    outside, *rest = text.split("<tool_call>")
+    bodies = []
+    for piece in rest:
+        body, closed, after = piece.partition("</tool_call>")
+        if closed:
+            bodies.append(body)
+            outside += after
+        else:
+            outside += piece
+    return outside.strip(), bodies
+
+
+def _of_calls(calls: list[Any], error: str | None, outside: int, wants_list: bool, fenced: bool = False) -> Document:
     value = calls[0] if len(calls) == 1 and not wants_list else calls
-    return Document(value, error, fenced, share)
+    return Document(value, error, fenced, outside)
 
 
 def _call(value: Any) -> Any:
@@ -338,19 +361,30 @@ def _call(value: Any) -> Any:
     return value
 
 
-def _openai_call(call: Any, limits: Limits) -> Any:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        fault = unreadable(arguments, limits)
-        if fault is not None:
-            raise Fault(fault)
-        check_depth(arguments, limits)
+def _openai_calls(parsed: Any, limits: Limits) -> list[Any]:
+    # whoever parsed the calls may have let anything through, so their text is read again, strictly
+    if not isinstance(parsed, list | tuple) or len(parsed) > limits.max_values:
+        raise Fault("tool_calls is not a list of calls")
+    calls, left = [], limits.max_bytes
+    for call in parsed:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Fault("a tool call without a name")
+        arguments = function.get("arguments", {})
         try:
-            arguments = decode_json(arguments)
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        except (TypeError, ValueError, RecursionError):
+            raise Fault("the arguments are not JSON") from None
+        fault = unreadable(text, limits) or unreadable(function["name"], limits)
+        left -= len(text)
+        if fault is not None or left < 0:
+            raise Fault(fault or f"longer than {limits.max_bytes} bytes")
+        check_limits(text, limits)
+        try:
+            calls.append({"name": function["name"], "arguments": decode_json(text)})
         except json.JSONDecodeError as error:
             raise Fault(f"the arguments are not JSON: {error.msg} at character {error.pos}") from None
-    return {"name": function.get("name"), "arguments": arguments}
+    return calls
 
 
 # ----------------------------------------------------------------------------------------------------- YAML and XML
@@ -359,18 +393,20 @@ def _openai_call(call: Any, limits: Limits) -> Any:
 def _read_yaml(text: str, limits: Limits, _: bool, __: Any) -> Document:
     from tokalign.rewards.yaml_documents import decode_yaml
 
-    return _read_markup(text, "yaml", lambda body: decode_yaml(body, limits))
+    return _read_markup(
+        text, "yaml", lambda body: decode_yaml(body.rstrip() + "\n", limits)
+    )  # a `|` block ends its line
 
 
 def _read_xml(text: str, limits: Limits, _: bool, types: Any) -> Document:
     from tokalign.rewards.xml_documents import decode_xml
 
-    return _read_markup(text, "xml", lambda body: decode_xml(body, limits, types))
+    return _read_markup(text, "xml", lambda body: decode_xml(body.strip(), limits, types))
 
 
 def _read_markup(text: str, output_format: Format, decode: Callable[[str], Any]) -> Document:
     body, fenced = unfence(text, output_format)
-    if not body:
+    if not body.strip():
         return Document(MISSING, "empty")
     try:
         return Document(decode(body), None, fenced)
@@ -380,8 +416,9 @@ def _read_markup(text: str, output_format: Format, decode: Callable[[str], Any])
             block = body[body.index("<") : body.rfind(">") + 1]
         if not block or block == body:
             raise
+        outside = len(text.strip()) - len(block.strip())
         try:
-            return Document(decode(block), "text around the document", share=len(block) / len(text))
+            return Document(decode(block), "text around the document", outside=outside)
         except Fault:
             raise error from None
 

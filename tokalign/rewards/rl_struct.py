@@ -16,7 +16,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tokalign.rewards.content import token_f1
-from tokalign.rewards.documents import MISSING, Fault, Source, check_depth, text_of, unreadable
+from tokalign.rewards.documents import MISSING, Fault, Source, check_limits, text_of, unreadable
 
 if TYPE_CHECKING:
     from tokalign.rewards.schemas import CompiledSchema
@@ -47,7 +47,7 @@ def components(reward: StructuredReward, completion: Source, reference: Any, sch
 
 def _syntax_error(text: str, reward: StructuredReward) -> str | None:
     try:
-        check_depth(text, reward.limits)
+        check_limits(text, reward.limits)
         json.loads(text)
     except (Fault, ValueError, RecursionError) as error:
         return str(error)[:200]

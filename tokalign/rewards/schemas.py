@@ -16,20 +16,26 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import jsonschema_rs
 
-PRESENT = 0.25  # credit of a required key that is there, whatever its value
+PRESENT = 0.25  # credit of an object, and of a required key in it, whatever their values
 BOUND = 0.5  # credit of a value of the right type that breaks a bound, pattern or enumeration
+_MAX_VALUES = 10_000
 _MAX_OPTIONS = 64  # alternatives of one place in a schema; with more, that place is not graded
 _MAX_SHAPES = 10_000
 _NAMES = {str: "string", bool: "boolean", int: "integer", dict: "object", list: "array", type(None): "null"}
+_CONTAINERS = (dict, list)
 _OBJECT_WORDS = {"properties", "required", "patternProperties", "additionalProperties", "propertyNames"}
 _ARRAY_WORDS = {"items", "prefixItems", "contains", "minItems", "maxItems", "uniqueItems"}
 _SCALAR_WORDS = {
     *("enum", "const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     *("minLength", "maxLength", "pattern", "format", "not"),
 }
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
+_DATA = ("enum", "const", "default", "examples")  # values, not schemas
+_REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
 _IN_PLACE = {"allOf", "anyOf", "oneOf", "if", "not", "$ref", "$dynamicRef", "dependentSchemas", "dependencies"}
 
 
@@ -52,35 +58,55 @@ def load_schema(schema: Any) -> dict[str, Any] | bool:
     """
     if hasattr(schema, "model_json_schema"):
         return schema.model_json_schema()
-    if isinstance(schema, Path) or (isinstance(schema, str) and not schema.lstrip().startswith(("{", "true", "false"))):
+    if isinstance(schema, Path) or (isinstance(schema, str) and not _is_text(schema)):
         try:
             schema = Path(schema).read_text(encoding="utf-8")
-        except OSError as error:
-            raise SchemaError(
-                f"The schema file {str(schema)[:200]} cannot be read ({error.strerror}); check the path."
-            ) from None
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise SchemaError(f"The schema is not JSON ({str(error)[:200]}); give a JSON Schema as JSON.") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            name = str(schema)[:200]
+            raise SchemaError(f"The schema file {name} cannot be read ({reason}); check the path.") from None
+    return _of_text(schema) if isinstance(schema, str) else _of_kind(schema)
+
+
+def _is_text(schema: str) -> bool:
+    return schema.lstrip().startswith("{") or schema.strip() in ("true", "false")
+
+
+def _of_text(text: str) -> dict[str, Any] | bool:
+    try:
+        return _of_kind(json.loads(text))
+    except SchemaError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"The schema is not JSON ({str(error)[:200]}); give a JSON Schema as JSON.") from None
+
+
+def _of_kind(schema: Any) -> dict[str, Any] | bool:
     if not isinstance(schema, dict | bool):
         raise SchemaError(f"A schema is a JSON object or a boolean, not {type(schema).__name__}; give a JSON Schema.")
     return schema
 
 
 def compile_schema(schema: Any) -> CompiledSchema:
-    """Compile a schema (see `load_schema`); JSON text is compiled once a process.
+    """Compile a schema (see `load_schema`); the same one is compiled once a process.
 
     Raises:
         SchemaError: an invalid schema, or a reference that leaves it.
     """
-    return _compile_text(schema) if isinstance(schema, str) else CompiledSchema(load_schema(schema))
+    if isinstance(schema, str) and _is_text(schema):
+        return compile_text(schema)
+    try:
+        return compile_text(json.dumps(load_schema(schema)))
+    except SchemaError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SchemaError(f"The schema is not JSON ({str(error)[:200]}); give a JSON Schema.") from None
 
 
 @lru_cache(maxsize=8192)
-def _compile_text(text: str) -> CompiledSchema:
-    return CompiledSchema(load_schema(text))
+def compile_text(text: str) -> CompiledSchema:
+    """Compile JSON text, and never take it for a path: the rows of a dataset may not name files."""
+    return CompiledSchema(_of_text(text))
 
 
 _OFFLINE: dict[str, Any] = {"offline": True, "validate_formats": True, "mask": "the value"}
@@ -124,9 +150,16 @@ class CompiledSchema:
             raise SchemaError(f"The schema is invalid at {where}: {_short(error)}; {remedy}.") from None
         except (ValueError, RecursionError) as error:
             raise SchemaError(f"The schema cannot be compiled ({_short(error)}); simplify it.") from None
-        # where closing every object says the same as the grade, one call tells a perfect part from the others
-        closed = _validators(_close(schema)) if _closable(schema) else None
-        self.shape = _Compiler(schema, closed).shape((schema,))
+        try:
+            parts = list(_schemas(schema, "#"))
+            # where closing every object says the same as the grade, one call tells a perfect part from the others
+            closed = _validators(_close(schema)) if all(_closable(part) for _, part in parts) else None
+            self.shape = _Compiler(schema, closed).shape((schema,))
+        except RecursionError:
+            raise SchemaError("The schema is nested too deep; simplify it.") from None
+        # closed alternatives may exclude one another where the schema's own do not
+        self._exclusive = any("oneOf" in part for _, part in parts)
+        self._refers = any(_REFERENCES & part.keys() for _, part in parts)
 
     @property
     def wants_list(self) -> bool:
@@ -145,30 +178,36 @@ class CompiledSchema:
         if self.shape.perfect is None:
             return None
         try:
-            return self.shape.perfect.is_valid(value)
+            return self.shape.perfect.is_valid(value) and (not self._exclusive or self._validator.is_valid(value))
         except (ValueError, TypeError, RecursionError):
             return False
 
-    def first_error(self, value: Any) -> str | None:
-        """The first breach of the schema in words, with its place; None for a valid value."""
+    def first_error(self, value: Any, grade: Grade | None = None) -> str | None:
+        """The first fault in words, with its place: by the grade, else a breach of the schema; None if there is none.
+
+        The grade of this very value spares a second pass. Raises `TooManyValues`.
+        """
+        walk = None if grade is None else grade.walk
+        found = (walk or _Walk(_MAX_VALUES)).fault(self.shape, value, "")
+        if found is not None or self.is_valid(value):
+            return found
+        if self._refers:  # the validator remembers nothing while it explains: it would take gigabytes for recursion
+            return "the document: a rule of the schema is broken"
         try:
             self._validator.validate(value)
         except jsonschema_rs.ValidationError as error:
-            where = "".join(f"/{part}" for part in error.instance_path)[:200]
-            return f"{where or 'the document'}: {_short(error)}"
+            return f"{''.join(f'/{part}' for part in error.instance_path)[:200] or 'the document'}: {_short(error)}"
         except (ValueError, TypeError, RecursionError) as error:
-            return _short(error)
+            return f"the document: {_short(error)}"
         return None
 
-    def grade(self, value: Any, *, max_values: int = 20_000) -> Grade:
+    def grade(self, value: Any, *, max_values: int = _MAX_VALUES) -> Grade:
         """How far a value has the schema's keys and types. Raises `TooManyValues`."""
         return _Walk(max_values).top(self.shape, value)
 
-    def invented_keys(self, value: Any, *, max_values: int = 20_000) -> int:
+    def invented_keys(self, value: Any, *, max_values: int = _MAX_VALUES) -> int:
         """Keys of `value`, at any level, that the schema does not know. Raises `TooManyValues`."""
-        walk = _Walk(max_values)
-        walk.grade(self.shape, value)
-        return walk.invented
+        return self.grade(value, max_values=max_values).invented
 
 
 def _short(error: Exception) -> str:
@@ -179,8 +218,9 @@ def _short(error: Exception) -> str:
 def _place(schema: Any, message: str) -> str:
     """Path of the reference that an error message speaks of; "/" (the whole schema) if none is found."""
     for path, word, reference in _references(schema, ""):
-        address = reference.split("#")[0].rstrip("/") or reference
-        if address.strip("#") and address in message:
+        address, _, fragment = reference.partition("#")
+        address = address.rstrip("/") or fragment
+        if address and address in message:
             return f"{path}/{word} ({reference[:100]})"
     return "/"
 
@@ -198,31 +238,30 @@ def _references(schema: Any, path: str) -> Iterator[tuple[str, str, str]]:
             yield from _references(item, f"{path}/{index}")
 
 
-def _pointers(schema: Any, pointer: str) -> Iterator[tuple[int, str]]:
-    """(id, JSON pointer) of every object in a schema."""
-    if isinstance(schema, dict):
-        yield id(schema), pointer
-        for key, item in schema.items():
-            yield from _pointers(item, f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}")
-    elif isinstance(schema, list):
-        for index, item in enumerate(schema):
-            yield from _pointers(item, f"{pointer}/{index}")
-
-
-def _closable(schema: Any) -> bool:
-    """Whether `additionalProperties: false` may be added to every object: nothing in it shares an object's keys."""
+def _schemas(schema: Any, pointer: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(JSON pointer, schema) of a schema and of every schema within it."""
     if isinstance(schema, list):
-        return all(_closable(item) for item in schema)
-    if not isinstance(schema, dict):
-        return True
+        for index, item in enumerate(schema):
+            yield from _schemas(item, f"{pointer}/{index}")
+    elif isinstance(schema, dict):
+        yield pointer, schema
+        for word, item in schema.items():
+            if word in _NAMED and isinstance(item, dict):
+                for name, member in item.items():
+                    yield from _schemas(member, f"{pointer}/{word}/{name.replace('~', '~0').replace('/', '~1')}")
+            elif word not in _DATA:
+                yield from _schemas(item, f"{pointer}/{word}")
+
+
+def _closable(schema: dict[str, Any]) -> bool:
+    """Whether `additionalProperties: false` says of this object what the grade says: nothing else shares its keys."""
     in_place = _IN_PLACE & schema.keys()
     if in_place - {"anyOf", "oneOf", "$ref"} or (in_place and (_OBJECT_WORDS | {"type"}) & schema.keys()):
         return False
     if "$id" in schema or "unevaluatedProperties" in schema or "$recursiveRef" in schema:
         return False
-    if _OBJECT_WORDS & schema.keys() and not isinstance(schema.get("type"), str):
-        return False  # the grade takes it for an object, JSON Schema alone does not
-    return all(_closable(item) for key, item in schema.items() if key not in ("enum", "const", "default", "examples"))
+    # without a type the grade takes it for an object or an array, JSON Schema does not
+    return not (_OBJECT_WORDS | _ARRAY_WORDS) & schema.keys() or isinstance(schema.get("type"), str)
 
 
 def _close(schema: Any) -> Any:
@@ -230,10 +269,17 @@ def _close(schema: Any) -> Any:
         return [_close(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    keep = ("enum", "const", "default", "examples")
-    made = {key: item if key in keep else _close(item) for key, item in schema.items()}
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-        made.setdefault("additionalProperties", False)
+    made: dict[str, Any] = {}
+    for word, item in schema.items():
+        if word in _NAMED and isinstance(item, dict):
+            made[word] = {name: _close(member) for name, member in item.items()}
+        else:
+            made[word] = item if word in _DATA else _close(item)
+    keyed = schema.get("type") == "object" and ("properties" in schema or "patternProperties" in schema)
+    if keyed and "additionalProperties" not in schema:
+        made["additionalProperties"] = False
+        unnamed: dict[str, Any] = {name: {} for name in schema.get("required", ())}
+        made["properties"] = unnamed | made.get("properties", {})  # a required key is never invented
     return made
 
 
@@ -251,6 +297,7 @@ class Shape:
         items, prefix, min_items, max_items: of an array.
         options: alternatives; a shape with options has nothing else.
         bounds: validator of what the schema says about scalars beyond their type.
+        constant: they allow one value; another one is half a fault of type, which tells alternatives apart.
         perfect: validator that passes just the objects and arrays without any fault, where there is one.
     """
 
@@ -265,6 +312,7 @@ class Shape:
     max_items: int | None = None
     options: list[Shape] = field(default_factory=list)
     bounds: Any = None
+    constant: bool = False
     perfect: Any = None
 
     def known(self, key: str) -> Shape | None:
@@ -290,7 +338,8 @@ class _Compiler:
 
     def __init__(self, root: dict[str, Any] | bool, closed: jsonschema_rs.ValidatorMap | None):
         self.root = root
-        self.perfect = {} if closed is None else {i: closed.get(pointer) for i, pointer in _pointers(root, "#")}
+        self.perfect = {} if closed is None else {id(part): closed.get(at) for at, part in _schemas(root, "#")}
+        self.dialect = {"$schema": root["$schema"]} if isinstance(root, dict) and "$schema" in root else {}
         self.made: dict[tuple[int, ...], Shape] = {}
         self.filling: list[Shape] = []
         self.without_: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}  # kept: a part is known by its id
@@ -315,7 +364,7 @@ class _Compiler:
         """A schema, what it refers to, and the members of its `allOf`: all hold at the same place."""
         if not isinstance(schema, dict):
             return [] if schema is not False else [schema]
-        if id(schema) in seen:
+        if not schema or id(schema) in seen:
             return []
         seen.add(id(schema))
         parts = [schema]
@@ -329,8 +378,8 @@ class _Compiler:
         if reference != "#" and not reference.startswith("#/"):
             return True  # anchors and embedded resources: the validator follows them, the grade does not
         target: Any = self.root
-        for step in reference[2:].split("/") if reference != "#" else ():
-            step = step.replace("~1", "/").replace("~0", "~").replace("%25", "%").replace("%22", '"')
+        for step in unquote(reference[2:]).split("/") if reference != "#" else ():
+            step = step.replace("~1", "/").replace("~0", "~")
             if isinstance(target, list) and step.isdigit() and int(step) < len(target):
                 target = target[int(step)]
             elif isinstance(target, dict) and step in target:
@@ -360,6 +409,19 @@ class _Compiler:
                         shape.additional = shape  # anything goes
                     return
         shape.types = _types(parts)
+        outer, self.filling = self.filling, []  # below a key or an item, an alternative may well be met again
+        self._fill_object(shape, parts)
+        self._fill_array(shape, parts)
+        self.filling = outer
+        if any(_SCALAR_WORDS & part.keys() for part in parts):
+            said = [{key: item for key, item in part.items() if key in _SCALAR_WORDS} for part in parts]
+            try:
+                shape.bounds = _validator({**self.dialect, "allOf": said})
+                shape.constant = any("const" in part or len(part.get("enum", ())) == 1 for part in parts)
+            except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError):
+                shape.bounds = None  # `not` with a reference: left to the full validation
+
+    def _fill_object(self, shape: Shape, parts: list[Any]) -> None:
         names: dict[str, list[Any]] = {}
         patterns: list[tuple[str, Any]] = []
         for part in parts:
@@ -367,28 +429,33 @@ class _Compiler:
                 names.setdefault(name, []).append(schema)
             patterns += part.get("patternProperties", {}).items()
             shape.required = tuple(dict.fromkeys((*shape.required, *part.get("required", ()))))
-            shape.min_items = max(shape.min_items, int(part.get("minItems", 0)))
-            if "maxItems" in part:
-                shape.max_items = min(int(part["maxItems"]), shape.max_items or int(part["maxItems"]))
-            prefix = part.get("prefixItems")
-            if prefix is None and isinstance(part.get("items"), list):  # drafts before 2020-12
-                prefix = part["items"]
-            if prefix and not shape.prefix:
-                shape.prefix = [self.shape((item,)) for item in prefix]
-            rest = part.get("additionalItems") if isinstance(part.get("items"), list) else part.get("items")
-            if isinstance(rest, dict) and shape.items is None:
-                shape.items = self.shape((rest,))
-            elif rest is False:
-                shape.max_items = len(shape.prefix) if shape.max_items is None else shape.max_items
+        for part in parts:  # keys that are known under a condition: the full validation says whether they are right
+            conditional = [part.get(word) for word in ("if", "then", "else")]
+            for word in ("dependentSchemas", "dependencies"):
+                conditional += part.get(word, {}).values()
+            for schema in conditional:
+                for name in schema.get("properties", ()) if isinstance(schema, dict) else ():
+                    names.setdefault(name, [True])
         shape.properties = {name: self.shape(tuple(schemas)) for name, schemas in names.items()}
         shape.patterns = [(_validator({"pattern": pattern}), self.shape((schema,))) for pattern, schema in patterns]
         shape.additional = self._additional(parts)
-        if any(_SCALAR_WORDS & part.keys() for part in parts):
-            said = [{key: item for key, item in part.items() if key in _SCALAR_WORDS} for part in parts]
-            try:
-                shape.bounds = _validator({"allOf": said})
-            except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError):
-                shape.bounds = None  # `not` with a reference: left to the full validation
+
+    def _fill_array(self, shape: Shape, parts: list[Any]) -> None:
+        rests = []
+        most = [int(part["maxItems"]) for part in parts if "maxItems" in part]
+        for part in parts:
+            shape.min_items = max(shape.min_items, int(part.get("minItems", 0)))
+            prefix, rest = part.get("prefixItems", ()), part.get("items")
+            if isinstance(rest, list):  # drafts before 2020-12
+                prefix, rest = rest, part.get("additionalItems")
+            if prefix and not shape.prefix:
+                shape.prefix = [self.shape((item,)) for item in prefix]
+            if rest is False:
+                most.append(len(prefix))
+            elif isinstance(rest, dict):
+                rests.append(rest)
+        shape.max_items = min(most, default=None)
+        shape.items = self.shape(tuple(rests)) if rests else None
 
     def _without(self, part: Any, words: tuple[str, ...]) -> Any:
         """A part less some words, the same object each time: shapes are found again by the ids of their parts."""
@@ -406,7 +473,7 @@ class _Compiler:
         if any("unevaluatedProperties" in part for part in parts):
             return None
         # an object of which no key is named may hold any
-        return None if any(part.get("properties") or part.get("patternProperties") for part in parts) else ANY
+        return None if any("properties" in part or "patternProperties" in part for part in parts) else ANY
 
 
 def _types(parts: list[Any]) -> frozenset[str] | None:
@@ -443,70 +510,136 @@ def type_of(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """How far a value has a schema's keys and types, each in [0, 1].
+    """How far a value has a schema's keys and types.
 
     Attributes:
-        keys: by keys and types alone; 1 if all required keys are there, all types right and no key invented.
+        keys: in [0, 1], by keys and types alone; 1 if all required keys are there, all types and constants right and no
+            key invented.
         full: the same, less for scalars that break a bound, pattern or enumeration.
         attempt: at least one key or item that the schema asks for is there with the right type.
+        invented: keys, at any level, that the schema does not know.
+        walk: the pass that found this, with its memory, to explain it by.
     """
 
     keys: float
     full: float
     attempt: bool
+    invented: int = 0
+    walk: _Walk | None = field(default=None, repr=False, compare=False)
 
 
 class _Walk:
     """One pass over a value beside its shape.
 
-    Of an object with n required keys, the credit of each that is there being PRESENT + (1 − PRESENT) g for the grade g
-    of its value,
-        g(object) = Σ credit / (n + invented keys + Σ over optional keys that are there (1 − credit)),
-    with one whole credit for n = 0. Of an array, with the share m of `minItems` that is there,
+    Let b be PRESENT for an object with required keys and 1 for one without, n the number of its required keys, and the
+    credit of a key that is there PRESENT + (1 − PRESENT) g for the grade g of its value. Then
+        g(object) = (b + Σ over required keys that are there credit)
+                    / (b + n + invented keys + Σ over optional keys that are there (1 − credit)).
+    Of an array, with the share m = min(1, (1 + items) / (1 + `minItems`)),
         g(array) = m / (1 + items beyond `maxItems` + Σ over items (1 − g(item))).
-    A scalar has 1 or 0 by type (BOUND if only a bound is broken). Faults are counted, never averaged away: adding sound
-    parts cannot hide an unsound one, and each of these costs: a required key less, a key invented, a type made wrong.
-    Among alternatives (`anyOf`, `oneOf`) the best counts.
+    A scalar has 1 or 0 by type; with bounds, BOUND if only a bound is broken. One that should be a constant and has its
+    type only has BOUND in any case. What has the right type is above 0 at every level, and faults are counted, never
+    averaged away: so each costs, wherever it is (a required key less, a key invented, a type made wrong), and adding
+    sound parts cannot hide it. The cost shrinks with depth, by 0.6 a level at most, and meets floating point at some 30
+    levels of objects. Among alternatives (`anyOf`, `oneOf`) the best counts: there a fault is what is one for the best
+    of them, before and after.
     """
 
     def __init__(self, max_values: int):
         self.left = max_values
         self.invented = 0
+        # (by keys and types, with bounds, invented keys) of containers: without this memory alternatives within
+        # alternatives take time exponential in the depth
+        self.known: dict[tuple[int, int], tuple[float, float, int]] = {}
 
     def top(self, shape: Shape, value: Any) -> Grade:
-        """The grade of a whole document; an empty container or a scalar that no schema asked for is no attempt."""
+        """The grade of a whole document; nothing where no key or item is there that the schema asks for."""
         keys, full = self.grade(shape, value)
-        return Grade(keys, full, keys > 0 and any(self._attempt(option, value) for option in shape.options or [shape]))
+        invented, options = self.invented, shape.options or [shape]
+        if type(value) in _CONTAINERS:
+            asked = [child for option in options for child in self._asked(option, value)]
+            if not asked:
+                return Grade(0.0, 0.0, False, invented, self)
+            return Grade(keys, full, any(self.grade(child, item)[0] > 0 for child, item in asked), invented, self)
+        # a bare scalar is an answer only to a schema that names its type
+        named = keys > 0 and all(option.types is not None for option in options)
+        return Grade(keys, full, True) if named else Grade(0.0, 0.0, False)
 
-    def _attempt(self, shape: Shape, value: Any) -> bool:
+    def fault(self, shape: Shape, value: Any, place: str) -> str | None:
+        """The first fault in words, with its place (a JSON pointer); None where the grade sees none."""
+        if min(self.grade(shape, value)) == 1.0:
+            return None
+        if shape.options:
+            return self.fault(max(shape.options, key=lambda option: self.grade(option, value)), value, place)
+        where, kind = place[:200] or "the document", type_of(value)
+        if shape.types is not None and kind not in shape.types:
+            return f"{where}: {kind} where {' or '.join(sorted(shape.types)) or 'nothing'} is allowed"
         if isinstance(value, dict):
-            if shape.types is not None and "object" not in shape.types:
-                return False
-            asked = shape.required or value.keys()
-            for key in value.keys() & asked:
+            for key in shape.required:
+                if key not in value:
+                    return f"{where}: the key {key[:100]!r} is missing"
+            for key, item in value.items():
                 child = shape.known(key) or (ANY if key in shape.required else None)
-                if child is not None and self.grade(child, value[key])[0] > 0:
-                    return True
-            return False
+                if child is None:
+                    return f"{where}: the key {key[:100]!r} is not in the schema"
+                found = self.fault(child, item, f"{place}/{key}")
+                if found is not None:
+                    return found
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                found = self.fault(shape.item(index), item, f"{place}/{index}")
+                if found is not None:
+                    return found
+            return f"{where}: {len(value)} items"
+        else:
+            try:
+                shape.bounds.validate(value)
+            except jsonschema_rs.ValidationError as error:
+                return f"{where}: {_short(error)}"
+        return None
+
+    def _asked(self, shape: Shape, value: Any) -> Iterator[tuple[Shape, Any]]:
+        """(shape, value) of the keys or items of a container that the schema asks for."""
+        if shape.types is not None and ("object" if isinstance(value, dict) else "array") not in shape.types:
+            return
         if isinstance(value, list):
-            if shape.types is not None and "array" not in shape.types:
-                return False
-            return any(self.grade(shape.item(i), item)[0] > 0 for i, item in enumerate(value))
-        return shape.types is not None  # a bare scalar is an answer only to a schema that names its type
+            yield from ((shape.item(index), item) for index, item in enumerate(value))
+            return
+        for key in shape.required or value:
+            if key in value:
+                child = shape.known(key) or (ANY if key in shape.required else None)
+                if child is not None:
+                    yield child, value[key]
 
     def grade(self, shape: Shape, value: Any) -> tuple[float, float]:
         """(by keys and types, with bounds) of a value."""
-        if shape.perfect is not None and isinstance(value, dict | list) and shape.perfect.is_valid(value):
-            return 1.0, 1.0
+        if type(value) in _CONTAINERS:
+            return self._container(shape, value)
         if shape.options:
             return self._best(shape.options, value)
-        if isinstance(value, dict):
-            return self._object(shape, value) if shape.types is None or "object" in shape.types else (0.0, 0.0)
-        if isinstance(value, list):
-            return self._array(shape, value) if shape.types is None or "array" in shape.types else (0.0, 0.0)
         if shape.types is not None and type_of(value) not in shape.types:
             return 0.0, 0.0
-        return (1.0, 1.0) if shape.bounds is None or shape.bounds.is_valid(value) else (1.0, BOUND)
+        if shape.bounds is None or shape.bounds.is_valid(value):
+            return 1.0, 1.0
+        return (BOUND, BOUND) if shape.constant else (1.0, BOUND)
+
+    def _container(self, shape: Shape, value: Any) -> tuple[float, float]:
+        at = (id(shape), id(value))
+        if at in self.known:
+            keys, full, invented = self.known[at]
+            self.invented += invented
+            return keys, full
+        before = self.invented
+        if shape.perfect is not None and shape.perfect.is_valid(value):
+            keys, full = 1.0, 1.0
+        elif shape.options:
+            keys, full = self._best(shape.options, value)
+        elif shape.types is not None and type_of(value) not in shape.types:
+            keys, full = 0.0, 0.0
+        else:
+            keys, full = self._object(shape, value) if type(value) is dict else self._array(shape, value)
+        self.known[at] = (keys, full, self.invented - before)
+        return keys, full
 
     def _visit(self, count: int) -> None:
         self.left -= count
@@ -530,14 +663,16 @@ class _Walk:
             return 1.0, 1.0
         self._visit(len(value))
         properties, required = shape.properties, shape.required
-        credit_keys = credit_full = fault_keys = fault_full = 0.0
+        base = PRESENT if required else 1.0
+        credit_keys = credit_full = base
+        whole_keys = whole_full = base + len(required)
         for key, item in value.items():
             known = properties.get(key) or shape.known(key)
             if known is None:
                 if key not in required:
                     self.invented += 1
-                    fault_keys += 1.0
-                    fault_full += 1.0
+                    whole_keys += 1.0
+                    whole_full += 1.0
                     continue
                 known = ANY
             keys, full = self.grade(known, item)
@@ -545,12 +680,9 @@ class _Walk:
                 credit_keys += PRESENT + (1 - PRESENT) * keys
                 credit_full += PRESENT + (1 - PRESENT) * full
             else:
-                fault_keys += (1 - PRESENT) * (1 - keys)
-                fault_full += (1 - PRESENT) * (1 - full)
-        if not required:
-            return 1 / (1 + fault_keys), 1 / (1 + fault_full)
-        n = len(required)
-        return credit_keys / (n + fault_keys), credit_full / (n + fault_full)
+                whole_keys += (1 - PRESENT) * (1 - keys)
+                whole_full += (1 - PRESENT) * (1 - full)
+        return credit_keys / whole_keys, credit_full / whole_full
 
     def _array(self, shape: Shape, value: list[Any]) -> tuple[float, float]:
         if shape is ANY:
@@ -563,7 +695,7 @@ class _Walk:
                 fault_keys += 1 - keys
                 fault_full += 1 - full
         beyond = 0 if shape.max_items is None else max(0, len(value) - shape.max_items)
-        share = min(1.0, len(value) / shape.min_items) if shape.min_items else 1.0
+        share = min(1.0, (1 + len(value)) / (1 + shape.min_items))
         return share / (1 + beyond + fault_keys), share / (1 + beyond + fault_full)
 
 

@@ -9,16 +9,20 @@ reading. With k the grade of keys and types and f the same with bounds (`tokalig
 | the completion is | structure | others |
 |---|---|---|
 | an answer: one whole document that attempts what the schema asks | FLOOR + (1 − FLOOR) k | below |
-| an attempt with text around it, broken off, or with no value of the right type | 0.45 FLOOR (1 + share) k | 0 |
+| keys that are asked for, but none with the right type | 0.9 FLOOR k | 0 |
+| a document broken off, or with c characters around it | 0.9 FLOOR k (½ + ½ / (1 + c / 100)) | 0 |
 | anything else: `{}`, a scalar, a JSON string, prose, repeated keys, NaN, too deep, too long | 0 | 0 |
 
     validity 1;  format 1 if the fence is as asked;  schema ½ f + ½ [valid and no invented key];
     correctness = agreement with the reference;  length 1 if valid and within the bounds
 
-So every hack ranks below every answer, whichever components are on; and among answers a missing key, an invented key, a
-wrong type and text around each cost, because no other component can rise by them. Deviations from the paper: structure
-is judged on parsed keys and types instead of substrings, a fence is no reason to be invalid, correctness compares typed
-values instead of words, the length term is a bonus instead of a malus.
+So while structure is on, every hack ranks below every answer, and of what is above 0 each of these costs: a missing
+key, an invented key, a wrong type, text around. Whatever is on, none of them pays: no component rises by one, as long
+as the reference fits the schema. Where there are alternatives (`anyOf`, `oneOf`), a fault is what is one for the
+alternative that fits best, before and after. `[]` is right where the schema asks for no items: `minItems` or a
+reference make it cost. Deviations from the paper: structure is judged on parsed keys and types instead of substrings, a
+fence is no reason to be invalid, correctness compares typed values instead of words, the length term is a bonus
+instead of a malus.
 """
 
 from __future__ import annotations
@@ -35,12 +39,20 @@ from tokalign.rewards.documents import (
     Format,
     Limits,
     Source,
-    check_depth,
+    check_limits,
     decode_json,
     read_document,
     text_of,
 )
-from tokalign.rewards.schemas import NO_SCHEMA, CompiledSchema, Grade, SchemaError, TooManyValues, compile_schema
+from tokalign.rewards.schemas import (
+    NO_SCHEMA,
+    CompiledSchema,
+    Grade,
+    SchemaError,
+    TooManyValues,
+    compile_schema,
+    compile_text,
+)
 
 COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}
@@ -122,7 +134,7 @@ class StructuredReward:
         self.limits = limits or Limits()
         self.__name__ = name  # TRL names metrics and table columns by it
         self._references: dict[tuple[str, CompiledSchema], Any] = {}
-        self._batch: tuple[Any, list[dict[str, Any]]] | None = None
+        self._batch: tuple[tuple[Any, Any, Any], list[dict[str, Any]]] | None = None
 
     # -------------------------------------------------------------------------------------------------- one completion
 
@@ -157,15 +169,19 @@ class StructuredReward:
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)
         try:
-            grade, perfect = self._grade(document.value, reference, schema)
+            return self._of_document(completion, document, reference, schema)
         except TooManyValues:
             return self._of_nothing(f"more than {self.limits.max_values} values", reference)
-        except RecursionError:
-            return self._of_nothing("nested too deep for this schema", reference)
+        except RecursionError:  # the caller's own stack is nearly used up
+            return self._of_nothing("nested too deep for this interpreter's stack", reference)
+
+    def _of_document(
+        self, completion: Source, document: Document, reference: Any, schema: CompiledSchema
+    ) -> dict[str, Any]:
+        grade, perfect = self._grade(document.value, reference, schema)
         if not document.whole or not grade.attempt:
-            share = 0.5 * (1 + document.share) if document.whole is False else 1.0
-            made = self._of_nothing(document.error or self._fault(document, schema, grade), reference)
-            made["structure"] = 0.9 * FLOOR * share * grade.keys
+            made = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
+            made["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
             return self._total(made)
         return self._total(
             {
@@ -191,15 +207,17 @@ class StructuredReward:
 
     def _grade(self, value: Any, reference: Any, schema: CompiledSchema) -> tuple[Grade, bool]:
         """Grade, and whether the document is valid without an invented key."""
-        if isinstance(value, dict | list) and not value:
+        if not value and type(value) in (dict, list):
             # right only where the reference is empty too: else the cheapest of all answers would be worth something
-            right = reference is not MISSING and value == reference and type(value) is type(reference)
-            return (_PERFECT, schema.is_valid(value)) if right else (_NOTHING, False)
+            right = value == reference and schema.is_valid(value)
+            return (_PERFECT, True) if right else (_NOTHING, False)
         perfect = schema.is_perfect(value)
         if perfect and ((not schema.shape.options and schema.shape.required) or isinstance(value, list)):
             return _PERFECT, True  # required keys or items, all of them right: surely an attempt
         grade = schema.grade(value, max_values=self.limits.max_values)
-        return grade, grade.keys == 1.0 and schema.is_valid(value) if perfect is None else perfect and grade.keys == 1.0
+        if perfect is None:
+            perfect = grade.keys == 1.0 and not grade.invented and schema.is_valid(value)
+        return grade, perfect
 
     def _correctness(self, value: Any, reference: Any) -> float | None:
         if reference is MISSING:
@@ -224,20 +242,14 @@ class StructuredReward:
         return self._total({**made, "_reason": reason})
 
     def _fault(self, document: Document, schema: CompiledSchema, grade: Grade) -> str:
-        error = schema.first_error(document.value)
-        if error is not None:
-            return error
-        if grade.keys < 1.0:
-            try:
-                invented = schema.invented_keys(document.value, max_values=self.limits.max_values)
-            except (TooManyValues, RecursionError):
-                invented = 0
-            if invented:
-                return f"{invented} key{'s' if invented > 1 else ''} that the schema does not know"
-        return "nothing of what the schema asks for"
+        try:
+            error = schema.first_error(document.value, grade)
+        except (TooManyValues, RecursionError):
+            error = None
+        return error or "nothing of what the schema asks for"
 
     def _total(self, made: dict[str, Any]) -> dict[str, Any]:
-        made["total"] = sum([weight * made[name] for name, weight in self.weights.items() if made[name]])
+        made["total"] = sum([weight * made[name] for name, weight in self.weights.items() if made[name]], 0.0)
         return made
 
     # ------------------------------------------------------------------------------------------- schemas and references
@@ -245,7 +257,7 @@ class StructuredReward:
     def _compiled(self, schema: Any) -> CompiledSchema:
         if schema is None:
             return self.schema or NO_SCHEMA
-        return compile_schema(schema)
+        return compile_text(schema) if isinstance(schema, str) else compile_schema(schema)
 
     def _reference(self, reference: Any, schema: CompiledSchema) -> Any:
         """The parsed reference; MISSING if there is none."""
@@ -264,7 +276,7 @@ class StructuredReward:
     def _parsed(self, reference: Any, schema: CompiledSchema) -> Any:
         if isinstance(reference, str):
             try:
-                check_depth(reference, self.limits)
+                check_limits(reference, self.limits)
                 reference = decode_json(reference)
             except ValueError as error:
                 document = MISSING if self.output_format == "json" else self._read(reference, schema).value
@@ -302,12 +314,19 @@ class StructuredReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[dict[str, Any]]:
-        """`score` of every completion; the same batch is scored and logged once however many components ask for it."""
-        if self._batch is not None and self._batch[0] is completions:
-            return self._batch[1]
-        schemas = columns.get(self.schema_column) or [None] * len(completions)
-        references = columns.get(self.reference_column) or [None] * len(completions)
+        """`score` of every completion; the same batch is scored and logged once however many components ask for it.
+
+        Without columns, what was found for these completions with theirs.
+        """
+        asked = (completions, columns.get(self.schema_column), columns.get(self.reference_column))
+        if self._batch is not None:
+            given = asked if columns else (completions,)
+            if all(now is before for now, before in zip(given, self._batch[0], strict=False)):
+                return self._batch[1]
+        schemas = asked[1] or [None] * len(completions)
+        references = asked[2] or [None] * len(completions)
         rows: list[dict[str, Any]] = []
+        reasons: list[str | None] = []
         for index, completion in enumerate(completions):
             schema, reference = schemas[index], references[index]
             try:
@@ -317,9 +336,12 @@ class StructuredReward:
                 identity = columns["id"][index] if "id" in columns else index
                 column = self.schema_column if isinstance(error, SchemaError) else self.reference_column
                 raise ValueError(f"Row {identity!r}: `{column}`: {error}") from None
-            rows.append(self._components(completion, parsed, compiled))
-        reasons = [row.pop("_reason") for row in rows]
-        self._batch = (completions, rows)
+            row = self._components(completion, parsed, compiled)
+            reason = row.pop("_reason")  # asked for now or never: it keeps the whole document
+            if log_extra is not None:
+                reasons.append(reason() if callable(reason) else reason)
+            rows.append(row)
+        self._batch = (asked, rows)
         for component in self.active:
             values = [row[component] for row in rows if row[component] is not None]
             if log_metric is not None and values:
@@ -327,13 +349,14 @@ class StructuredReward:
             if log_extra is not None:
                 log_extra(component, [row[component] for row in rows])
         if log_extra is not None:
-            log_extra("reason", [reason() if callable(reason) else reason for reason in reasons])
+            log_extra("reason", reasons)
         return rows
 
     @property
     def active(self) -> list[str]:
-        """Components with a weight."""
-        return [name for name in COMPONENTS if self.weights.get(name)]
+        """Components with a weight; length counts among them only with bounds."""
+        bounded = self.min_length is not None or self.max_length is not None
+        return [name for name in COMPONENTS if self.weights.get(name) and (name != "length" or bounded)]
 
     def component_rewards(self) -> list[ComponentReward]:
         """One reward function a component, for trainers that normalise each before they sum (GDPO).

@@ -32,18 +32,22 @@ class _Element:
 
 
 class _Builder:
-    """Target of the parser: a light tree with a bounded depth."""
+    """Target of the parser: a light tree within limits."""
 
-    def __init__(self, max_depth: int):
-        self.max_depth = max_depth
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.count = 0
         self.stack: list[_Element] = []
         self.root: _Element | None = None
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         if attributes:
             raise Fault(f"the element {tag[:100]!r} has attributes, which no schema describes")
-        if len(self.stack) > self.max_depth:
-            raise Fault(f"nested deeper than {self.max_depth}")
+        if len(self.stack) > self.limits.max_depth:
+            raise Fault(f"nested deeper than {self.limits.max_depth}")
+        self.count += 1
+        if self.count > self.limits.max_values:
+            raise Fault(f"more than {self.limits.max_values} values")
         element = _Element(tag)
         if self.stack:
             self.stack[-1].children.append(element)
@@ -62,7 +66,7 @@ class _Builder:
 
 def decode_xml(text: str, limits: Limits, types: Any = None) -> Any:
     """The value of the document in `text`, typed by `types` (a `Shape` or None: texts). Raises `Fault`."""
-    parser = DefusedXMLParser(target=_Builder(limits.max_depth), forbid_dtd=True)
+    parser = DefusedXMLParser(target=_Builder(limits), forbid_dtd=True)
     try:
         parser.feed(text)
         root = parser.close()

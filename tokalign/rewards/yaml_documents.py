@@ -15,7 +15,7 @@ import yaml
 
 from tokalign.rewards.documents import Fault, Limits
 
-_LOADER = getattr(yaml, "CLoader", yaml.Loader)  # events only: neither ever constructs here
+_TAG_DIRECTIVE = re.compile(r"^%TAG", re.MULTILINE)
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -26,33 +26,53 @@ _MAX_DIGITS = 400
 
 def decode_yaml(text: str, limits: Limits) -> Any:
     """The value of the only document in `text`. Raises `Fault`."""
+    if _TAG_DIRECTIVE.search(text):  # libyaml compares each with all others
+        raise Fault("YAML tags are not allowed")
     stack: list[_Open] = []
     documents: list[Any] = []
+    left = limits.max_values
     try:
-        for event in yaml.parse(text, Loader=_LOADER):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise Fault("YAML anchors and aliases are not allowed")
-            if getattr(event, "tag", None) is not None:
-                raise Fault("YAML tags are not allowed")
-            if isinstance(event, yaml.ScalarEvent):
+        event: Any
+        for event in yaml.parse(text, Loader=yaml.CLoader):  # events only: nothing is constructed
+            kind = type(event)
+            if kind is yaml.ScalarEvent:
+                _refuse_extras(event)
                 value = _scalar(event.value) if event.implicit[0] else event.value
-                _put(stack, documents, value)
-            elif isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            elif kind in _STARTS:
+                _refuse_extras(event)
                 if len(stack) == limits.max_depth:
                     raise Fault(f"nested deeper than {limits.max_depth}")
-                stack.append(_Open({} if isinstance(event, yaml.MappingStartEvent) else []))
-            elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-                _put(stack, documents, stack.pop().value)
+                stack.append(_Open(_STARTS[kind]()))
+                continue
+            elif kind in _ENDS:
+                value = stack.pop().value
+            elif kind is yaml.AliasEvent:
+                raise Fault("YAML anchors and aliases are not allowed")
+            else:
+                continue
+            if _put(stack, documents, value):
+                left -= 1
+                if left < 0:
+                    raise Fault(f"more than {limits.max_values} values")
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
         raise Fault(f"not YAML: {problem[:200]}" + (f" in line {mark.line + 1}" if mark else "")) from None
-    if len(documents) != 1:
-        raise Fault("empty" if not documents else "more than one document")
+    if not documents:
+        raise Fault("empty")
     return documents[0]
 
 
+_STARTS: dict[type, type] = {yaml.MappingStartEvent: dict, yaml.SequenceStartEvent: list}
+_ENDS = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 _NO_KEY = object()
+
+
+def _refuse_extras(event: Any) -> None:
+    if event.anchor is not None:
+        raise Fault("YAML anchors and aliases are not allowed")
+    if event.tag is not None:
+        raise Fault("YAML tags are not allowed")
 
 
 class _Open:
@@ -65,10 +85,13 @@ class _Open:
         self.key: Any = _NO_KEY
 
 
-def _put(stack: list[_Open], documents: list[Any], value: Any) -> None:
+def _put(stack: list[_Open], documents: list[Any], value: Any) -> bool:
+    """Put a value where it belongs, and whether it is a value and not a key."""
     if not stack:
+        if documents:
+            raise Fault("more than one document")
         documents.append(value)
-        return
+        return True
     top = stack[-1]
     if isinstance(top.value, list):
         top.value.append(value)
@@ -78,9 +101,11 @@ def _put(stack: list[_Open], documents: list[Any], value: Any) -> None:
         if value in top.value:
             raise Fault(f"the key {value[:100]!r} is repeated")
         top.key = value
+        return False
     else:
         top.value[top.key] = value
         top.key = _NO_KEY
+    return True
 
 
 def _scalar(text: str) -> Any:

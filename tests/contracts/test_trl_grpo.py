@@ -1,0 +1,64 @@
+"""What `StructuredGRPOTrainer` relies on in TRL: when one fails, TRL has changed, and the message says where."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+
+from tokalign.trainers import StructuredGRPOTrainer
+
+OVERRIDDEN = {
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["self", "inputs"],
+}
+CALLED = {
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+    "_tokenize_prompts": ["prompts"],
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overridden_methods_keep_their_arguments(name) -> None:
+    theirs = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+    assert theirs == OVERRIDDEN[name], f"TRL's GRPOTrainer.{name} now takes {theirs}: adapt our override."
+    assert list(inspect.signature(getattr(StructuredGRPOTrainer, name)).parameters) == theirs
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_called_methods_keep_their_arguments(name) -> None:
+    theirs = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]
+    assert theirs == CALLED[name], f"TRL's GRPOTrainer.{name} now takes {theirs}: adapt our call."
+
+
+def test_constructor_takes_trls_arguments_by_their_names() -> None:
+    """Ours names the ones that it reads, in TRL's order, and hands on the others."""
+    theirs = list(inspect.signature(GRPOTrainer.__init__).parameters)
+    ours = list(inspect.signature(StructuredGRPOTrainer.__init__).parameters)
+    assert ours[:-1] == theirs[: len(ours) - 1] and ours[-1] == "kwargs"
+
+
+def test_a_batch_is_scored_by_one_list_of_completions() -> None:
+    """The reward keeps the scores of the last batch by the identity of that list."""
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert "completions=completions" in source and "completions = " not in source
+    assert "rewards_per_func = self._calculate_rewards(" in inspect.getsource(
+        GRPOTrainer._generate_and_score_completions
+    )
+
+
+def test_metrics_tokenizer_and_engine_are_where_we_read_them() -> None:
+    source = inspect.getsource(GRPOTrainer)
+    for name in ("_metrics[mode]", "self._tokenizer", "self.eos_token_ids", "self.num_generations_eval"):
+        assert name in source, f"GRPOTrainer no longer has {name}, which we read."
+    engine = inspect.getsource(VLLMGeneration)
+    for name in ("self.llm = LLM(", "self.vllm_client = ", "self.temperature = ", "self.max_completion_length = "):
+        assert name in engine, f"TRL's VLLMGeneration no longer has {name!r}, which the constrained baseline reads."
+    assert "merge_adapter()" in engine, "TRL hands adapters to vLLM otherwise now: say so in structured_grpo.py."
+
+
+def test_gdpo_is_still_trls_option() -> None:
+    assert "normalize_then_sum" in inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "multi_objective_aggregation" in {f.name for f in GRPOConfig.__dataclass_fields__.values()}
