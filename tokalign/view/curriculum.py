@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COMPONENTS = ("validity", "format", "structure", "schema", "correctness", "length")
+COLOURS = {name: f"C{i}" for i, name in enumerate(COMPONENTS)}  # the same in every panel
+DASHED = ("format", "schema")  # often equal to the one before: both lines stay visible
 
 
 def curriculum(
@@ -54,7 +56,9 @@ def plot_curriculum(
         path: picture to write.
         window: points of the running mean.
     """
-    figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (title, history) in zip(axes[0], runs.items(), strict=True):
         for component, points in curriculum(history, name).items():
             steps, values = [s for s, _ in points], [v for _, v in points]
@@ -62,11 +66,19 @@ def plot_curriculum(
                 sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1))
                 for i in range(len(values))
             ]
-            axis.plot(steps, smooth, label=component, linewidth=1.8)
+            axis.plot(
+                steps,
+                smooth,
+                label=component,
+                linewidth=1.8,
+                color=COLOURS[component],
+                linestyle="--" if component in DASHED else "-",
+            )
         axis.set(title=title, xlabel="optimiser step", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("mean of the component")
-    axes[0][-1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    names = [name for name in COMPONENTS if name in lines]
+    figure.legend([lines[name] for name in names], names, fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
