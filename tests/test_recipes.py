@@ -82,7 +82,7 @@ def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
             "schema": json.dumps(schema),
             "answer": json.dumps(answer),
         }
-        for i in range(8)
+        for i in range(16)  # one generation batch of the widest recipe
     ]
     Dataset.from_list(rows).to_parquet(folder / "train.parquet")
     stages["structured_grpo"] = str(folder)
