@@ -28,7 +28,7 @@ from rich.table import Table
 from trl import TrlParser
 
 from tokalign.data.ledger import JSON_SCHEMA
-from tokalign.rewards import StructuredReward, schemas
+from tokalign.rewards import StructuredReward, schemas, validators
 from tokalign.rewards.documents import FORMATS
 
 SCHEMA: dict[str, Any] = {  # of the hostile documents
@@ -140,7 +140,7 @@ class SlowMap:
 
 def slow_schema(schema: dict[str, Any]) -> schemas.CompiledSchema:
     """A schema of ours that validates by `jsonschema`."""
-    with mock.patch.object(schemas, "_validator", Slow), mock.patch.object(schemas, "_validators", SlowMap):
+    with mock.patch.object(validators, "validator", Slow), mock.patch.object(validators, "validator_map", SlowMap):
         return schemas.CompiledSchema(schema)
 
 

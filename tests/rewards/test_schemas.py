@@ -15,18 +15,9 @@ from pydantic import BaseModel, Field
 
 from tests.rewards.ordering import fault, schemas, searching, valid
 from tokalign.rewards import schemas as module
-from tokalign.rewards.schemas import (
-    ANY,
-    BOUND,
-    PRESENT,
-    CompiledSchema,
-    SchemaError,
-    TooManyValues,
-    compile_schema,
-    compile_text,
-    load_schema,
-    type_of,
-)
+from tokalign.rewards.grading import BOUND, PRESENT, TooManyValues
+from tokalign.rewards.schemas import CompiledSchema, SchemaError, compile_schema, compile_text, load_schema
+from tokalign.rewards.shapes import ANY, type_of
 
 anything = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.sampled_from([1.0, 1.5]), st.text("ab", max_size=2)),
@@ -42,7 +33,7 @@ anything = st.recursive(
 
 
 def plain_grade(shape, value):
-    """(by keys and types, with bounds, invented keys) from the equation in `schemas._Walk`."""
+    """(by keys and types, with bounds, invented keys) from the equation in `grading.Walk`."""
     if shape is ANY:
         return 1.0, 1.0, 0
     if shape.options:

@@ -40,7 +40,8 @@ from tokalign.jobs import run_job
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.content import equal, leaf_f1
 from tokalign.rewards.documents import decode_json
-from tokalign.rewards.schemas import SchemaError, TooManyValues, compile_schema
+from tokalign.rewards.grading import TooManyValues
+from tokalign.rewards.schemas import SchemaError, compile_text
 from tokalign.rewards.structured import COMPONENTS
 
 TIMING = "timing"  # folder of one file a process start
@@ -172,7 +173,7 @@ def judge(reward: StructuredReward, text: str, reference: str | None, schema: st
     document = reward.read(text, schema)
     invented = None
     if document.whole:
-        compiled = reward.schema if schema is None else compile_schema(schema)
+        compiled = reward.schema if schema is None else compile_text(schema)
         assert compiled is not None  # `_check` saw to it
         try:
             invented = compiled.invented_keys(document.value, max_values=reward.limits.max_values)

@@ -122,7 +122,7 @@ def read_document(
         limits: of size and nesting.
         reasoning_end: only what follows the last occurrence of this text counts, e.g. "</think>".
         wants_list: the document shall be an array (of tool calls, for "tool_call").
-        types: XML alone: the shape (`tokalign.rewards.schemas.Shape`) that says which texts are numbers.
+        types: XML alone: the shape (`tokalign.rewards.shapes.Shape`) that says which texts are numbers.
     """
     limits = limits or Limits()
     text = text_of(completion)

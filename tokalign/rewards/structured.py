@@ -4,7 +4,7 @@
 
 after RL-Struct (arXiv 2512.00319), whose literal reward is `preset="rl-struct"` (`tokalign.rewards.rl_struct`). A
 completion is read once, strictly (`tokalign.rewards.documents`), and every component is a small function of that one
-reading. With k the grade of keys and types and f the same with bounds (`tokalign.rewards.schemas`):
+reading. With k the grade of keys and types and f the same with bounds (`tokalign.rewards.grading`):
 
 | the completion is | structure | others |
 |---|---|---|
@@ -44,15 +44,8 @@ from tokalign.rewards.documents import (
     read_document,
     text_of,
 )
-from tokalign.rewards.schemas import (
-    NO_SCHEMA,
-    CompiledSchema,
-    Grade,
-    SchemaError,
-    TooManyValues,
-    compile_schema,
-    compile_text,
-)
+from tokalign.rewards.grading import Grade, TooManyValues
+from tokalign.rewards.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
 
 COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}

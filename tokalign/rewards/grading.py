@@ -1,0 +1,216 @@
+"""How far a value has the keys and types of a schema: the equation of the structured reward.
+
+Validity under a schema is yes or no, and a policy that never says yes learns nothing from it. The grade says how far a
+value is: every required key that is there counts, more if it has the right type; every invented key and every fault in
+an optional part costs. It is made so that no fault pays, whatever the schema and the value (`Walk`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jsonschema_rs
+
+from tokalign.rewards.shapes import ANY, Shape, type_of
+from tokalign.rewards.validators import short
+
+PRESENT = 0.25  # credit of an object, and of a required key in it, whatever their values
+BOUND = 0.5  # credit of a value of the right type that breaks a bound, pattern or enumeration
+_CONTAINERS = (dict, list)
+
+
+class TooManyValues(Exception):
+    """A document with more values than a score may visit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """How far a value has a schema's keys and types.
+
+    Attributes:
+        keys: in [0, 1], by keys and types alone; 1 if all required keys are there, all types and constants right and no
+            key invented.
+        full: the same, less for scalars that break a bound, pattern or enumeration.
+        attempt: at least one key or item that the schema asks for is there with the right type.
+        invented: keys, at any level, that the schema does not know.
+        walk: the pass that found this, with its memory, to explain it by.
+    """
+
+    keys: float
+    full: float
+    attempt: bool
+    invented: int = 0
+    walk: Walk | None = field(default=None, repr=False, compare=False)
+
+
+class Walk:
+    """One pass over a value beside its shape.
+
+    Let b be PRESENT for an object with required keys and 1 for one without, n the number of its required keys, and the
+    credit of a key that is there PRESENT + (1 − PRESENT) g for the grade g of its value. Then
+        g(object) = (b + Σ over required keys that are there credit)
+                    / (b + n + invented keys + Σ over optional keys that are there (1 − credit)).
+    Of an array, with the share m = min(1, (1 + items) / (1 + `minItems`)),
+        g(array) = m / (1 + items beyond `maxItems` + Σ over items (1 − g(item))).
+    A scalar has 1 or 0 by type; with bounds, BOUND if only a bound is broken. One that should be a constant and has its
+    type only has BOUND in any case. What has the right type is above 0 at every level, and faults are counted, never
+    averaged away: so each costs, wherever it is (a required key less, a key invented, a type made wrong), and adding
+    sound parts cannot hide it. The cost shrinks with depth, by 0.6 a level at most, and meets floating point at some 30
+    levels of objects. Among alternatives (`anyOf`, `oneOf`) the best counts: there a fault is what is one for the best
+    of them, before and after.
+    """
+
+    def __init__(self, max_values: int):
+        self.left = max_values
+        self.invented = 0
+        # (by keys and types, with bounds, invented keys) of containers: without this memory alternatives within
+        # alternatives take time exponential in the depth
+        self.known: dict[tuple[int, int], tuple[float, float, int]] = {}
+
+    def top(self, shape: Shape, value: Any) -> Grade:
+        """The grade of a whole document; nothing where no key or item is there that the schema asks for."""
+        keys, full = self.grade(shape, value)
+        invented, options = self.invented, shape.options or [shape]
+        if type(value) in _CONTAINERS:
+            asked = [child for option in options for child in self._asked(option, value)]
+            if not asked:
+                return Grade(0.0, 0.0, False, invented, self)
+            return Grade(keys, full, any(self.grade(child, item)[0] > 0 for child, item in asked), invented, self)
+        # a bare scalar is an answer only to a schema that names its type
+        named = keys > 0 and all(option.types is not None for option in options)
+        return Grade(keys, full, True) if named else Grade(0.0, 0.0, False)
+
+    def fault(self, shape: Shape, value: Any, place: str) -> str | None:
+        """The first fault in words, with its place (a JSON pointer); None where the grade sees none."""
+        if min(self.grade(shape, value)) == 1.0:
+            return None
+        if shape.options:
+            return self.fault(max(shape.options, key=lambda option: self.grade(option, value)), value, place)
+        where, kind = place[:200] or "the document", type_of(value)
+        if shape.types is not None and kind not in shape.types:
+            return f"{where}: {kind} where {' or '.join(sorted(shape.types)) or 'nothing'} is allowed"
+        if isinstance(value, dict):
+            for key in shape.required:
+                if key not in value:
+                    return f"{where}: the key {key[:100]!r} is missing"
+            for key, item in value.items():
+                child = shape.known(key) or (ANY if key in shape.required else None)
+                if child is None:
+                    return f"{where}: the key {key[:100]!r} is not in the schema"
+                found = self.fault(child, item, f"{place}/{key}")
+                if found is not None:
+                    return found
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                found = self.fault(shape.item(index), item, f"{place}/{index}")
+                if found is not None:
+                    return found
+            return f"{where}: {len(value)} items"
+        else:
+            try:
+                shape.bounds.validate(value)
+            except jsonschema_rs.ValidationError as error:
+                return f"{where}: {short(error)}"
+        return None
+
+    def _asked(self, shape: Shape, value: Any) -> Iterator[tuple[Shape, Any]]:
+        """(shape, value) of the keys or items of a container that the schema asks for."""
+        if shape.types is not None and ("object" if isinstance(value, dict) else "array") not in shape.types:
+            return
+        if isinstance(value, list):
+            yield from ((shape.item(index), item) for index, item in enumerate(value))
+            return
+        for key in shape.required or value:
+            if key in value:
+                child = shape.known(key) or (ANY if key in shape.required else None)
+                if child is not None:
+                    yield child, value[key]
+
+    def grade(self, shape: Shape, value: Any) -> tuple[float, float]:
+        """(by keys and types, with bounds) of a value."""
+        if type(value) in _CONTAINERS:
+            return self._container(shape, value)
+        if shape.options:
+            return self._best(shape.options, value)
+        if shape.types is not None and type_of(value) not in shape.types:
+            return 0.0, 0.0
+        if shape.bounds is None or shape.bounds.is_valid(value):
+            return 1.0, 1.0
+        return (BOUND, BOUND) if shape.constant else (1.0, BOUND)
+
+    def _container(self, shape: Shape, value: Any) -> tuple[float, float]:
+        at = (id(shape), id(value))
+        if at in self.known:
+            keys, full, invented = self.known[at]
+            self.invented += invented
+            return keys, full
+        before = self.invented
+        if shape.perfect is not None and shape.perfect.is_valid(value):
+            keys, full = 1.0, 1.0
+        elif shape.options:
+            keys, full = self._best(shape.options, value)
+        elif shape.types is not None and type_of(value) not in shape.types:
+            keys, full = 0.0, 0.0
+        else:
+            keys, full = self._object(shape, value) if type(value) is dict else self._array(shape, value)
+        self.known[at] = (keys, full, self.invented - before)
+        return keys, full
+
+    def _visit(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise TooManyValues
+
+    def _best(self, options: list[Shape], value: Any) -> tuple[float, float]:
+        self._visit(len(options))
+        before, best, invented = self.invented, (-1.0, 0.0), 0
+        for option in options:
+            self.invented = before
+            keys, full = self.grade(option, value)
+            if keys > best[0]:
+                invented = self.invented
+            best = (max(best[0], keys), max(best[1], full))
+        self.invented = invented
+        return best
+
+    def _object(self, shape: Shape, value: Mapping[str, Any]) -> tuple[float, float]:
+        if shape is ANY:
+            return 1.0, 1.0
+        self._visit(len(value))
+        properties, required = shape.properties, shape.required
+        base = PRESENT if required else 1.0
+        credit_keys = credit_full = base
+        whole_keys = whole_full = base + len(required)
+        for key, item in value.items():
+            known = properties.get(key) or shape.known(key)
+            if known is None:
+                if key not in required:
+                    self.invented += 1
+                    whole_keys += 1.0
+                    whole_full += 1.0
+                    continue
+                known = ANY
+            keys, full = self.grade(known, item)
+            if key in required:
+                credit_keys += PRESENT + (1 - PRESENT) * keys
+                credit_full += PRESENT + (1 - PRESENT) * full
+            else:
+                whole_keys += (1 - PRESENT) * (1 - keys)
+                whole_full += (1 - PRESENT) * (1 - full)
+        return credit_keys / whole_keys, credit_full / whole_full
+
+    def _array(self, shape: Shape, value: list[Any]) -> tuple[float, float]:
+        if shape is ANY:
+            return 1.0, 1.0
+        fault_keys = fault_full = 0.0
+        if shape.items is not None or shape.prefix:
+            self._visit(len(value))
+            for index, item in enumerate(value):
+                keys, full = self.grade(shape.item(index), item)
+                fault_keys += 1 - keys
+                fault_full += 1 - full
+        beyond = 0 if shape.max_items is None else max(0, len(value) - shape.max_items)
+        share = min(1.0, (1 + len(value)) / (1 + shape.min_items))
+        return share / (1 + beyond + fault_keys), share / (1 + beyond + fault_full)
