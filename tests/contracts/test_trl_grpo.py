@@ -56,6 +56,8 @@ def test_metrics_tokenizer_and_engine_are_where_we_read_them() -> None:
     engine = inspect.getsource(VLLMGeneration)
     for name in ("self.llm = LLM(", "self.vllm_client = ", "self.temperature = ", "self.max_completion_length = "):
         assert name in engine, f"TRL's VLLMGeneration no longer has {name!r}, which the constrained baseline reads."
+    asleep = 'self.llm.wake_up(tags=["kv_cache"])', "self.llm.sleep(level=2)", "self._llm_weights_sleeping = True"
+    assert all(line in engine for line in asleep), "TRL's engine sleeps otherwise now: adapt _generate_constrained."
     assert "merge_adapter()" in engine, "TRL hands adapters to vLLM otherwise now: say so in structured_grpo.py."
 
 

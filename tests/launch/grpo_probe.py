@@ -2,21 +2,21 @@
 
 Run by the tests beside it, alone or under `accelerate launch`:
     python tests/launch/grpo_probe.py plan.json report.json
-The plan is a list of runs: {"model", "lora", "table", "arguments": {fields of StructuredGRPOConfig}, "resume"}.
+The plan is a list of runs: {"model", "lora", "table", "arguments": {fields of StructuredGRPOConfig}, "resume"}. Without
+"table", completions are sampled, and since a random model earns no structure, `odd_length` is a reward beside it.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
+from datasets import Dataset
 from peft import LoraConfig
 
-from tests.launch.probe import describe
-from tests.trainers.structured import make_trainer
+from tests.launch.probe import carry_out, describe
+from tests.trainers.structured import make_trainer, odd_length
 from tokalign.generation.vllm_cpu import prepare_colocated_vllm
-from tokalign.jobs import end_processes
 from tokalign.trainers import StructuredGRPOTrainer
 
 
@@ -26,11 +26,14 @@ def run(plan: dict[str, Any]) -> StructuredGRPOTrainer:
         prepare_colocated_vllm()
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     arguments = dict(plan["arguments"])
+    if arguments.get("eval_strategy"):
+        arguments["eval_dataset"] = Dataset.from_list(arguments["rows"])
     trainer = make_trainer(
         plan["model"],
         arguments.pop("output_dir"),
         table=plan["table"],
         peft_config=lora if plan["lora"] else None,
+        reward_funcs=None if plan["table"] else [odd_length],
         **arguments,
     )
     trainer.train(resume_from_checkpoint=plan.get("resume"))
@@ -42,22 +45,9 @@ def report(trainer: StructuredGRPOTrainer) -> dict[str, Any]:
     """What accelerate and DeepSpeed ended up with, and the log."""
     keep = ("structured/", "sampling/", "reward", "loss")
     log = [{k: v for k, v in e.items() if k.startswith(keep)} for e in trainer.state.log_history if "loss" in e]
-    return describe(trainer) | {"log": log}
-
-
-def main(plan_path: str, report_path: str) -> None:
-    with open(plan_path) as file:
-        plan = json.load(file)
-    reports = []
-    for one in plan:
-        trainer = run(one)
-        reports.append(report(trainer))
-    if trainer.accelerator.is_main_process:
-        with open(report_path, "w") as file:
-            json.dump(reports, file)
-    trainer.end()
-    end_processes()
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    return describe(trainer) | {"log": log, "eval": evaluations[-1] if evaluations else None}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    carry_out(*sys.argv[1:], run, report)

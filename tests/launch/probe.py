@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig
@@ -69,14 +70,21 @@ def describe(trainer: TokenPreferenceTrainer) -> dict[str, Any]:
     return report
 
 
-def main(plan_path: str, report_path: str) -> None:
+def train(run: dict[str, Any]) -> TokenPreferenceTrainer:
+    """One run of the plan, trained and saved."""
+    trainer = build(run)
+    trainer.train(resume_from_checkpoint=run.get("resume"))
+    trainer.save_model(trainer.args.output_dir)
+    return trainer
+
+
+def carry_out(plan_path: str, report_path: str, train: Callable[..., Any], describe: Callable[..., Any]) -> None:
+    """Train every run of the plan and write what is to be said of each."""
     with open(plan_path) as file:
         plan = json.load(file)
     reports = []
     for run in plan:
-        trainer = build(run)
-        trainer.train(resume_from_checkpoint=run.get("resume"))
-        trainer.save_model(trainer.args.output_dir)
+        trainer = train(run)
         reports.append(describe(trainer))
     if trainer.accelerator.is_main_process:
         with open(report_path, "w") as file:
@@ -86,4 +94,4 @@ def main(plan_path: str, report_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    carry_out(*sys.argv[1:], train, describe)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.launch import grpo_probe
 from tests.launch.support import ROOT, launch
-from tests.trainers.structured import problems, save_ledger_model
+from tests.trainers.structured import problems, save_byte_level_model, save_ledger_model, short_problems
 
 # two processes x 4 rows x 2 accumulated = the 16 rows a step (4 groups of 4) of the one-process reference
 TWO = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -40,14 +40,14 @@ def test_two_processes_train_as_one(zero, lora, model, tmp_path) -> None:
     samples from its gathered weights and resumes."""
     runs = [plan(model, tmp_path / "two", lora=lora, **TWO)]
     if zero == "zero3":
-        short = TWO | {"max_completion_length": 8}
-        half = plan(
-            model, tmp_path / "half", lora=lora, table=False, max_steps=1, save_strategy="steps", save_steps=1, **short
-        )
-        rest = plan(
-            model, tmp_path / "rest", lora=lora, table=False, resume=str(tmp_path / "half" / "checkpoint-1"), **short
-        )
-        runs += [half, rest]
+        sampled = TWO | {"max_completion_length": 8}
+        whole = plan(model, tmp_path / "whole", lora=lora, table=False, **sampled)
+        half = sampled | {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        runs += [
+            whole,
+            plan(model, tmp_path / "half", lora=lora, table=False, **half),
+            plan(model, tmp_path / "rest", lora=lora, table=False, resume=f"{tmp_path}/half/checkpoint-1", **sampled),
+        ]
     reports = launched(f"{zero}.yaml", tmp_path, runs)
     for seen in reports:
         assert (seen["distributed_type"], seen["num_processes"], seen["zero_stage"]) == ("DEEPSPEED", 2, int(zero[-1]))
@@ -57,7 +57,9 @@ def test_two_processes_train_as_one(zero, lora, model, tmp_path) -> None:
     for ours, theirs in zip(reports[0]["log"], alone["log"], strict=True):
         assert [ours[key] for key in SEEN] == pytest.approx([theirs[key] for key in SEEN], abs=1e-5)
     if zero == "zero3":
-        assert reports[0]["partitioned"] and len(reports[2]["losses"]) == 2  # the first step's is in the checkpoint
+        assert reports[0]["partitioned"]
+        assert reports[3]["losses"] == pytest.approx(reports[1]["losses"], abs=1e-6)  # the first is in the checkpoint
+        assert reports[1]["losses"][1] != 0.0
 
 
 @pytest.mark.slow
@@ -74,11 +76,6 @@ def test_colocated_vllm_follows_the_policy(lora, model, tmp_path) -> None:
         learning_rate=2e-2,
         max_completion_length=24,
         vllm_max_model_length=128,
-        vllm_importance_sampling_correction=True,
-        beta=0.0,
-        reward_preset="rl-struct",
-        component_weights={"structure": 1.0, "length": 1.0},
-        max_length=60,
         **TWO,
     )
     (seen,) = launched("zero2.yaml", tmp_path, [run])
@@ -86,6 +83,31 @@ def test_colocated_vllm_follows_the_policy(lora, model, tmp_path) -> None:
     assert any(abs(loss) > 1e-6 for loss in seen["losses"])  # the policy moved
     gaps = [entry["sampling/sampling_logp_difference/max"] for entry in seen["log"]]
     assert len(gaps) == 3 and max(gaps) < 5e-3
+
+
+@pytest.mark.slow
+def test_colocated_vllm_draws_the_constrained_baseline(tmp_path) -> None:
+    """An evaluation with vLLM's rollouts, half of each group once more under its row's own schema."""
+    model = save_byte_level_model(tmp_path / "model")
+    run = plan(
+        *(model, tmp_path / "run"),
+        lora=False,
+        table=False,
+        rows=short_problems(8),
+        rollouts="vllm-colocate",
+        max_steps=1,
+        max_completion_length=48,
+        vllm_max_model_length=256,
+        eval_strategy="steps",
+        eval_steps=1,
+        constrained_eval_share=0.5,
+    )
+    (tmp_path / "plan.json").write_text(json.dumps([run]))
+    files = (str(tmp_path / "plan.json"), str(tmp_path / "report.json"))
+    launch("cpu.yaml", Path(grpo_probe.__file__), *files, num_processes=1)
+    (seen,) = json.loads((tmp_path / "report.json").read_text())
+    assert seen["eval"]["eval_structured/validity"] == 0.0 < 0.5 < seen["eval"]["eval_constrained/validity"]
+    assert seen["eval"]["eval_constrained/schema"] == seen["eval"]["eval_constrained/validity"]
 
 
 @pytest.mark.slow

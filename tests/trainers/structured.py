@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tokalign.data import ledger
 from tokalign.data.ledger_models import model_config
@@ -28,6 +29,43 @@ def save_ledger_model(path: str | Path, *, seed: int = 0) -> str:
     AutoModelForCausalLM.from_config(model_config("ledger-slm", tokenizer)).float().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def save_byte_level_model(path: str | Path, *, seed: int = 0) -> str:
+    """An untrained Llama with a GPT-2-like tokenizer, whose entries spell their own bytes; vLLM takes its heads."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=special[0], eos_token=special[1])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(model_config("ledger-slm", tokenizer)).float().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def short_problems(count: int) -> list[dict[str, Any]]:
+    """Problems with two schemas in turn, whose documents are so short that a random model can finish them."""
+    keys = ("a", "b")
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Give {keys[i % 2]}."}],
+            "schema": json.dumps(
+                {
+                    "type": "object",
+                    "properties": {keys[i % 2]: {"enum": [1, 2]}},
+                    "required": [keys[i % 2]],
+                    "additionalProperties": False,
+                }
+            ),
+        }
+        for i in range(count)
+    ]
 
 
 def problems(count: int) -> list[dict[str, Any]]:
@@ -68,6 +106,11 @@ class TableRollouts:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             made["completion_ids"].append([*ids, tokenizer.eos_token_id])
         return made
+
+
+def odd_length(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that tells even random completions apart: there is something to learn from."""
+    return [float(len(ids) % 7) for ids in completion_ids]
 
 
 def settings(output_dir: str | Path, **changes: Any) -> dict[str, Any]:

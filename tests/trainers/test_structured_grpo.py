@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests.trainers.structured import KINDS, document, make_trainer, problems, save_ledger_model, settings
+from tests.trainers.structured import KINDS, document, make_trainer, odd_length, problems, save_ledger_model, settings
 from tokalign.data.contract import ContractError
 from tokalign.rewards import StructuredReward
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
@@ -116,15 +116,12 @@ def test_resumes_exactly(path, tmp_path) -> None:
     """Sampled rollouts and dropout-free LoRA: four steps, and two with two more from the checkpoint."""
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
-    def length(completion_ids, **_):  # an untrained model earns no structure: something to learn from
-        return [float(len(ids) % 7) for ids in completion_ids]
-
     def run(name: str, resume: str | None = None, **options):
         trainer = make_trainer(
             path,
             tmp_path / name,
             table=False,
-            reward_funcs=[length],
+            reward_funcs=[odd_length],
             peft_config=lora,
             max_completion_length=12,
             **options,

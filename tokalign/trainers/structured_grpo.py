@@ -257,7 +257,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _mode_and_group(self) -> tuple[str, int]:
-        """ "train" or "eval", as TRL tells them apart, and the completions of a prompt in it."""
+        """What TRL calls the mode ("train" or "eval"), and the completions of a prompt in it."""
         training = self.model is not None and self.model.training
         mode, group = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
         return mode, group or 1
@@ -328,7 +328,14 @@ class StructuredGRPOTrainer(GRPOTrainer):
         }
         each = [SamplingParams(**options, structured_outputs=StructuredOutputsParams(json=s)) for s in schemas]
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompt_ids]
+        # `engine.generate` takes one grammar for all prompts, so its waking and sleeping are done here
+        if engine.enable_sleep_mode:
+            engine.sync_weights()
+            engine.llm.wake_up(tags=["kv_cache"])
         outputs: Any = engine.llm.generate(prompts, each, use_tqdm=False)
+        if engine.enable_sleep_mode:
+            engine.llm.sleep(level=2)
+            engine._llm_weights_sleeping = True
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def _ask_server(self, prompt_ids: list[list[int]], schemas: list[str]) -> list[list[int]]:
