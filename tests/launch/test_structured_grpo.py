@@ -82,7 +82,7 @@ def test_colocated_vllm_follows_the_policy(lora, model, tmp_path) -> None:
     assert (seen["distributed_type"], seen["num_processes"], seen["zero_stage"]) == ("DEEPSPEED", 2, 2)
     assert any(abs(loss) > 1e-6 for loss in seen["losses"])  # the policy moved
     gaps = [entry["sampling/sampling_logp_difference/max"] for entry in seen["log"]]
-    assert len(gaps) == 3 and max(gaps) < 5e-3
+    assert len(gaps) == 3 and max(gaps) < 0.05  # without the hand-over it is 0.9 after one step
 
 
 @pytest.mark.slow
