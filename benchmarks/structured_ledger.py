@@ -7,7 +7,8 @@ there DPO (best against worst of eight samples by the reward), GRPO with our rew
 with each component of ours left out, all with the same settings and rollouts of vLLM in the same process; and the SFT
 model under constrained decoding. Every model answers the same test problems at temperature 1 and greedily. Means over
 seeds with 95 % intervals (Student's t), paired differences, and every component over the steps. Writes
-`structured_ledger.json`, `.md`, `.png` and `curriculum.png`.
+`structured_ledger.json`, `.md`, `.png` and `curriculum.png`. vLLM comes with `make install-test`; `--rollouts
+transformers` needs none. A killed run goes on with the model that it was at.
 """
 
 from __future__ import annotations

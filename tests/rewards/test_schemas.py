@@ -340,6 +340,20 @@ def test_files_text_and_objects(tmp_path):
     assert compile_schema("false").grade({"a": 1}).keys == 0
 
 
+def test_a_pydantic_model_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "recipes_of_mine.py").write_text(
+        "from pydantic import BaseModel\nclass Recipe(BaseModel):\n    name: str\nnumber = 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert compile_schema("recipes_of_mine:Recipe").is_valid({"name": "soup"})
+    with pytest.raises(SchemaError, match=r"recipes_of_mine:Stew cannot be imported .* check PYTHONPATH"):
+        compile_schema("recipes_of_mine:Stew")
+    with pytest.raises(SchemaError, match="recipes_of_mine:number is not a Pydantic model"):
+        compile_schema("recipes_of_mine:number")
+    with pytest.raises(SchemaError, match="is not JSON"):  # a row's schema is data: it imports nothing
+        compile_text("recipes_of_mine:Recipe")
+
+
 def test_a_schema_is_compiled_once(monkeypatch):
     made = []
     monkeypatch.setattr(module, "CompiledSchema", lambda schema: made.append(schema) or CompiledSchema(schema))

@@ -7,7 +7,9 @@ start-up that name the place.
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from tokalign.rewards.shapes import ARRAY_WORDS, DATA, NAMED, OBJECT_WORDS, Shap
 from tokalign.rewards.validators import short
 
 _MAX_VALUES = 10_000
+_MODEL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
 _IN_PLACE = {"allOf", "anyOf", "oneOf", "if", "not", "$ref", "$dynamicRef", "dependentSchemas", "dependencies"}
 
@@ -30,11 +33,13 @@ class SchemaError(ValueError):
 
 
 def load_schema(schema: Any) -> dict[str, Any] | bool:
-    """A schema from an object, JSON text, the path of a JSON file, or a Pydantic model class.
+    """A schema from an object, JSON text, the path of a JSON file, a Pydantic model class or "module:Model".
 
     Raises:
-        SchemaError: no such file, no JSON, or nothing that can be a schema.
+        SchemaError: no such file or model, no JSON, or nothing that can be a schema.
     """
+    if isinstance(schema, str) and _MODEL.fullmatch(schema):
+        schema = _model(schema)
     if hasattr(schema, "model_json_schema"):
         return schema.model_json_schema()
     if isinstance(schema, Path) or (isinstance(schema, str) and not _is_text(schema)):
@@ -45,6 +50,17 @@ def load_schema(schema: Any) -> dict[str, Any] | bool:
             name = str(schema)[:200]
             raise SchemaError(f"The schema file {name} cannot be read ({reason}); check the path.") from None
     return _of_text(schema) if isinstance(schema, str) else _of_kind(schema)
+
+
+def _model(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SchemaError(f"The Pydantic model {name} cannot be imported ({error}); check PYTHONPATH.") from None
+    if not hasattr(model, "model_json_schema"):
+        raise SchemaError(f"{name} is not a Pydantic model; name a subclass of BaseModel, or a JSON Schema file.")
+    return model
 
 
 def _is_text(schema: str) -> bool:

@@ -65,8 +65,8 @@ class StructuredReward:
     ```
 
     Args:
-        schema: JSON Schema as an object, JSON text, the path of a JSON file or a Pydantic model class. None takes each
-            row's own from the column `schema_column`; a row's schema wins over this one.
+        schema: JSON Schema as an object, JSON text, the path of a JSON file, a Pydantic model class or its name as
+            "module:Model". None takes each row's own from the column `schema_column`; a row's schema wins over it.
         output_format: "json", "yaml", "xml" or "tool_call".
         weights: of components, by name; a component that is left out has weight 0 and is off. None is `WEIGHTS`.
         preset: "rl-struct" is the paper's literal reward, with its weights; it is easily gamed.

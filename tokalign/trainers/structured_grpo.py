@@ -70,7 +70,8 @@ class StructuredGRPOConfig(GRPOConfig):
         > Parameters that control the reward
 
         schema (`str`, *optional*):
-            JSON Schema for all rows: the path of a JSON file, or JSON text. If unset, every row brings its own.
+            JSON Schema for all rows: the path of a JSON file, JSON text, or a Pydantic model as `"module:Model"`. If
+            unset, every row brings its own.
         schema_column (`str`, *optional*, defaults to `"schema"`):
             Dataset column with a row's schema as JSON text.
         reference_column (`str`, *optional*, defaults to `"answer"`):
@@ -110,7 +111,8 @@ class StructuredGRPOConfig(GRPOConfig):
         metadata={"help": "Where completions come from; unset is TRL's use_vllm and vllm_mode.", "choices": ROLLOUTS},
     )
     schema: str | None = field(
-        default=None, metadata={"help": "JSON Schema for all rows: a JSON file, or JSON text. Unset: a schema a row."}
+        default=None,
+        metadata={"help": "Schema of all rows: a JSON file, JSON text or module:PydanticModel."},
     )
     schema_column: str = field(default="schema", metadata={"help": "Column with a row's schema."})
     reference_column: str = field(default="answer", metadata={"help": "Column with the right document as JSON text."})
