@@ -142,7 +142,8 @@ def test_resumes_exactly(path, tmp_path) -> None:
 # --------------------------------------------------------------------------------------- constrained decoding, in eval
 
 
-def test_the_constrained_baseline_is_valid_and_touches_nothing_else(path, tmp_path) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_constrained_baseline_is_valid_and_touches_nothing_else(lora, path, tmp_path) -> None:
     evaluation = Dataset.from_list(problems(4))
     schema = tmp_path / "schema.json"  # short documents, which an untrained model can finish
     schema.write_text(
@@ -164,6 +165,7 @@ def test_the_constrained_baseline_is_valid_and_touches_nothing_else(path, tmp_pa
             ),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=evaluation.remove_columns(["schema", "answer"]),
+            peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
         )
         logs[share] = trainer.evaluate()
     constrained = {key: value for key, value in logs[0.5].items() if "constrained" in key}
@@ -195,6 +197,10 @@ def test_the_server_is_asked_once_a_schema_and_answers_go_back_in_order(path, tm
 def test_constrained_baseline_is_refused_where_it_cannot_work(path, tmp_path) -> None:
     with pytest.raises(ValueError, match="needs output_format 'json'"):
         make_trainer(path, tmp_path, constrained_eval_share=0.5, output_format="yaml")
+    trainer = make_trainer(path, tmp_path, constrained_eval_share=0.5)
+    trainer.args.use_transformers_continuous_batching = True  # needs a GPU to be built with
+    with pytest.raises(ValueError, match="needs use_transformers_continuous_batching false"):
+        trainer._check_constrained(trainer.args)
     with pytest.raises(ValueError, match=r"constrained_eval_share is 1\.5; use a share from 0 to 1"):
         StructuredGRPOConfig(**settings(tmp_path, constrained_eval_share=1.5))
 

@@ -46,6 +46,11 @@ class SchemaLogitsProcessor(LogitsProcessor):
         self._rows: list[Any] = []
         self._done: list[bool] = []
 
+    @property
+    def used(self) -> bool:
+        """Whether any step has been masked."""
+        return bool(self._rows)
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores (B, V) with −inf where a row's schema has no such continuation of `input_ids` (B, T)."""
         if not self._rows:  # the width of the logits, which may exceed the vocabulary, is known only now

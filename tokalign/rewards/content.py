@@ -5,7 +5,7 @@
     a(array)  = Σ over positions a(item) / max(len(value), len(reference)),
     a(scalar) = 1 if type and value are equal, else 0.
 Leaving out a part that is wrong gains nothing, which F1 over all leaves would pay for. `leaf_f1` is that F1, for tables
-and for the preset that reproduces the paper. `True` is not 1, "1" is not 1; 1.0 is 1, as in JSON Schema.
+(`tokalign.evaluation.structured`). `True` is not 1, "1" is not 1; 1.0 is 1, as in JSON Schema.
 
 A reference of allowed values, as the Berkeley Function-Calling Leaderboard has it, gives every argument of a call a
 list of values that are right; an empty string among them lets the argument be left out.

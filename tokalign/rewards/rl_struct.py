@@ -32,7 +32,12 @@ def components(reward: StructuredReward, completion: Source, reference: Any, sch
     if fault is not None:
         text = ""
     required = schema.schema.get("required", []) if isinstance(schema.schema, dict) else []
-    bounds = (reward.min_length or 0, float("inf") if reward.max_length is None else reward.max_length)
+    length = None
+    if reward.min_length is not None or reward.max_length is not None:
+        within = (
+            (reward.min_length or 0) <= len(text) <= (float("inf") if reward.max_length is None else reward.max_length)
+        )
+        length = 0.0 if within else -0.1
     error = fault or _syntax_error(text, reward)
     return {
         "structure": float(bool(text) and all(key in text for key in required)),
@@ -40,7 +45,7 @@ def components(reward: StructuredReward, completion: Source, reference: Any, sch
         "validity": float(error is None),
         "schema": None,
         "correctness": None if reference is MISSING else token_f1(text, json.dumps(reference, ensure_ascii=False)),
-        "length": None if bounds == (0, float("inf")) else -0.1 * (not bounds[0] <= len(text) <= bounds[1]),
+        "length": length,
         "_reason": error,
     }
 
