@@ -11,8 +11,6 @@ accelerate launch scripts/sample_rollouts.py \
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +18,9 @@ from typing import Any, Literal
 from trl import TrlParser
 
 from tokalign.data.contract import load_stage, weights_hash
-from tokalign.data.prompts import render_prompt
-from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
-from tokalign.jobs import Dropped, process_state, run_job
-from tokalign.rewards import answers_match, extract_answer
-
-TOO_LONG = "prompt longer than max_prompt_length"
+from tokalign.generation.protocol import EngineArguments, SamplingParams, load_engine
+from tokalign.generation.rollouts import sampler
+from tokalign.jobs import process_state, run_job
 
 
 @dataclass
@@ -52,56 +47,6 @@ class SampleRolloutsArguments:
     shard_size: int = field(default=64, metadata={"help": "Problems a shard: one engine call, and what a kill loses."})
 
 
-def row_seed(seed: int, problem_id: Any) -> int:
-    """Seed of one problem's rollouts, the same in every process and shard."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{problem_id}".encode()).digest()[:8], "big") >> 1
-
-
-def sampler(engine: Engine, arguments: SampleRolloutsArguments) -> Callable[[list[dict]], list[list[dict] | Dropped]]:
-    """The job's function: problems in, for each its rollouts or why it was dropped."""
-    tokenizer = engine.tokenizer
-    limit = arguments.max_prompt_length or getattr(engine, "max_length", None)
-    if arguments.max_prompt_length is None and limit is not None:
-        limit -= 1  # room for one token at least
-
-    def sample(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Dropped]:
-        prompts = [render_prompt(problem["prompt"], tokenizer, arguments.prompt_format) for problem in problems]
-        kept = [i for i, ids in enumerate(prompts) if limit is None or len(ids) <= limit]
-        params = [
-            SamplingParams(
-                n=arguments.num_rollouts,
-                temperature=arguments.temperature,
-                top_p=arguments.top_p,
-                max_tokens=arguments.max_tokens,
-                stop=tuple(arguments.stop or ()),
-                seed=row_seed(arguments.seed, problems[i]["id"]),
-            )
-            for i in kept
-        ]
-        items: list[list[dict[str, Any]] | Dropped] = [Dropped(TOO_LONG) for _ in problems]
-        for i, completions in zip(kept, engine.generate([prompts[i] for i in kept], params), strict=True):
-            rows = []
-            for number, completion in enumerate(completions):
-                text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-                reference = problems[i]["answer"]
-                answer = extract_answer(text) if reference else None  # following instructions has no final answer
-                rollout = {
-                    "prompt_ids": prompts[i],
-                    "completion_ids": completion.token_ids,
-                    "completion": text,
-                    "finish_reason": completion.finish_reason,
-                    "logprobs": completion.logprobs,
-                    "sample": number,
-                    "extracted": answer,
-                    "correct": answers_match(answer, reference) if reference else None,
-                }
-                rows.append({**problems[i], **rollout})
-            items[i] = rows
-        return items
-
-    return sample
-
-
 def main(arguments: SampleRolloutsArguments, engine_arguments: EngineArguments) -> dict[str, Any]:
     state = process_state()
     problems = load_stage(arguments.dataset, split=arguments.split, stage="problems")
@@ -117,9 +62,22 @@ def main(arguments: SampleRolloutsArguments, engine_arguments: EngineArguments) 
     parameters = {key: value for key, value in vars(arguments).items() if key not in unset}
     parameters |= {"engine": engine_arguments.engine, "dtype": engine_arguments.dtype, "weights": hashes}
     engine = load_engine(engine_arguments)
+    params = SamplingParams(
+        n=arguments.num_rollouts,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        stop=tuple(arguments.stop or ()),
+    )
     try:
         return run_job(
-            sampler(engine, arguments),
+            sampler(
+                engine,
+                params,
+                seed=arguments.seed,
+                prompt_format=arguments.prompt_format,
+                max_prompt_length=arguments.max_prompt_length,
+            ),
             problems,
             arguments.output_dir,
             name="sample_rollouts",

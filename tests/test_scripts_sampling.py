@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest, tokenizer_hash
 from tokalign.data.prompts import render_prompt
 from tokalign.generation.protocol import Completion, EngineArguments
+from tokalign.generation.rollouts import row_seed
 from tokalign.jobs import JobError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -163,7 +164,7 @@ def test_prompt_formats(tiny_path):
 
 
 def test_seeds_differ_by_problem_and_seed():
-    seeds = {sample_rollouts.row_seed(seed, f"p{k}") for seed in range(3) for k in range(50)}
+    seeds = {row_seed(seed, f"p{k}") for seed in range(3) for k in range(50)}
     assert len(seeds) == 150 and all(0 <= seed < 2**63 for seed in seeds)
 
 

@@ -237,6 +237,7 @@ def continue_from_prefixes(
     params: SamplingParams | Sequence[SamplingParams],
     *,
     adapter: str | None = None,
+    last_tokens: Ids | None = None,
 ) -> list[list[Completion]]:
     """Completions of `prompt_ids + completion_ids[:t]` for every t in `lengths`, in that order, `params.n` each.
 
@@ -246,6 +247,8 @@ def continue_from_prefixes(
     Args:
         params: one for all prefixes (they then share random numbers, which steadies differences between prefixes),
             or one each. A `json_schema` is refused: the document has begun before the prefix ends.
+        last_tokens: for every t, the id that stands in place of the prefix's last one: the completion as it would
+            be had another token been chosen there.
     """
     for t, each in zip(lengths, params_of_each(params, len(lengths)), strict=True):
         if each.json_schema is not None:
@@ -255,19 +258,31 @@ def continue_from_prefixes(
             )
     shared = getattr(engine, "continue_from_prefixes", None)
     if shared is not None:
-        return shared(prompt_ids, completion_ids, lengths, params, adapter=adapter)
-    prefixes = prefixes_of(prompt_ids, completion_ids, lengths)
+        return shared(prompt_ids, completion_ids, lengths, params, adapter=adapter, last_tokens=last_tokens)
+    prefixes = prefixes_of(prompt_ids, completion_ids, lengths, last_tokens)
     return engine.generate(prefixes, params, adapter=adapter)
 
 
-def prefixes_of(prompt_ids: Ids, completion_ids: Ids, lengths: Sequence[int]) -> list[list[int]]:
-    """`prompt_ids + completion_ids[:t]` for every t, refusing a t that the completion does not have."""
+def prefixes_of(
+    prompt_ids: Ids, completion_ids: Ids, lengths: Sequence[int], last_tokens: Ids | None = None
+) -> list[list[int]]:
+    """`prompt_ids + completion_ids[:t]` for every t, refusing a t that the completion does not have.
+
+    With `last_tokens`, one for every t, that id stands in place of the prefix's last one.
+    """
     for t in lengths:
         if not 0 <= t <= len(completion_ids):
             raise ValueError(
                 f"Prefix length {t} is outside the completion: use 0 to {len(completion_ids)}, its number of tokens."
             )
-    return [[*prompt_ids, *completion_ids[:t]] for t in lengths]
+    if last_tokens is None:
+        return [[*prompt_ids, *completion_ids[:t]] for t in lengths]
+    if len(last_tokens) != len(lengths) or 0 in lengths:
+        raise ValueError(
+            f"There are {len(lengths)} prefix lengths and {len(last_tokens)} last tokens: give one each, and no length "
+            "0, which has no token of the completion to replace."
+        )
+    return [[*prompt_ids, *completion_ids[: t - 1], last] for t, last in zip(lengths, last_tokens, strict=True)]
 
 
 def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:

@@ -125,12 +125,14 @@ class TransformersEngine:
         params: SamplingParams | Sequence[SamplingParams],
         *,
         adapter: str | None = None,
+        last_tokens: Ids | None = None,
     ) -> list[list[Completion]]:
         """Completions of `prompt_ids + completion_ids[:t]` for every t in `lengths`, from one prefill of the whole.
 
-        Same result as `generate` on those prefixes, up to the rounding of the arithmetic's order.
+        Same result as `generate` on those prefixes, up to the rounding of the arithmetic's order. A last token that
+        differs (`last_tokens`) costs nothing more: it is the one that is fed anew.
         """
-        prefixes = prefixes_of(prompt_ids, completion_ids, lengths)
+        prefixes = prefixes_of(prompt_ids, completion_ids, lengths, last_tokens)
         if not self._plain:
             return self.generate(prefixes, params, adapter=adapter)
         each = params_of_each(params, len(prefixes))
@@ -259,16 +261,16 @@ class TransformersEngine:
         The cache holds a prefix but its last token, which is fed again: its logits are the next token's.
         """
         place: dict[int, int] = {}
-        which = [place.setdefault(len(row.prompt), len(place)) for row in rows]
-        lengths = torch.tensor(list(place), device=self.device)[:, None]
-        longest = max(place) - 1
+        which = [place.setdefault(row.group, len(place)) for row in rows]
+        prompts = list({row.group: row.prompt for row in rows}.values())
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)[:, None]
+        longest = max(map(len, prompts)) - 1
         cache = new_cache(self.model.config)
         if longest:
             for i, (keys, values) in enumerate(shared):
                 keys, values = (x[:, :, :longest].expand(len(place), -1, -1, -1) for x in (keys, values))
                 cache.update(keys, values, i)
-        prompts = {len(row.prompt): row.prompt for row in rows}
-        last = torch.tensor([[prompts[length][-1]] for length in place], device=self.device)
+        last = torch.tensor([[prompt[-1]] for prompt in prompts], device=self.device)
         mask = (torch.arange(longest, device=self.device) < lengths - 1).long()
         mask = pad(mask, (0, 1), value=1)
         logits = self._forward(last, cache, mask, lengths - 1)

@@ -1,0 +1,68 @@
+"""Problems in, verified completions out: what every script that lets one model answer a problems stage shares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tokalign.data.prompts import render_prompt
+from tokalign.generation.protocol import Engine, SamplingParams
+from tokalign.jobs import Dropped
+from tokalign.rewards import answers_match, extract_answer
+
+TOO_LONG = "prompt longer than max_prompt_length"
+
+
+def row_seed(seed: int, problem_id: Any) -> int:
+    """Seed of one problem's rollouts, the same in every process and shard."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{problem_id}".encode()).digest()[:8], "big") >> 1
+
+
+def sampler(
+    engine: Engine,
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    prompt_format: str = "chat",
+    max_prompt_length: int | None = None,
+) -> Callable[[list[dict]], list[list[dict] | Dropped]]:
+    """The job's function: problems in, for each its rollouts or why it was dropped.
+
+    Args:
+        params: of every problem; each gets its own seed from `seed` and its id.
+        prompt_format: as in `render_prompt`.
+        max_prompt_length: longer prompts are dropped; None is what the model can hold.
+    """
+    tokenizer = engine.tokenizer
+    limit = max_prompt_length or getattr(engine, "max_length", None)
+    if max_prompt_length is None and limit is not None:
+        limit -= 1  # room for one token at least
+
+    def sample(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Dropped]:
+        prompts = [render_prompt(problem["prompt"], tokenizer, prompt_format) for problem in problems]
+        kept = [i for i, ids in enumerate(prompts) if limit is None or len(ids) <= limit]
+        each = [replace(params, seed=row_seed(seed, problems[i]["id"])) for i in kept]
+        items: list[list[dict[str, Any]] | Dropped] = [Dropped(TOO_LONG) for _ in problems]
+        for i, completions in zip(kept, engine.generate([prompts[i] for i in kept], each), strict=True):
+            rows = []
+            for number, completion in enumerate(completions):
+                text = str(tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+                reference = problems[i]["answer"]
+                answer = extract_answer(text) if reference else None  # following instructions has no final answer
+                rollout = {
+                    "prompt_ids": prompts[i],
+                    "completion_ids": completion.token_ids,
+                    "completion": text,
+                    "finish_reason": completion.finish_reason,
+                    "logprobs": completion.logprobs,
+                    "sample": number,
+                    "extracted": answer,
+                    "correct": answers_match(answer, reference) if reference else None,
+                }
+                rows.append({**problems[i], **rollout})
+            items[i] = rows
+        return items
+
+    return sample
