@@ -1,17 +1,21 @@
 """tokalign: token-level alignment and reasoning recipes on the Hugging Face trainer stack.
 
 A *token signal* is one number per completion token, bound to token ids. Everything here makes signals, trains on them,
-or shows them; `tokalign.signals`, `tokalign.losses`, `tokalign.trainers`, `tokalign.view` are the rooms.
+acts on them while decoding, or shows them; `tokalign.signals`, `tokalign.losses`, `tokalign.trainers`,
+`tokalign.routing`, `tokalign.view` are the rooms.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokalign.rewards import StructuredReward
+    from tokalign.routing import RoutedGenerator, TokenRouter
     from tokalign.trainers import (
         CriticalTokenDPOConfig,
         CriticalTokenDPOTrainer,
         CriticalTokenEntropyCallback,
+        RouterConfig,
+        RouterTrainer,
         StructuredGRPOConfig,
         StructuredGRPOTrainer,
         TRegConfig,
@@ -23,11 +27,15 @@ __all__ = [
     "CriticalTokenDPOConfig",
     "CriticalTokenDPOTrainer",
     "CriticalTokenEntropyCallback",
+    "RoutedGenerator",
+    "RouterConfig",
+    "RouterTrainer",
     "StructuredGRPOConfig",
     "StructuredGRPOTrainer",
     "StructuredReward",
     "TRegConfig",
     "TRegTrainer",
+    "TokenRouter",
 ]
 
 
@@ -37,6 +45,10 @@ def __getattr__(name: str) -> Any:
         from tokalign.rewards import StructuredReward
 
         return StructuredReward
+    if name in ("RoutedGenerator", "TokenRouter"):
+        from tokalign import routing
+
+        return getattr(routing, name)
     if name in __all__:
         from tokalign import trainers
 

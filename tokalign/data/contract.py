@@ -33,6 +33,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "preferences": ("id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"),
     "sft": ("id", "prompt", "completion", "prompt_ids", "completion_ids", "input_ids", "completion_mask"),
+    "routing_labels": ("id", "prompt_ids", "completion_ids", "slm_ids", "label"),
 }
 _MADE_BY = {
     "problems": "a dataset builder in data/",
@@ -40,6 +41,7 @@ _MADE_BY = {
     "rollouts": "scripts/sample_rollouts.py",
     "preferences": "scripts/build_pairs.py",
     "sft": "scripts/build_pairs.py",
+    "routing_labels": "scripts/label_routing.py",
 }
 _SCORED_BY = {
     "contrast": "scripts/score_contrast.py",
@@ -211,7 +213,7 @@ def load_stage(
     Args:
         path_or_id: Folder, or hub id.
         split: Split to open.
-        stage: "problems", "rollouts", "preferences" or "sft": its columns must be there.
+        stage: one of `STAGES`: its columns must be there.
         tokenizer: Must be the one that made the ids, by the manifest's `tokenizer_hash`.
         signals: Each needs a `chosen_<signal>` or `rejected_<signal>` column.
 

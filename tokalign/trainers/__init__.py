@@ -2,6 +2,7 @@
 
 from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 from tokalign.trainers.critical_token_entropy import CriticalTokenEntropyCallback
+from tokalign.trainers.router import RouterConfig, RouterTrainer
 from tokalign.trainers.structured_grpo import StructuredGRPOConfig, StructuredGRPOTrainer
 from tokalign.trainers.treg import TRegConfig, TRegTrainer
 
@@ -9,6 +10,8 @@ __all__ = [
     "CriticalTokenDPOConfig",
     "CriticalTokenDPOTrainer",
     "CriticalTokenEntropyCallback",
+    "RouterConfig",
+    "RouterTrainer",
     "StructuredGRPOConfig",
     "StructuredGRPOTrainer",
     "TRegConfig",

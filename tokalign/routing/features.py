@@ -1,0 +1,346 @@
+"""What a router reads at each position of a completion, in files beside the labels.
+
+"Position t" is where token t of a completion is chosen, so its features are the small model's (SLM's) at the token
+before it: `hidden` (what its LM head reads), `top_logits` (the largest logits over the ids that the pair shares),
+`predicted` (their argmax) and `entropy` (nats). One safetensors file holds the positions of one shard of responses,
+one after the other; a stage's rows say where their own begin (`features_file`, `features_first`).
+
+Size: 2 (d + k) + 8 bytes a position, 3.28 GB a million positions at d = 1536 and k = 100. Files are memory-mapped, so
+a dataset larger than memory is read where it lies; nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from safetensors.numpy import save_file
+from torch.utils.data import Dataset, Sampler
+
+from tokalign.data.contract import ContractError, fsync_folder, load_stage, manifest_of
+
+TENSORS = {"hidden": np.float16, "top_logits": np.float16, "predicted": np.int32, "entropy": np.float32}
+DIVERGENT = 2  # the label that a router is to find
+_DTYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32}
+_LENGTH = 8  # bytes before the header, which say how long it is
+_HEADER = 1 << 20  # bytes; ours has a few hundred
+_OPEN = 64  # files mapped at a time, several times a sampler's window
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def write_features(folder: Path, ids: Sequence[str], arrays: dict[str, np.ndarray]) -> str:
+    """Write the features of the responses `ids`, one after the other, atomically; the name of the file.
+
+    The name follows from `ids`, so a shard that is done again replaces its own file.
+
+    Args:
+        folder: made if absent.
+        ids: of the responses, in order.
+        arrays: `hidden` (N, d), `top_logits` (N, k), `predicted` (N,), `entropy` (N,), of any numeric type; N counts
+            the positions of all responses.
+
+    Raises:
+        ValueError: a tensor is missing, lengths differ, or a value is not finite in the type that is stored.
+    """
+    if arrays.keys() != TENSORS.keys():
+        raise ValueError(f"Features need the tensors {', '.join(TENSORS)}, not {', '.join(arrays)}.")
+    with np.errstate(over="ignore"):  # an overflow is found below
+        stored = {name: np.ascontiguousarray(arrays[name], dtype=dtype) for name, dtype in TENSORS.items()}
+    positions = {len(array) for array in stored.values()}
+    if len(positions) != 1:
+        lengths = ", ".join(f"{name} {len(array)}" for name, array in stored.items())
+        raise ValueError(f"Features of one shard must have one length, not {lengths}.")
+    for name, array in stored.items():
+        if not (finite := _finite(array)).all():
+            raise ValueError(
+                f"Position {int(np.argmin(finite))} of the responses {ids[0]!r} to {ids[-1]!r} has a `{name}` that is "
+                f"not a finite {np.dtype(TENSORS[name]).name}; drop the response, or run the SLM in fp32 if it "
+                "overflowed."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"features-{hashlib.sha256(chr(0).join(ids).encode()).hexdigest()[:16]}.safetensors"
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    save_file(stored, temporary)
+    with open(temporary, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, folder / name)
+    fsync_folder(folder)
+    return name
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """Whether all values of a position are finite (N,)."""
+    return np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+
+
+def open_features(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a feature file: read-only views of the mapped file, nothing is read yet.
+
+    Raises:
+        ContractError: the file is missing, cut short, or does not hold what `write_features` writes.
+    """
+    remedy = "rerun the prefill stage of scripts/label_routing.py"
+    try:
+        raw = np.memmap(file, dtype=np.uint8, mode="r")
+    except FileNotFoundError:
+        raise ContractError(f"Feature file {file} is missing; {remedy}.") from None
+    except ValueError:  # numpy cannot map an empty file
+        raise ContractError(f"Feature file {file} is empty; {remedy}.") from None
+    length = int.from_bytes(raw[:_LENGTH].tobytes(), "little")
+    if len(raw) < _LENGTH or length > min(_HEADER, len(raw) - _LENGTH):
+        raise ContractError(f"Feature file {file} is cut short or no safetensors file; {remedy}.")
+    try:
+        header = json.loads(raw[_LENGTH : _LENGTH + length].tobytes())
+        entries = {name: header[name] for name in TENSORS}
+        tensors = {name: (e["dtype"], tuple(e["shape"]), tuple(e["data_offsets"])) for name, e in entries.items()}
+    except (ValueError, KeyError, TypeError):
+        raise ContractError(f"Feature file {file} does not hold the tensors {', '.join(TENSORS)}; {remedy}.") from None
+    data = raw[_LENGTH + length :]
+    views = {}
+    for name, (dtype, shape, offsets) in tensors.items():
+        if _DTYPES.get(dtype) is not TENSORS[name]:
+            raise ContractError(f"Feature file {file}: `{name}` has type {dtype}; {remedy}.")
+        dimensions = 2 if name in ("hidden", "top_logits") else 1
+        numbers = [*shape, *offsets]
+        if len(shape) != dimensions or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ContractError(f"Feature file {file}: `{name}` has shape {list(shape)}; {remedy}.")
+        size = np.dtype(TENSORS[name]).itemsize
+        for dimension in shape:
+            size *= dimension
+        if offsets[1] - offsets[0] != size or offsets[1] > len(data):
+            raise ContractError(f"Feature file {file} is cut short: `{name}` does not fit in it; {remedy}.")
+        views[name] = data[offsets[0] : offsets[1]].view(TENSORS[name]).reshape(shape)
+    if len({len(view) for view in views.values()}) != 1:
+        raise ContractError(f"Feature file {file}: its tensors differ in length; {remedy}.")
+    return views
+
+
+@functools.lru_cache(maxsize=_OPEN)
+def _opened(file: str, written: int) -> dict[str, np.ndarray]:
+    """`open_features`, kept; `written` (when the file was) tells a file from its successor of the same name."""
+    return open_features(Path(file))
+
+
+# --------------------------------------------------------------------------------------------------------- dataset
+
+
+class RouterDataset(Dataset):
+    """The labelled positions of a stage `routing_labels`, their features left on disk.
+
+    Item i is one position; positions lie in file order, and 9 bytes each are in memory. Rows are read a batch at a
+    time (`__getitems__`), so the collator is the identity.
+
+    Args:
+        stage: folder of one split, e.g. runs/labels/labels/train, or the folder of all splits with `split`.
+        split: split to open, where `stage` holds several.
+        invalid: also the positions without a verdict (label −1). They say nothing about what a router should do, but
+            routed decoding meets such positions too, so they count when a rate is measured.
+
+    Attributes:
+        labels: (N,) int8: 0 identical, 1 neutral, 2 divergent, −1 no verdict.
+        responses: (N,) int32, the stage's row that the position belongs to.
+        hidden_size, top_k: width of `hidden` and `top_logits`.
+        manifest: the stage's.
+        epoch: which shuffle a `WindowSampler` gives.
+
+    Raises:
+        ContractError: a row's lists differ in length, or its features are missing, cut short or another run's.
+    """
+
+    def __init__(self, stage: str | Path, *, split: str = "train", invalid: bool = False):
+        rows = load_stage(stage, split=split, stage="routing_labels")
+        for column in ("features_file", "features_first"):
+            if column not in rows.column_names:
+                raise ContractError(f"{stage} has no column `{column}`; run scripts/label_routing.py with features.")
+        self.manifest = manifest_of(rows) or {}
+        folder = Path(stage) / split if any((Path(stage) / split).glob("*.parquet")) else Path(stage)
+        if "features" not in self.manifest:
+            raise ContractError(f"The manifest of {folder} has no `features`; run scripts/label_routing.py again.")
+        self.folder = folder
+        self.features = (folder / self.manifest["features"]).resolve()
+        self.epoch = 0
+        self._ids: list[str] = []
+        names, labels, firsts = self._read_rows(rows)
+        self._files, file_of_row = np.unique(np.asarray(names), return_inverse=True)
+        self._written = np.array([self._stamp(name) for name in self._files.tolist()])
+        self._sizes()
+        kept = [np.flatnonzero(row >= (-1 if invalid else 0)) for row in labels]
+        order = np.argsort(file_of_row, kind="stable")
+        counts = np.array([len(k) for k in kept])
+        if not counts.sum():
+            raise ContractError(f"{folder} has no token with a verdict: all labels are −1; look at its report.json.")
+        self.labels = np.concatenate([labels[r][kept[r]] for r in order])
+        self.responses = np.repeat(order.astype(np.int32), counts[order])
+        self._positions = np.concatenate([kept[r] + firsts[r] for r in order]).astype(np.int32)
+        per_file = np.bincount(file_of_row, weights=counts, minlength=len(self._files)).astype(np.int64)
+        self.bounds = np.concatenate([[0], np.cumsum(per_file)])  # file f holds items bounds[f] to bounds[f + 1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`hidden` (B, d), `top_logits` (B, k), `entropy` (B,) float32, `predicted` (B,) int64, `labels` (B,) float32.
+
+        `labels` is 1 for divergent, else 0.
+        """
+        items = np.asarray(indices, dtype=np.int64)
+        files = np.searchsorted(self.bounds, items, side="right") - 1
+        batch: dict[str, np.ndarray] = {}
+        for file in np.unique(files):
+            own = np.flatnonzero(files == file)
+            own = own[np.argsort(self._positions[items[own]])]  # the disk is read in one direction
+            views = self._views(file)
+            for name, view in views.items():
+                if name not in batch:
+                    kind = np.int64 if name == "predicted" else np.float32
+                    batch[name] = np.empty((len(items), *view.shape[1:]), dtype=kind)
+                batch[name][own] = view[self._positions[items[own]]]
+        for name, values in batch.items():
+            if not (finite := _finite(values)).all():
+                bad = items[np.argmin(finite)]
+                row = int(self.responses[bad])
+                raise ContractError(
+                    f"Row {row} (id {self._ids[row]!r}): its `{name}` in {self.features / self._files[self._file(bad)]}"
+                    " is not finite; delete the file and rerun the prefill stage of scripts/label_routing.py."
+                )
+        batch["labels"] = (self.labels[items] == DIVERGENT).astype(np.float32)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def predicted_ids(self) -> np.ndarray:
+        """The distinct ids that the SLM predicts, sorted: the rows of its embedding that a router needs here."""
+        parts = [
+            np.unique(self._views(f)["predicted"][self._positions[self.bounds[f] : self.bounds[f + 1]]])
+            for f in range(len(self._files))
+        ]
+        return np.unique(np.concatenate(parts))
+
+    def _file(self, item: int) -> int:
+        return int(np.searchsorted(self.bounds, item, side="right")) - 1
+
+    def _views(self, file: int) -> dict[str, np.ndarray]:
+        return _opened(str(self.features / self._files[file]), int(self._written[file]))
+
+    def _stamp(self, name: str) -> int:
+        if Path(name).name != name:  # a name from a file that may be anybody's
+            raise ContractError(f"{self.folder}: `features_file` holds {name!r}, not the name of a file.")
+        try:
+            return (self.features / name).stat().st_mtime_ns
+        except FileNotFoundError:
+            raise ContractError(
+                f"Feature file {self.features / name} is missing; rerun the prefill stage of scripts/label_routing.py."
+            ) from None
+
+    def _sizes(self) -> None:
+        """Widths of the features, one for all files."""
+        for index, name in enumerate(self._files):
+            views = self._views(index)
+            widths = views["hidden"].shape[1], views["top_logits"].shape[1]
+            if index == 0:
+                self.hidden_size, self.top_k = widths
+            elif widths != (self.hidden_size, self.top_k):
+                raise ContractError(
+                    f"Feature file {self.features / name} has hidden size {widths[0]} and {widths[1]} logits, the "
+                    f"others {self.hidden_size} and {self.top_k}; rerun scripts/label_routing.py in an empty folder."
+                )
+
+    def _read_rows(self, rows) -> tuple[list[str], list[np.ndarray], list[int]]:
+        """File, labels and first position of every row; checks each row against its features."""
+        names: list[str] = []
+        labels: list[np.ndarray] = []
+        firsts: list[int] = []
+        remedy = "rerun scripts/label_routing.py"
+        columns = ["id", "completion_ids", "slm_ids", "label", "features_file", "features_first"]
+        for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+            arrays = {name: _one_array(table.column(name)) for name in columns}
+            lists = {name: _lists(arrays[name]) for name in ("completion_ids", "slm_ids", "label")}
+            for index in range(len(table)):
+                number, row_id = len(names), arrays["id"][index].as_py()
+                where = f"Row {number} (id {row_id!r})"
+                length = len(lists["completion_ids"][index])
+                for column in ("slm_ids", "label"):
+                    if (found := len(lists[column][index])) != length:
+                        raise ContractError(
+                            f"{where}: `{column}` has {found} entries for {length} tokens in `completion_ids`; "
+                            f"{remedy}."
+                        )
+                label = lists["label"][index].astype(np.int8)
+                if length and not (label.min() >= -1 and label.max() <= DIVERGENT):
+                    raise ContractError(f"{where}: `label` holds a class outside −1 to {DIVERGENT}; {remedy}.")
+                name, first = arrays["features_file"][index].as_py(), arrays["features_first"][index].as_py()
+                views = _opened(str(self.features / name), self._stamp(name))
+                if first < 0 or first + length > len(views["predicted"]):
+                    raise ContractError(
+                        f"{where}: `features_first` is {first} and there are {length} tokens, but {name} has "
+                        f"{len(views['predicted'])} positions; {remedy}."
+                    )
+                if not np.array_equal(views["predicted"][first : first + length], lists["slm_ids"][index]):
+                    raise ContractError(
+                        f"{where}: `slm_ids` is not what {name} says that the SLM predicts, so its features are of "
+                        f"another run; {remedy}."
+                    )
+                names.append(name)
+                labels.append(label)
+                firsts.append(first)
+                self._ids.append(row_id)
+        return names, labels, firsts
+
+
+def _one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _lists(array: pa.Array) -> list[np.ndarray]:
+    """Each row's list; a missing one is empty."""
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    values = pc.list_flatten(array).to_numpy(zero_copy_only=False)
+    return np.split(values, np.cumsum(lengths)[:-1])
+
+
+class WindowSampler(Sampler[int]):
+    """The items of a `RouterDataset`, shuffled so that reads from disk stay together.
+
+    Files are shuffled, then items among the files of a window: a step reads a few files only, whatever the size of
+    the whole. The order follows from seed and epoch, so every process and a resumed run draw the same.
+
+    Args:
+        window: files that are shuffled together.
+        multiple: size of a global batch. The items at the end of the order that do not fill one are left out of the
+            epoch, so that any number of processes sees the same batches; another epoch leaves out others.
+    """
+
+    def __init__(self, dataset: RouterDataset, *, seed: int = 0, window: int = 8, multiple: int = 1):
+        self.dataset, self.seed, self.window, self.multiple = dataset, seed, window, multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        # Kept by the dataset: accelerate 1.15 reaches it, not the sampler, when two processes resume within an epoch.
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.multiple * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.dataset.epoch])
+        bounds = self.dataset.bounds
+        files = generator.permutation(len(bounds) - 1)
+        left = len(self)
+        for start in range(0, len(files), self.window):
+            items = np.concatenate([np.arange(bounds[f], bounds[f + 1]) for f in files[start : start + self.window]])
+            shuffled = generator.permutation(items)[:left]
+            left -= len(shuffled)
+            yield from shuffled.tolist()
