@@ -91,6 +91,8 @@ class RouterConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the last checkpoint, not a folder's name
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"  # type: ignore[assignment]
         if self.eval_strategy == "no":  # there is nothing to choose the best by
             self.load_best_model_at_end, self.metric_for_best_model = False, None
         super().__post_init__()

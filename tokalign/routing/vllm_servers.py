@@ -1,0 +1,304 @@
+"""vLLM servers on either side of a routed pair, spoken to by the OpenAI completions API in token ids.
+
+The LLM's servers are ordinary; the SLM's was started with the plug-in. A request names its stop ids and takes ids back;
+a server that answers with text alone is refused, since text is never encoded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import openai
+
+from tokalign.generation.openai_engine import FIRST_PAUSE, LONGEST_PAUSE
+from tokalign.generation.protocol import SamplingParams
+from tokalign.routing.backend import LLMUnavailable
+from tokalign.routing.orchestrator import Piece
+
+SPAN_AT_ONCE = 16  # tokens of the LLM that come in one answer; more are streamed
+
+
+def cut_piece(
+    ids: list[int], logprobs: list[float] | None, finish: str | None, unread: int, route: int | None
+) -> Piece:
+    """A piece from an engine's own words; the token that marks a routed position is left out."""
+    read = unread + len(ids) - 1 if ids else 0
+    if ids and ids[-1] == route:
+        return Piece(ids[:-1], logprobs and logprobs[:-1], read, "routed")
+    end: Any = finish if finish in ("stop", "length") else None
+    return Piece(ids, logprobs, read, end)
+
+
+class _BrokenAnswer(Exception):
+    """The server answered, but not by the protocol; another attempt may do better."""
+
+
+class ServedSLM:
+    """`SmallModel` behind a vLLM server that was started with the plug-in and the same route token.
+
+    Raises:
+        ConnectionError: it does not answer.
+    """
+
+    def __init__(
+        self, url: str, route_token_id: int, vocab_size: int, threshold: float, *, api_key: str, timeout: float,
+        logprobs: bool = True,
+    ):  # fmt: skip
+        self.url, self.route_token_id, self.vocab_size, self.logprobs = url, route_token_id, vocab_size, logprobs
+        self.model, self.max_length = _served_model([url], None, api_key, "SLM")
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=0)
+        self._start: float | None = threshold  # the server has its own until it is told
+
+    def open(self, params: SamplingParams) -> ServedTurns:
+        """See `SmallModel`."""
+        return ServedTurns(self, params)
+
+    async def set_threshold(self, value: float) -> None:
+        """See `SmallModel`; over the server's development interface, which is the one that stock vLLM has."""
+        self._start = None
+        root = self._client.with_options(base_url=_root(self.url))
+        try:
+            await root.post("/collective_rpc", cast_to=object, body={"method": "set_router_threshold", "args": [value]})
+        except openai.NotFoundError as error:
+            raise ValueError(
+                f"The SLM's server {self.url} takes no new threshold: start it with VLLM_SERVER_DEV_MODE=1 in its "
+                "environment, or run the SLM in this process."
+            ) from error
+        except openai.OpenAIError as error:
+            raise ConnectionError(
+                f"The SLM's server {self.url} failed ({_one_line(error)}): check that it runs."
+            ) from error
+
+    async def ready(self) -> None:
+        """Tell the server the threshold that this backend was made with, once."""
+        if self._start is not None:
+            await self.set_threshold(self._start)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+class ServedTurns:
+    """`Turns` over a server: a request a turn, over its prefix cache."""
+
+    def __init__(self, slm: ServedSLM, params: SamplingParams):
+        self.slm, self.params = slm, params
+        self._read = 0
+
+    async def write(self, prefix: list[int], most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
+        """See `Turns`."""
+        slm = self.slm
+        await slm.ready()
+        unseen = len(prefix) - self._read
+        try:
+            async with aclosing(
+                _stream_completion(
+                    slm._client,
+                    slm.model,
+                    prefix,
+                    self.params,
+                    most,
+                    seed,
+                    slm.logprobs,
+                    unseen,
+                    stop_token_ids=[slm.route_token_id, *self.params.stop_token_ids],
+                    route=slm.route_token_id,
+                )
+            ) as pieces:
+                self._read = len(prefix)
+                async for piece in pieces:
+                    self._read += len(piece.ids)
+                    yield piece
+        except (openai.OpenAIError, _BrokenAnswer) as error:
+            raise ConnectionError(
+                f"The SLM's server {slm.url} failed ({_one_line(error)}): check that it runs."
+            ) from error
+
+    async def close(self) -> None:
+        """See `Turns`; a server keeps nothing."""
+
+
+class ServedLLM:
+    """`LargeModel` over vLLM servers, spread by request; failures go to the next server, then to a later attempt.
+
+    Args:
+        banned: ids that the SLM does not have; the servers are asked to avoid them.
+
+    Raises:
+        ConnectionError: none of them answers.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], name: str | None, *, api_key: str, timeout: float, max_retries: int,
+        logprobs: bool = True, banned: Sequence[int] = (),
+    ):  # fmt: skip
+        self.urls, self.max_retries, self.logprobs = list(urls), max_retries, logprobs
+        self.model, self.max_length = _served_model(self.urls, name, api_key, "LLM")
+        self._clients = [
+            openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=0) for url in self.urls
+        ]
+        self._bias = {str(token): -100 for token in banned}
+
+    async def write(
+        self, prefix: list[int], params: SamplingParams, most: int, seed: int | None, *, place: int, unseen: int
+    ) -> AsyncGenerator[Piece, None]:
+        """See `LargeModel`. A stream that breaks is taken up again behind what has come of it."""
+        prefix = list(prefix)
+        problem = ""
+        for attempt in itertools.count():
+            rounds, turn = divmod(attempt, len(self.urls))
+            if rounds > self.max_retries:
+                break
+            if rounds and turn == 0:
+                await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (rounds - 1)) * random.uniform(0.5, 1.5))
+            at = (place + attempt) % len(self.urls)
+            try:
+                async with aclosing(
+                    _stream_completion(
+                        self._clients[at],
+                        self.model,
+                        prefix,
+                        params,
+                        most,
+                        seed,
+                        self.logprobs,
+                        unseen,
+                        stop_token_ids=list(params.stop_token_ids),
+                        whole=most <= SPAN_AT_ONCE,
+                        bias=self._bias,
+                    )
+                ) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                        prefix += piece.ids
+                        most -= len(piece.ids)
+                        unseen = 1
+                        if piece.end:
+                            return
+                raise _BrokenAnswer("the stream ended early")
+            except (openai.APIError, _BrokenAnswer) as error:
+                status = getattr(error, "status_code", 500)
+                if status not in (408, 409, 429) and status < 500:
+                    raise ValueError(
+                        f"The LLM's server {self.urls[at]} refused a request: {_one_line(error)} Check its model's "
+                        f"name ({self.model}) and its longest context."
+                    ) from error
+                problem = f"{self.urls[at]}: {_one_line(error)}"
+        raise LLMUnavailable(f"The LLM cannot be reached ({problem}): check that its servers run.")
+
+    async def healthy(self) -> bool:
+        """Whether any server's /health answers."""
+        for url, client in zip(self.urls, self._clients, strict=True):
+            try:
+                await client.with_options(base_url=_root(url), timeout=5.0).get("/health", cast_to=object)
+                return True
+            except openai.OpenAIError:
+                continue
+        return False
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for client in self._clients:
+            await client.close()
+
+
+async def _stream_completion(
+    client: openai.AsyncOpenAI,
+    model: str,
+    prefix: list[int],
+    params: SamplingParams,
+    most: int,
+    seed: int | None,
+    logprobs: bool,
+    unseen: int,
+    *,
+    stop_token_ids: list[int],
+    route: int | None = None,
+    whole: bool = False,
+    bias: dict[str, int] | None = None,
+) -> AsyncGenerator[Piece, None]:
+    """One request to a vLLM server, in pieces as they come or, if `whole`, in one.
+
+    Args:
+        unseen: tokens of `prefix` that the server reads at least; more if it says how many it had in its cache.
+    """
+    body = {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": stop_token_ids}
+    usage = {} if whole else {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    try:
+        answer: Any = await client.completions.create(
+            model=model,
+            prompt=prefix,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            max_tokens=most,
+            seed=seed,
+            logprobs=0 if logprobs else None,
+            stream=not whole,
+            extra_body=body | usage,
+            logit_bias=bias or None,
+        )
+        if whole:
+            yield _piece_of(answer, unseen, len(prefix), route)
+            return
+        first = True
+        async with answer:
+            async for chunk in answer:
+                if chunk.choices:
+                    yield _piece_of(chunk, unseen if first else 1, len(prefix) if first else 0, route)
+                    first = False
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the client lets these through, and httpx's too
+        raise _BrokenAnswer("the answer is not JSON") from error
+    except httpx.HTTPError as error:
+        raise _BrokenAnswer(f"the stream broke: {error!r}") from error
+
+
+def _piece_of(answer: Any, unseen: int, prompt: int, route: int | None) -> Piece:
+    if not answer.choices:
+        raise _BrokenAnswer("the answer holds no choice")
+    (choice,) = answer.choices
+    ids = getattr(choice, "token_ids", None)
+    if ids is None:
+        raise ValueError(
+            "A server answered without token ids: serve both models with vLLM, because text is never encoded again."
+        )
+    logprobs = list(choice.logprobs.token_logprobs) if choice.logprobs else None
+    if logprobs is not None and len(logprobs) != len(ids):
+        raise _BrokenAnswer("the answer does not hold one log-prob a token")
+    details = getattr(getattr(answer, "usage", None), "prompt_tokens_details", None)
+    if prompt and details is not None:
+        unseen = prompt - (details.cached_tokens or 0)
+    return cut_piece(list(ids), logprobs, choice.finish_reason, unseen, route)
+
+
+def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str) -> tuple[str, int]:
+    """The model's name and longest context on the first server that answers."""
+    problem = ""
+    for url in urls:
+        try:
+            with openai.OpenAI(base_url=url, api_key=api_key, timeout=30.0, max_retries=0) as client:
+                models = client.models.list().data
+        except openai.OpenAIError as error:
+            problem = f"{url}: {_one_line(error)}"
+            continue
+        found = [model for model in models if name is None or model.id == name]
+        if not found:
+            raise ValueError(f"{url} serves {', '.join(m.id for m in models)}, not {name}: correct llm_name.")
+        return found[0].id, getattr(found[0], "max_model_len", None) or 2**31
+    raise ConnectionError(f"No server of the {side} answers ({problem}): start it, or correct its address.")
+
+
+def _root(url: str) -> str:
+    """A server's address without the /v1 of its API."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
