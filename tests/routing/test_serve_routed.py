@@ -1,0 +1,187 @@
+"""scripts/serve_routed.py on a tiny pair: the text of the generator, its refusals, and a real SIGTERM."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from tests.routing.serving import serving, wait_for
+from tests.support import save_tiny, tiny_tokenizer
+from tokalign.data.contract import weights_hash
+from tokalign.generation.protocol import SamplingParams
+from tokalign.routing.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.model import TokenRouter, TokenRouterConfig
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "serve_routed.py"
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("serve_routed", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serve_routed"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+serve_routed = load()
+Arguments = serve_routed.ServeRoutedArguments
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Paths of an SLM, an LLM and a router whose threshold splits the tokens."""
+    folder = tmp_path_factory.mktemp("pair")
+    slm = save_tiny(folder / "slm", seed=0)
+    llm = save_tiny(folder / "llm", seed=1, hidden_size=48, layers=3)
+    torch.manual_seed(0)
+    config = TokenRouterConfig(
+        hidden_size=32, shared_vocab=len(tiny_tokenizer()), top_k=10, width=16, num_blocks=1, threshold=0.5
+    )
+    config.slm = {"name": "slm", "weights_hash": weights_hash(slm), "tokenizer_hash": None}
+    TokenRouter(config).save_pretrained(folder / "router")
+    return {"slm": slm, "llm": llm, "router": str(folder / "router")}
+
+
+@pytest.fixture(scope="module")
+def server(pair):
+    arguments = Arguments(**pair, dtype="float32", max_running=8, max_choices=8)
+    settings = dataclasses.asdict(serve_routed.settings_of(arguments))
+    backend = serve_routed.load_backend(arguments)
+    with serving(backend, **settings) as server:
+        server.backend = backend
+        yield server
+
+
+def test_the_server_writes_what_the_generator_writes(pair, server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30)
+    generator = RoutedGenerator.from_pretrained(**pair, dtype="float32")
+    tokenizer = generator.tokenizer
+    prompts = [f"What is {i}+{i}?" for i in range(20)]
+    params = [SamplingParams(temperature=0.0 if i % 2 else 0.8, seed=i, max_tokens=12) for i in range(20)]
+    expected = generator.generate([tokenizer(prompt)["input_ids"] for prompt in prompts], params)
+    shares = [sum(one.written_by) / len(one.written_by) for (one,) in expected]
+    assert 0 < sum(shares) < 20  # both models write
+
+    def ask(i):
+        each = {"prompt": prompts[i], "seed": i, "temperature": params[i].temperature, "max_tokens": 12}
+        extra = {"return_token_ids": True, "routing_trace": True}
+        answer = client.completions.create(model="slm+llm", logprobs=0, extra_body=extra, **each)
+        chunks = list(client.completions.create(model="slm+llm", stream=True, **each))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+        assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason
+        return answer
+
+    with ThreadPoolExecutor(20) as pool:  # twenty at once
+        answers = list(pool.map(ask, range(20)))
+    for answer, (one,), share in zip(answers, expected, shares, strict=True):
+        choice = answer.choices[0]
+        assert choice.token_ids == one.token_ids and choice.finish_reason == one.finish_reason
+        assert choice.text == tokenizer.decode(one.token_ids, skip_special_tokens=True)
+        assert choice.routing["written_by"] == ["llm" if by_llm else "slm" for by_llm in one.written_by]
+        assert choice.logprobs.token_logprobs == pytest.approx(one.logprobs, abs=1e-3)
+        assert answer.routing["llm_rate"] == pytest.approx(share)
+
+
+def test_a_client_that_leaves_frees_the_rows_of_both_models(server, monkeypatch):
+    backend = server.backend
+    step = RoutedBatch.step
+    monkeypatch.setattr(RoutedBatch, "step", lambda batch: (time.sleep(0.02), step(batch))[1])  # 10 s for all tokens
+    backend.generator.end_ids = [set(), set()]  # tiny random models would end by themselves
+    body = {"prompt": "a", "max_tokens": 500, "stream": True, "n": 4}
+    with (
+        httpx.Client() as client,
+        client.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20) as answer,
+    ):
+        next(answer.iter_lines())
+        wait_for(lambda: len(backend._in_flight) == 4)
+    wait_for(lambda: not backend._in_flight and not backend._batch)
+    assert backend.stats.tokens < 4 * 500
+
+
+def test_names_keys_and_limits_come_from_the_arguments(pair, monkeypatch):
+    monkeypatch.setenv("PAIR_KEY", "s3cret")
+    arguments = Arguments(**pair, api_key_env="PAIR_KEY", max_tokens=7, max_queue=100)
+    settings = serve_routed.settings_of(arguments)
+    assert (settings.model, settings.api_key, settings.max_tokens) == ("slm+llm", "s3cret", 7)
+    assert not settings.llm_required
+    hub = Arguments("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "r", engine="vllm", on_llm_outage="error")
+    assert serve_routed.settings_of(hub).model == "Qwen3-0.6B+Qwen3-8B"
+    assert serve_routed.settings_of(hub).llm_required and serve_routed.settings_of(hub).api_key is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_rate": 1.5}, r"^target_rate is 1.5"),
+        ({"target_rate": 0.1, "threshold": 2.0}, r"^The threshold is 2.0: a budget can only steer one between"),
+        ({"max_tokens": 0}, r"^max_tokens is 0"),
+        ({"llm_urls": ["http://localhost:1/v1"]}, r"^--llm_urls belongs to --engine vllm"),
+        ({"engine": "vllm"}, r"^llm_urls is empty"),
+        ({"engine": "vllm", "llm_urls": ["http://127.0.0.1:9/v1"]}, r"127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(pair, change, message):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        serve_routed.main(Arguments(**pair, **change))
+    assert "\n" not in str(stopped.value)
+
+
+def test_pairs_that_cannot_be_served(pair, tmp_path):
+    other = save_tiny(tmp_path / "other", seed=2)
+    tiny_tokenizer("abc").save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"^The SLM's tokenizer .* is not the LLM's"):
+        serve_routed.main(Arguments(**pair | {"llm": other}))
+    with pytest.raises(SystemExit, match="The router was trained on another SLM"):
+        serve_routed.main(Arguments(**pair | {"slm": save_tiny(tmp_path / "third", seed=3)}))
+    router = TokenRouter.from_pretrained(pair["router"])
+    router.config.threshold = None
+    router.save_pretrained(tmp_path / "uncalibrated")
+    with pytest.raises(SystemExit, match=r"^The router has no threshold: calibrate it"):
+        serve_routed.main(Arguments(**pair | {"router": str(tmp_path / "uncalibrated")}))
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_sigterm(pair, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {**pair, "port": port, "host": "0.0.0.0", "target_rate": 0.3, "dtype": "float32"}
+    command = [sys.executable, str(SCRIPT), *(part for name in options for part in (f"--{name}", str(options[name])))]
+    log = tmp_path / "log"
+    with open(log, "w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        url = f"http://127.0.0.1:{port}"
+
+        def up():
+            assert process.poll() is None, log.read_text()
+            try:
+                return httpx.get(f"{url}/health").status_code == 200
+            except httpx.TransportError:
+                time.sleep(0.1)
+                return False
+
+        wait_for(up, seconds=60)
+        body = {"messages": [{"role": "user", "content": "1+1?"}], "max_tokens": 4}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20)
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] <= 4
+        assert "tokalign_routing_budget_target_rate 0.3" in httpx.get(f"{url}/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert "Serving on 0.0.0.0 without an API key" in log.read_text()
+    assert "Traceback" not in log.read_text()
