@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from trl import TrlParser
 
 from tests.launch.support import write_preferences, write_sft
+from tests.routing.labels import write_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -29,8 +30,10 @@ PAPER_MODELS = ["llama-3-8b", "llama-3-70b", "deepseek-math-7b", "qwen2.5-7b"]
 TREG_MODELS = {"llama-3-8b-instruct": "dpo", "qwen2.5-7b-instruct": "dpo", "gemma-2-9b-it": "simpo"}  # and base loss
 STRUCTURED_MODELS = ["qwen3-4b-instruct", "llama-3.1-8b-instruct", "qwen2.5-1.5b-instruct"]
 METHODS = ["critical_dpo", "dpo", "negative_sft", "positive_sft", "rpo", "sample_rollouts", "sft"]
-OFFLINE = ("sample_rollouts", "score_token_rewards", "quickstart")  # jobs, not training
-TRAINING = [path for path in RECIPES if path.stem not in OFFLINE]
+ROUTED_PAIRS = ["deepseek-r1-distill-qwen-1.5b-32b", "qwen3-0.6b-8b", "qwen3-1.7b-32b"]
+OFFLINE = ("sample_rollouts", "score_token_rewards", "label_routing", "generate_routed", "quickstart")  # no training
+TRAINING = [path for path in RECIPES if path.stem not in (*OFFLINE, "router")]
+ROUTERS = [path for path in RECIPES if path.stem == "router"]
 MODEL_AND_PATHS = {"model_name_or_path", "model", "dataset_name", "output_dir"}
 
 
@@ -87,6 +90,15 @@ def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
     Dataset.from_list(rows).to_parquet(folder / "train.parquet")
     stages["structured_grpo"] = str(folder)
     return stages
+
+
+@pytest.fixture(scope="module")
+def labels(tiny_path, tmp_path_factory) -> dict[str, str]:
+    """Routing labels with features of the tiny model's width."""
+    folder = tmp_path_factory.mktemp("labels")
+    for seed, split in enumerate(("train", "calibration", "test")):
+        write_labels(folder, hidden_size=32, top_k=20, vocab=60, seed=seed, split=split)
+    return {"slm": tiny_path, "dataset_name": str(folder / "labels")}
 
 
 def test_all_recipes_are_there() -> None:
@@ -211,11 +223,50 @@ def test_structured_grpo_holds_the_settings_of_the_paper() -> None:
     assert (paper | {"num_generations": 6}).items() <= options.items()
 
 
+@pytest.mark.parametrize("path", ROUTERS, ids=name_of)
+def test_router_recipe_trains_two_steps(path: Path, labels: dict[str, str], tmp_path: Path) -> None:
+    overrides = {
+        "slm": labels["slm"],
+        "dataset_name": labels["dataset_name"],
+        "output_dir": str(tmp_path),
+        "max_steps": "2",
+        "logging_steps": "1",
+        "per_device_train_batch_size": "8",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+    script = script_of(path)
+    trainer = load_script(script).main(*parse(path, script, overrides))
+    assert trainer.state.global_step == 2
+    config = json.loads((tmp_path / "config.json").read_text())
+    target = yaml.safe_load(path.read_text())["target_rate"]
+    assert config["calibration"]["target"] == {"target_rate": target}
+    assert config["calibration"]["achieved"]["rate"] <= target and config["threshold"] > 0
+    assert {"README.md", "model.safetensors", "report.json", "report.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_routers_hold_the_settings_of_the_paper() -> None:
+    """Those of real pairs: the architecture is the default, and 8 devices make the batch of 1024."""
+    for pair in ROUTED_PAIRS:
+        assert sorted(p.stem for p in RECIPES if p.parent.name == pair) == [
+            "generate_routed",
+            "label_routing",
+            "router",
+        ]
+        options = yaml.safe_load((ROOT / "recipes" / pair / "router.yaml").read_text())
+        paper = {"learning_rate": 5e-5, "weight_decay": 5e-4, "num_train_epochs": 50}
+        assert (paper | {"per_device_train_batch_size": 128}).items() <= options.items()
+        assert not {"architecture", "inputs", "width", "num_blocks", "expansion", "dropout"} & set(options)
+
+
 def documented_commands() -> list[list[str]]:
     """Every command in the shell blocks of the pages that walk through a method, split as a shell does."""
     commands = []
     for page in (
-        *(ROOT / "docs" / name for name in ("real_models.md", "treg.md", "structured_grpo.md")),
+        *(
+            ROOT / "docs" / name
+            for name in ("real_models.md", "treg.md", "structured_grpo.md", "routing.md", "routing_labels.md")
+        ),
         ROOT / "recipes" / "README.md",
     ):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
