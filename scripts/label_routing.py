@@ -21,6 +21,7 @@ accelerate launch scripts/label_routing.py --stages answers prefill branches lab
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
@@ -224,10 +226,13 @@ class Labelling:
         return load_engine(self.engine_arguments)
 
     def close(self) -> None:
-        """Free the LLM, if a shard of this process has loaded it."""
+        """Free the LLM, if a shard of this process has loaded it, and what a finished stage's model held."""
         if "engine" in self.__dict__:
             self.engine.close()
             del self.engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # vLLM counts what this process keeps as taken
 
     # ---------------------------------------------------------------------------------------------------- answers
 

@@ -110,10 +110,11 @@ class Plain:
     def right(self, ids, answer) -> bool:
         return self.extract(self.tokenizer.decode(ids, skip_special_tokens=True)) == answer
 
-    def to_the_end(self, prompt, before, token) -> list[int]:
+    def to_the_end(self, prompt, before, token) -> tuple[list[int], bool]:
         if token == END:
-            return [END]
-        return [token, *self.go_on(prompt, [*before, token], self.stops, MAX_TOKENS)[0]]
+            return [END], True
+        new, ended = self.go_on(prompt, [*before, token], self.stops, MAX_TOKENS)
+        return [token, *new], ended
 
 
 def all_labels(folder) -> dict[str, dict]:
@@ -127,7 +128,7 @@ def test_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_models, cap
     plain = Plain(pair, answers_of_random_models)
     found = all_labels(tmp_path)
     branches = {(row["id"], row["position"]): row["slm_branch_ids"] for row in load_stage(tmp_path / "branches")}
-    seen, unfinished = Counter(), 0
+    seen, unfinished, cut_off = Counter(), 0, 0
     for problem in load_stage(pair["problems"]):
         prompt = render_prompt(problem["prompt"], plain.tokenizer)
         answer, ended = plain.answer(prompt)
@@ -146,9 +147,10 @@ def test_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_models, cap
             if choice != token:
                 expected = -1
                 if right:
-                    branch = plain.to_the_end(prompt, answer[:t], choice)
+                    branch, ended = plain.to_the_end(prompt, answer[:t], choice)
                     assert branches.pop((row["id"], t)) == branch
-                    expected = 1 if plain.right([*answer[:t], *branch], problem["answer"]) else 2
+                    expected = 1 if plain.right([*answer[:t], *branch], problem["answer"]) else 2 if ended else -1
+                    cut_off += expected == -1
             assert row["label"][t] == expected
             seen[expected] += 1
     assert not found and not branches and set(seen) == {-1, 0, 1, 2} and unfinished
@@ -160,7 +162,8 @@ def test_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_models, cap
     assert sum(split["tokens"] for split in splits.values()) == sum(seen.values()) == report["features"]["tokens"]
     for name, value in {"identical": 0, "neutral": 1, "divergent": 2, "invalid": -1}.items():
         assert sum(split["counts"][name] for split in splits.values()) == seen[value]
-    assert report["invalid"] == {labels.LLM_WRONG: seen[-1]}
+    assert cut_off  # where a branch that was cut off would have led is not known
+    assert report["invalid"] == {labels.CUT_OFF: cut_off, labels.LLM_WRONG: seen[-1] - cut_off}
     by_position = [split["by_position"] for split in splits.values()]
     assert sum(sum(part["divergent"]) for part in by_position) == seen[2]
     assert sum(sum(part["differ"]) for part in by_position) == seen[1] + seen[2] + seen[-1]
@@ -385,9 +388,9 @@ def test_on_policy_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_m
             assert (row["llm_ids"][t], row["slm_ids"][t]) == (llm, slm)
             expected = 0
             if llm != slm:
-                ends = [[*before, *plain.to_the_end(prompt, before, token)] for token in (llm, slm)]
-                llm_right, slm_right = (plain.right(ids, routed["answer"]) for ids in ends)
-                expected = (1 if slm_right else 2) if llm_right else -1
+                (llm_ids, _), (slm_ids, ended) = (plain.to_the_end(prompt, before, token) for token in (llm, slm))
+                llm_right, slm_right = (plain.right([*before, *ids], routed["answer"]) for ids in (llm_ids, slm_ids))
+                expected = (1 if slm_right else 2 if ended else -1) if llm_right else -1
             assert row["label"][t] == expected
             seen[expected] += 1
     assert set(seen) == {-1, 0, 1, 2}

@@ -142,6 +142,9 @@ def test_server_judge_reads_text_and_finish_reasons():
         word = body["messages"][-1]["content"]
         if word == "fail":
             return httpx.Response(400, json={"error": {"message": "no such model"}})
+        if word == "LONG":
+            message = "This model's maximum context length is 8192 tokens, however you requested 9000."
+            return httpx.Response(400, json={"error": {"message": message}})
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": f"VERDICT: {word}"},
@@ -154,9 +157,9 @@ def test_server_judge_reads_text_and_finish_reasons():
     client = httpx.Client(transport=httpx.MockTransport(handle))
     urls = ["http://a/v1", "http://b/v1"]
     ask = server_judge(urls, "j", max_tokens=7, max_retries=0, http_client=client)
-    conversations = [[{"role": "user", "content": word}] for word in ("SAME", "DIFFERENT", "CUT")]
-    assert ask(conversations) == ["VERDICT: SAME", "VERDICT: DIFFERENT", None]
-    assert sorted(url for url, _ in seen) == [f"http://{x}/v1/chat/completions" for x in "aab"]
+    conversations = [[{"role": "user", "content": word}] for word in ("SAME", "DIFFERENT", "CUT", "LONG")]
+    assert ask(conversations) == ["VERDICT: SAME", "VERDICT: DIFFERENT", None, None]  # LONG: asked again it stays so
+    assert sorted(url for url, _ in seen) == [f"http://{x}/v1/chat/completions" for x in "aabb"]
     assert all(body["temperature"] == 0 and body["max_tokens"] == 7 and body["model"] == "j" for _, body in seen)
     with pytest.raises(ConnectionError, match=r"The judge j at http://a/v1 failed \(.*no such model.*\): check that"):
         ask([[{"role": "user", "content": "fail"}]])

@@ -34,7 +34,15 @@ from tokalign.signals.divergence import (
 )
 from tokalign.signals.label_report import invalid_count
 from tokalign.signals.rollout import derived_seed
-from tokalign.signals.verdicts import LLM_WRONG, Comparison, Verdict, branch_text, outcome_verdict, question_text
+from tokalign.signals.verdicts import (
+    CUT_OFF,
+    LLM_WRONG,
+    Comparison,
+    Verdict,
+    branch_text,
+    outcome_verdict,
+    question_text,
+)
 
 SPLITS = ("train", "calibration", "test")
 UNFINISHED = "the answer did not end within max_tokens"
@@ -243,7 +251,10 @@ class Labeller:
             return answers_match(extract_answer(branch_text(whole, self.tokenizer)), row["answer"])
 
         llm = right(branch["llm_branch_ids"]) if "llm_branch_ids" in branch else bool(row["correct"])
-        return outcome_verdict(llm, llm and right(branch["slm_branch_ids"]))
+        slm = llm and right(branch["slm_branch_ids"])
+        if llm and not slm and branch["finish_reason"] == "length":
+            return Verdict(INVALID, CUT_OFF)  # where it would have led is not known
+        return outcome_verdict(llm, slm)
 
     def comparison(self, row: Row, branch: Row) -> Comparison:
         t = branch["position"]

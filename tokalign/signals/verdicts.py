@@ -36,6 +36,7 @@ FIELDS = ("question", "context", "first", "second")
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 LLM_WRONG = "the LLM's own answer is wrong"
+CUT_OFF = "the branch did not end within branch_max_tokens"
 NO_VERDICT = "the judge gave no verdict"
 DISAGREE = "the judge's two orders disagree"
 
@@ -238,6 +239,8 @@ def server_judge(
             answer = chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=max_tokens)
         except openai.OpenAIError as error:
             reason = " ".join(str(error).split())[:300]
+            if isinstance(error, openai.BadRequestError) and "context" in reason.lower():
+                return None  # this comparison is longer than the judge reads; asked again it would be too
             raise ConnectionError(
                 f"The judge {model} at {url} failed ({reason}): check that the server runs, then start again."
             ) from error
