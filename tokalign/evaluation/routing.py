@@ -144,7 +144,7 @@ def plot_routing(points: Mapping[str, Sequence[Mapping[str, Any]]], path: str | 
         right.errorbar(costs, values, yerr=spread, fmt="o-", color=color, capsize=2, label=name)
     left.set(xlabel="tokens written by the LLM (%)", ylabel="accuracy (%)", xlim=(0, 100 * most * 1.1))
     right.set(xlabel="full cost (million parameters × positions a token)")
-    left.legend(fontsize=8, loc="center right")
+    left.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.66))
     figure.savefig(path, dpi=150)
 
 

@@ -1,0 +1,336 @@
+r"""Speed of routed decoding at the shapes of real pairs: random weights, decisions replayed at a fixed LLM rate.
+
+    python benchmarks/routed_decoding.py                                      # Qwen2.5 0.5B + 3B, bf16, CPU
+    python benchmarks/routed_decoding.py --pair 1.5b 8b --device cuda --batch_sizes 1 16 64
+
+What is decided does not matter to speed, so the decisions are drawn once (12 % of the positions) and replayed, and the
+real router is run and its answer thrown away. SLM-only, LLM-only and routed decoding run on the same engine in the
+same process, in turns. `ideal` is what the same forward passes would take if nothing else cost anything: stock
+transformers forwards of each model with a filled cache, timed alone, times how often routed decoding needs them (a
+hand-off feeds the LLM everything since the last one in one forward). Beside it: the router's share of an SLM step.
+Writes results.json and results.png to `output_dir`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tokenizers import Tokenizer, models
+from transformers import (
+    DynamicCache,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tokalign.generation.protocol import SamplingParams
+from tokalign.routing.generator import RoutedGenerator
+from tokalign.routing.model import TokenRouter, TokenRouterConfig
+from tokalign.routing.policies import AlwaysLLM, NeverLLM, ReplayPolicy
+from tokalign.routing.slots import forward_parts
+
+QWEN25 = {"tie_word_embeddings": True, "num_key_value_heads": 2}
+# Hidden size, MLP size, layers, heads and the rest of the published configurations
+SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    name: (
+        (Qwen2Config, Qwen2ForCausalLM) if "num_key_value_heads" in extra else (Qwen3Config, Qwen3ForCausalLM),
+        (hidden, mlp, layers, heads),
+        extra,
+    )
+    for name, hidden, mlp, layers, heads, extra in (
+        ("0.5b", 896, 4864, 24, 14, QWEN25),
+        ("1.5b", 1536, 8960, 28, 12, QWEN25),
+        ("3b", 2048, 11008, 36, 16, QWEN25),
+        ("7b", 3584, 18944, 28, 28, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+        ("8b", 4096, 12288, 36, 32, {"tie_word_embeddings": False, "head_dim": 128}),
+    )
+}
+WARM_UP = 3
+GRID = (1, 2, 4, 8, 16, 32, 64, 128)  # widths at which forwards are timed
+
+
+@dataclass
+class Arguments:
+    """Which pair, and how long."""
+
+    pair: list[str] = field(default_factory=lambda: ["0.5b", "3b"], metadata={"help": f"Two of {', '.join(SHAPES)}."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    rate: float = field(default=0.12, metadata={"help": "Share of positions that the LLM writes."})
+    prompt_length: int = 64
+    new_tokens: int = 50
+    vocab_size: int = 151936
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    repeats: int = field(default=3, metadata={"help": "Turns of the three ways; medians are reported."})
+    seed: int = 0
+    output_dir: str = "runs/benchmarks/routed_decoding"
+
+
+def random_model(shape: str, arguments: Arguments) -> Any:
+    """A model of this shape with random weights, made in its own type: no fp32 copy ever exists."""
+    (config_class, model_class), (hidden, mlp, layers, heads), extra = SHAPES[shape]
+    config = config_class(
+        vocab_size=arguments.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=32768,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+        dtype=arguments.dtype,
+        **({"num_key_value_heads": 8} | extra),
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, arguments.dtype))
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+        model.to_empty(device=arguments.device)
+        model.tie_weights()
+        generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.data.fill_(1.0)
+            else:
+                weight.data.uniform_(-0.03, 0.03, generator=generator)
+        rotary = model.model.rotary_emb  # its buffers are computed, not loaded
+        model.model.rotary_emb = type(rotary)(config).to(arguments.device)
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def random_router(slm: Any, arguments: Arguments) -> TokenRouter:
+    """The paper's architecture at the SLM's width, untrained; its speed is that of a trained one."""
+    hidden = slm.config.hidden_size
+    config = TokenRouterConfig(hidden_size=hidden, embedding_size=hidden, shared_vocab=arguments.vocab_size)
+    router = TokenRouter(config).to(arguments.device, getattr(torch, arguments.dtype)).eval()
+    router.attach_embedding(slm.get_input_embeddings().weight)
+    return router
+
+
+def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
+    words = {f"t{i}": i for i in range(vocab_size)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), unk_token="t0")
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], Any], device: str) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+class RoutedReplay(ReplayPolicy):
+    """Given decisions, after the router was asked: what it answers is not used, its time is spent."""
+
+    needs_hidden = True
+
+    def __init__(self, steps: list[set[int]], router: TokenRouter):
+        super().__init__(steps)
+        self.router = router
+
+    def scores(self, hidden: Any, logits: Any, *row: Any) -> torch.Tensor:
+        self.router.scores(hidden, logits)
+        return super().scores(hidden, logits, *row)
+
+
+class Forwards:
+    """Seconds of one stock forward of `rows` × `width` new tokens, measured once each.
+
+    A single token is read behind a cache of the middle of the run; so is what a hand-off reads, and a prompt behind
+    none. Between the measured widths (GRID) seconds are interpolated along a line: no width is priced above its own.
+    """
+
+    def __init__(self, model: Any, past: int, arguments: Arguments):
+        self.model, self.past, self.arguments = model, past, arguments
+        self.known: dict[tuple[int, int], float] = {}
+
+    def seconds(self, rows: int, width: int) -> float:
+        at = next((i for i, w in enumerate(GRID) if w >= width), None)
+        if at is None or GRID[at] == width:
+            return self.measured(rows, width)
+        low, high = GRID[at - 1], GRID[at]
+        share = (width - low) / (high - low)
+        return (1 - share) * self.measured(rows, low) + share * self.measured(rows, high)
+
+    def measured(self, rows: int, width: int) -> float:
+        if (rows, width) not in self.known:
+            device, vocabulary = self.arguments.device, self.arguments.vocab_size
+            length = 0 if width >= self.arguments.prompt_length else self.past
+            with torch.inference_mode():
+                cache = DynamicCache(config=self.model.config)
+                if length:
+                    past = torch.randint(vocabulary, (rows, length), device=device)
+                    self.model(past, past_key_values=cache, logits_to_keep=1)
+                new = torch.randint(vocabulary, (rows, width), device=device)
+                times = []
+                for _ in range(1 + WARM_UP):
+                    times.append(timed(lambda: self.model(new, past_key_values=cache, logits_to_keep=1), device))
+                    cache.crop(-width)
+            self.known[rows, width] = statistics.median(times[-WARM_UP:])
+        return self.known[rows, width]
+
+
+def decisions(batch: int, arguments: Arguments) -> list[set[int]]:
+    """For every row the steps that the LLM writes: the wanted share of them, at random places of its own.
+
+    The first step is left out, so that no row starts with a hand-off of the prompt.
+    """
+    draw = random.Random(arguments.seed)
+    count = round(arguments.rate * arguments.new_tokens)
+    return [set(draw.sample(range(1, arguments.new_tokens), count)) for _ in range(batch)]
+
+
+def ideal_seconds(steps: list[set[int]], slm: Forwards, llm: Forwards, arguments: Arguments) -> float:
+    """What the forwards that routed decoding needs take by themselves, the prompts' prefills included."""
+    batch, total = len(steps), 0.0
+    seen = [0] * batch  # tokens that the LLM has seen of each row
+    for t in range(arguments.new_tokens):
+        length = arguments.prompt_length + t
+        total += slm.seconds(batch, arguments.prompt_length if t == 0 else 1)
+        routed = [row for row in range(batch) if t in steps[row]]
+        unseen = [length - seen[row] for row in routed]
+        for part in forward_parts(unseen):  # the engine's own cut: a long prompt drags no short hand-off along
+            total += llm.seconds(len(part), max(unseen[i] for i in part))
+        for row in routed:
+            seen[row] = length
+    return total
+
+
+def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Arguments) -> dict[str, Any]:
+    """The three ways in turns, and the ideal, for one batch size."""
+    draw = random.Random(arguments.seed + 1)
+    prompts = [[draw.randrange(1000) for _ in range(arguments.prompt_length)] for _ in range(batch)]
+    # ReplayPolicy finds a row's decisions by its seed
+    params = [SamplingParams(temperature=0, max_tokens=arguments.new_tokens, seed=row) for row in range(batch)]
+    steps = decisions(batch, arguments)
+    tokenizer = tokenizer_of(arguments.vocab_size)
+    policies = {
+        "SLM only": NeverLLM(),
+        "routed": RoutedReplay(steps, router),
+        "LLM only": AlwaysLLM(),
+    }
+    engines = {name: RoutedGenerator(slm, llm, tokenizer, policy) for name, policy in policies.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    written = 0
+    for turn in track(range(arguments.repeats + 1), description=f"batch {batch}"):
+        for name, engine in engines.items():
+            results: list[Any] = []
+            taken = timed(lambda e=engine, r=results: r.extend(e.generate(prompts, params)), arguments.device)
+            if any(len(c.token_ids) != arguments.new_tokens for (c,) in results):
+                raise RuntimeError(f"{name} stopped early: a random model must not end a completion here.")
+            if turn:  # the first is to warm up
+                seconds[name].append(taken)
+            if name == "routed":
+                written = sum(sum(c.written_by) for (c,) in results)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    past = arguments.prompt_length + arguments.new_tokens // 2
+    forwards = {"slm": Forwards(slm, past, arguments), "llm": Forwards(llm, past, arguments)}
+    ideal = ideal_seconds(steps, forwards["slm"], forwards["llm"], arguments)
+    tokens = batch * arguments.new_tokens
+    return {
+        "batch": batch,
+        "llm_rate": written / tokens,
+        "seconds": seconds,
+        "tokens_per_second": {name: tokens / s for name, s in medians.items()},
+        "step_ratio": forwards["llm"].seconds(batch, 1) / forwards["slm"].seconds(batch, 1),
+        "ideal_seconds": ideal,
+        "share_of_ideal": ideal / medians["routed"],
+        "speedup_over_llm_only": medians["LLM only"] / medians["routed"],
+        "forward_seconds": {
+            name: {f"{rows}x{width}": s for (rows, width), s in sorted(f.known.items())} for name, f in forwards.items()
+        },
+        "router": router_share(batch, slm, router, forwards["slm"].seconds(batch, 1), arguments),
+    }
+
+
+@torch.inference_mode()
+def router_share(batch: int, slm: Any, router: TokenRouter, step: float, arguments: Arguments) -> dict[str, float]:
+    """The router's own time beside one decoding step of the SLM: features from hidden and logits, and its layers."""
+    dtype = getattr(torch, arguments.dtype)
+    hidden = torch.randn(batch, slm.config.hidden_size, device=arguments.device, dtype=dtype)
+    logits = torch.randn(batch, arguments.vocab_size, device=arguments.device, dtype=dtype)
+    times = [timed(lambda: router.scores(hidden, logits), arguments.device) for _ in range(WARM_UP + 9)]
+    seconds = statistics.median(times[WARM_UP:])
+    return {"seconds": seconds, "share_of_slm_step": seconds / step}
+
+
+def report(results: list[dict[str, Any]], arguments: Arguments) -> None:
+    """Table on screen, results.json and results.png in `output_dir`."""
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    content = {"arguments": asdict(arguments), "machine": machine, "results": results}
+    (output / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    table = Table(title=f"{' + '.join(arguments.pair)}, {arguments.dtype}, {arguments.device}, tokens a second")
+    ways = list(results[0]["tokens_per_second"])
+    columns = (
+        "batch",
+        "LLM rate",
+        *ways,
+        "LLM step / SLM step",
+        "routed / LLM only",
+        "share of ideal",
+        "router / step",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for r in results:
+        speeds = [f"{r['tokens_per_second'][way]:.2f}" for way in ways]
+        ratios = (f"{r['step_ratio']:.2f}", f"{r['speedup_over_llm_only']:.2f}", f"{r['share_of_ideal']:.2f}")
+        share = f"{100 * r['router']['share_of_slm_step']:.1f} %"
+        table.add_row(str(r["batch"]), f"{100 * r['llm_rate']:.1f} %", *speeds, *ratios, share)
+    Console().print(table)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(results))
+    bars = {way: [r["tokens_per_second"][way] for r in results] for way in ways}
+    bars["ideal"] = [r["batch"] * arguments.new_tokens / r["ideal_seconds"] for r in results]
+    for k, (way, speeds) in enumerate(bars.items()):
+        drawn = axes.bar(places + 0.2 * k, speeds, 0.2, label=way, color=f"C{k}", alpha=0.5 if way == "ideal" else 1)
+        axes.bar_label(drawn, fmt="%.1f", fontsize=8)
+    axes.set_xticks(places + 0.3, [f"batch {r['batch']}" for r in results])
+    title = f"{' + '.join(arguments.pair)}, {100 * arguments.rate:g} % of the tokens by the LLM"
+    axes.set(ylabel="tokens a second", title=title, yscale="log")
+    axes.legend()
+    figure.savefig(output / "results.png", dpi=150)
+
+
+def main(arguments: Arguments) -> None:
+    for name in arguments.pair:
+        if name not in SHAPES:
+            raise SystemExit(f"--pair has {name!r}: use two of {', '.join(SHAPES)}.")
+    torch.manual_seed(arguments.seed)
+    slm, llm = (random_model(shape, arguments) for shape in arguments.pair)
+    router = random_router(slm, arguments)
+    report([compare(batch, slm, llm, router, arguments) for batch in arguments.batch_sizes], arguments)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
