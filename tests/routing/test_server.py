@@ -1,5 +1,6 @@
 """The routed server as OpenAI's client sees it, and as a badly behaved one does."""
 
+import asyncio
 import json
 import logging
 import threading
@@ -13,7 +14,8 @@ from tests.routing.serving import FakeBackend, serving, wait_for
 from tests.routing.test_detokenize import byte_level
 from tests.support import tiny_tokenizer
 from tokalign.generation import EngineArguments, SamplingParams, load_engine
-from tokalign.routing.api import MOST_STOPS
+from tokalign.routing.api import MOST_STOP_CHARACTERS, MOST_STOP_IDS, MOST_STOPS
+from tokalign.routing.backend import RoutedToken
 from tokalign.routing.budget import BudgetController
 from tokalign.routing.server import ServerSettings, exposure_warning
 
@@ -269,7 +271,10 @@ BAD = [
     (OK | {"seed": 2**63}, "seed is 9223372036854775808"),
     (OK | {"stop": [""]}, "stop is"),
     (OK | {"stop": ["a"] * (MOST_STOPS + 1)}, f"`stop` has {MOST_STOPS + 1} strings: give at most {MOST_STOPS}"),
+    (OK | {"stop": ["a", "b" * 257]}, "`stop` has a string of 257 characters: give at most 256 each"),
+    (OK | {"stop": "b" * 100_000}, "`stop` has a string of 100000 characters"),
     (OK | {"stop": [1]}, "`stop` is not valid"),
+    (OK | {"stop_token_ids": [5] * 65}, "`stop_token_ids` has 65 ids: give at most 64"),
     (OK | {"stop_token_ids": [10**6]}, "`stop_token_ids` has token id 1000000"),
     (OK | {"logprobs": 1}, "Only the written tokens' own log-probs are known"),
     (OK | {"stream": "yes"}, "`stream` is not valid"),
@@ -321,6 +326,11 @@ def test_bad_requests(pair, path, body, message, stream):
     with pytest.raises(ValueError, match=message):
         raise ValueError(error["message"])
     assert "\n" not in error["message"] and len(error["message"]) < 400
+
+
+def test_the_longest_stops_are_taken(pair):
+    longest = {"stop": ["#" * MOST_STOP_CHARACTERS] * MOST_STOPS, "stop_token_ids": [3] * MOST_STOP_IDS}
+    assert post(pair, "/v1/completions", OK | longest).status_code == 200
 
 
 def test_fields_that_ask_for_nothing_are_taken(pair):
@@ -503,13 +513,15 @@ def test_a_client_that_leaves_cancels_its_completions(stream):
         assert post(server, "/v1/completions", OK | {"n": 3}).status_code == 200
 
 
-def test_the_llm_dies_before_the_first_token():
-    with serving(FakeBackend(dies_at=0)) as server:
+def test_the_llm_dies_before_the_first_token(caplog):
+    with serving(FakeBackend(dies_at=0)) as server, caplog.at_level(logging.WARNING):
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError, match="The large model cannot be reached") as error:
                 client_of(server).completions.create(model="pair", prompt="a", stream=stream)
             assert error.value.status_code == 503 and error.value.response.headers["retry-after"] == "5"
             assert error.value.code == "llm_unavailable"
+            assert "llm:8000" not in error.value.response.text  # where it is, is for the log
+    assert "http://llm:8000 does not answer" in caplog.text
 
 
 def test_the_llm_dies_mid_stream():
@@ -527,6 +539,40 @@ def test_the_llm_dies_mid_stream():
         assert post(server, "/v1/completions", {"prompt": "a"}).status_code == 503
         assert backend.open == 0
         assert metrics_of(server)['tokalign_routing_broken_streams_total{reason="llm_unavailable"}'] == 2
+
+
+class Refused(FakeBackend):
+    """Its engine's server says no, after `good` tokens."""
+
+    good, error, cause = 0, ValueError, openai.OpenAIError("401 wrong key k3y")
+
+    async def generate(self, prompt_ids, params, *, sample=0):
+        await asyncio.sleep(0.01)  # for the server's answer
+        for step in range(self.good):
+            yield RoutedToken(self._next(prompt_ids, params, sample, step), False)
+        raise self.error("The server http://llm:8000 refused a request: check its key.") from self.cause
+
+
+@pytest.mark.parametrize("error", [ValueError, ConnectionError])
+def test_what_a_models_server_refuses_is_not_the_clients_fault_nor_its_to_read(error, caplog):
+    backend = Refused()
+    backend.error = error
+    with serving(backend) as server, caplog.at_level(logging.ERROR):
+        for stream in (False, True):
+            answer = post(server, "/v1/completions", OK | {"stream": stream})
+            assert answer.status_code == 502 and answer.headers["x-should-retry"] == "false"
+            assert answer.json()["error"]["type"] == "server_error"
+            assert answer.json()["error"]["message"].startswith("A model behind this server failed or refused")
+            assert "llm:8000" not in answer.text
+        backend.good = 2
+        answer = post(server, "/v1/completions", OK | {"stream": True})
+        assert answer.status_code == 200 and '"code": "upstream_error"' in answer.text
+        assert "llm:8000" not in answer.text
+        assert "http://llm:8000 refused a request" in caplog.text
+        backend.good, backend.cause = 0, None  # an engine's ValueError in this process, after it had begun
+        if error is ValueError:
+            answer = post(server, "/v1/completions", OK)
+            assert answer.status_code == 500 and "llm:8000" not in answer.text
 
 
 def test_degraded_service_says_so():

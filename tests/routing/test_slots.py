@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.support import tiny_model
-from tokalign.routing.slots import FORWARD_TOKENS, PADDED_SHARE, PADDING, ROOM, CachedModel, forward_parts
+from tokalign.routing.slots import FORWARD_TOKENS, PADDED_SHARE, PADDING, ROOM, SPARE, CachedModel, forward_parts
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -130,6 +130,66 @@ def test_buffers_fit_the_rows_that_are_live_when_they_grow():
             cached.drop(0)
         cached.extend([0], [[7] * 300])
         assert cached._layers[0].keys.shape[0] == 2 and cached._layers[0].keys.shape[2] == 302 + ROOM + 1
+
+
+def test_a_long_row_that_leaves_takes_its_buffers_along():
+    model = tiny_model(60).eval()
+    cached, draw = CachedModel(model), random.Random(0)
+    sequences = [[draw.randrange(6, 60) for _ in range(length)] for length in (900, 5, 9)]
+    with torch.inference_mode():
+        for row, sequence in enumerate(sequences):
+            cached.add()
+            cached.extend([row], [sequence])
+        keys = cached._layers[0]
+        assert keys.keys.shape[2] == 900 + ROOM + 1
+        cached.drop(0)
+        sequences = [sequences[2], sequences[1]]
+        assert keys.keys.shape[0] == 2 and keys.keys.shape[2] == 9 + ROOM + 1
+        logits, _ = cached.extend([0, 1], [[7], [8, 9]])
+    for row, new in enumerate([[7], [8, 9]]):
+        sequences[row] += new
+        torch.testing.assert_close(logits[row], whole(model, sequences[row])[0], atol=5e-4, rtol=1e-4)
+
+
+def test_rows_that_come_after_a_long_one_do_not_get_its_length():
+    cached = CachedModel(tiny_model(60))
+    with torch.inference_mode():
+        for row, length in enumerate([320, 250, 250]):
+            cached.add()
+            cached.extend([row], [[7] * length])
+        cached.drop(0)  # 2 rows of 250: not yet worth a copy
+        assert cached._layers[0].keys.shape[2] == 320 + ROOM + 1
+        for _ in range(6):
+            cached.add()
+        cached.extend(range(2, 8), [[7]] * 6)
+        assert cached._layers[0].keys.shape[0] == 9 and cached._layers[0].keys.shape[2] == 250 + ROOM + 1
+
+
+def test_under_continuous_traffic_buffers_follow_the_rows_without_a_copy_a_step():
+    cached, draw = CachedModel(tiny_model(60)), random.Random(0)
+    layer, fits, left, waiting_long, most = cached._layers[0], [], [], 0, 0
+    fit = layer.fit
+    layer.fit = lambda: fits.append(fit())
+    with torch.inference_mode():
+        for step in range(300):
+            waiting_long += step % 100 == 20
+            new = [[7] for _ in left]
+            while len(left) < 8:
+                cached.add()
+                left.append(draw.randint(5, 60))
+                new.append([7] * (500 if waiting_long else 1))
+                waiting_long = 0
+            cached.extend(range(8), new)
+            most = max(most, layer.keys.shape[2])
+            left = [each - 1 for each in left]
+            for row in reversed(range(8)):
+                if not left[row]:
+                    cached.drop(row)
+                    left[row] = left[-1]
+                    left.pop()
+            held = layer.keys.shape[0] * (layer.keys.shape[2] - 1)
+            assert held <= SPARE * (len(left) + len(left) // 8) * (max(cached.lengths) + ROOM)
+    assert most > 500 and 6 <= len(fits) < 20  # three long rows came and went
 
 
 def test_a_long_prompt_does_not_drag_short_rows_along():

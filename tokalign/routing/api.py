@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from tokalign.generation.protocol import SamplingParams
 
 MOST_STOPS = 16
+MOST_STOP_CHARACTERS = 256  # of one string: looking for it decodes as many of the last tokens at every token
+MOST_STOP_IDS = 64
 COMPLETION_TOKENS = 16  # OpenAI's default `max_tokens` of /v1/completions; a chat may fill the context
 
 # Fields that change nothing in the answer: clients send them for their own accounting.
@@ -286,6 +288,19 @@ def sampling_params(
     stops = [request.stop] if isinstance(request.stop, str) else request.stop
     if len(stops) > MOST_STOPS:
         raise ApiError(400, f"`stop` has {len(stops)} strings: give at most {MOST_STOPS}.", param="stop")
+    longest = max(map(len, stops), default=0)
+    if longest > MOST_STOP_CHARACTERS:
+        raise ApiError(
+            400,
+            f"`stop` has a string of {longest} characters: give at most {MOST_STOP_CHARACTERS} each.",
+            param="stop",
+        )
+    if len(request.stop_token_ids) > MOST_STOP_IDS:
+        raise ApiError(
+            400,
+            f"`stop_token_ids` has {len(request.stop_token_ids)} ids: give at most {MOST_STOP_IDS}.",
+            param="stop_token_ids",
+        )
     asked = [getattr(request, name, None) for name in ("max_tokens", "max_completion_tokens")]
     if None not in asked:
         raise ApiError(400, "`max_tokens` and `max_completion_tokens` are one thing: give one.", param="max_tokens")

@@ -8,6 +8,7 @@ request (its last token, an error, a timeout, the client's leaving) closes all i
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.routing.api import ApiError
 from tokalign.routing.backend import LLMUnavailable, RoutedBackend, RoutedToken
 from tokalign.routing.detokenize import Detokenizer
+
+logger = logging.getLogger(__name__)
 
 OUTAGE_RETRY = 5  # seconds that a client is told to wait for the LLM
 _AHEAD = 64  # pieces that a slow client may leave unread before its completions wait
@@ -118,20 +121,25 @@ async def pieces(
 ) -> AsyncIterator[Piece]:
     """News of all `draws` as they come, one token a piece. Close it to cancel them.
 
+    A backend checks a request before it awaits anything, so a ValueError until then is about the request and the
+    client may read it. What goes wrong later is the engines' or their servers': addresses and what those say go to the
+    log alone.
+
     Raises:
-        ApiError: 400 where the backend refused a prompt before its first token, 503 where the LLM is out of reach.
+        ApiError: 400 where the backend refused the request, 502 where a model's server failed or refused it, 503 where
+            the LLM is out of reach.
         Exception: anything else that went wrong in the backend.
     """
     news: asyncio.Queue[Piece | Exception] = asyncio.Queue(_AHEAD)
 
     async def write(draw: Draw) -> None:
-        begun = False
+        waited = asyncio.Event()
         try:
             async with ticket.places.place(ticket):
+                asyncio.get_running_loop().call_soon(waited.set)  # runs once the backend lets anything else run
                 stream = detokenizer.stream(draw.params.stop, skip_special_tokens=skip_special_tokens)
                 async with aclosing(backend.generate(draw.prompt, draw.params, sample=draw.sample)) as tokens:  # type: ignore[type-var]
                     async for token in tokens:
-                        begun = True
                         on_token(token)
                         offset = stream.length
                         piece = Piece(draw, stream.push(token.id), [token], [offset], token.finish_reason)
@@ -146,12 +154,18 @@ async def pieces(
                             return
             raise RuntimeError("The backend ended a completion without a finish reason.")
         except LLMUnavailable as error:
-            message = f"The large model cannot be reached ({error}): try again later."
+            logger.warning("The LLM is out of reach: %s", error)
+            message = "The large model cannot be reached: try again later."
             await news.put(ApiError(503, message, code="llm_unavailable", retry_after=OUTAGE_RETRY))
-        except ValueError as error:
-            await news.put(error if begun else ApiError(400, str(error)))
         except Exception as error:
-            await news.put(error)
+            if isinstance(error, ValueError) and not waited.is_set():
+                await news.put(ApiError(400, str(error)))
+            elif isinstance(error, ConnectionError) or (isinstance(error, ValueError) and error.__cause__ is not None):
+                logger.error("A model's server failed or refused a request: %s", error)
+                message = "A model behind this server failed or refused the request; the server's log says why."
+                await news.put(ApiError(502, message, code="upstream_error"))
+            else:
+                await news.put(error)
 
     tasks = [asyncio.create_task(write(draw)) for draw in draws]
     going = len(tasks)

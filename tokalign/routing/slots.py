@@ -10,6 +10,7 @@ which is always so for a single row and is the fast path of attention.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-ROOM = 64  # slots reserved at a time: a copy every 64 tokens, at most 64 unused slots a row
+ROOM = 64  # slots reserved at a time: a copy every 64 tokens
+SPARE = 2  # buffers that are more than this many times as large as the rows need are given back
 FORWARD_TOKENS = 16384  # most tokens of several rows in one forward pass; one longer row goes alone
 PADDING = 256  # padded tokens in a pass that are always worth the pass they save
 PADDED_SHARE = 1.5  # beyond that, a pass may hold this many times its real tokens
@@ -139,6 +141,8 @@ class CachedModel:
             self._layout.capacity = (0, 0)
             for layer in self._layers:
                 layer.reset()
+        elif math.prod(self._layout.capacity) > SPARE * math.prod(self._needed()):
+            self._fit(self._needed())
 
     @torch.inference_mode()
     def share(self, source: int, targets: list[int], length: int) -> None:
@@ -245,13 +249,22 @@ class CachedModel:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _reserve(self, rows: int, slots: int) -> None:
-        """Make room. New buffers fit what is live now, so that one long row does not leave many long buffers."""
+        """Make room, if there is too little.
+
+        New buffers fit the rows that are live now in both directions: many short rows that come after a long one do
+        not get its length. With `drop`, what is held at any time is at most what the rows needed at the last copy.
+        """
         held = self._layout.capacity
-        if rows <= held[0] and slots <= held[1]:
-            return
+        if rows > held[0] or slots > held[1]:
+            self._fit(self._needed(rows, slots))
+
+    def _needed(self, rows: int = 0, slots: int = 0) -> tuple[int, int]:
+        """Rows and slots for all rows in flight, at least these, and a little room."""
         live = max(rows, len(self.lengths))
-        longest = max(slots, max(self.lengths, default=0)) + ROOM
-        self._layout.capacity = (live + live // 8, longest if slots > held[1] else held[1])
+        return live + live // 8, max([slots, *self.lengths]) + ROOM
+
+    def _fit(self, capacity: tuple[int, int]) -> None:
+        self._layout.capacity = capacity
         for layer in self._layers:
             if layer.is_initialized:
                 layer.fit()
