@@ -62,6 +62,9 @@ class ServeRoutedArguments:
         default=None,
         metadata={"help": "vllm: a server of the SLM started with the plug-in, instead of an engine in this process."},
     )
+    llm_timeout: float = field(
+        default=30.0, metadata={"help": "vllm: seconds of silence after which the LLM counts as out of reach."}
+    )
     on_llm_outage: Literal["slm", "error"] = field(
         default="slm",
         metadata={"help": "vllm: without the LLM, go on with the SLM alone and say so, or answer 503."},
@@ -166,6 +169,7 @@ def load_backend(arguments: ServeRoutedArguments) -> RoutedBackend:
         llm_span=arguments.llm_span,
         on_llm_outage=arguments.on_llm_outage,
         timeout=arguments.request_timeout,
+        llm_timeout=arguments.llm_timeout,
         api_key_env=arguments.llm_key_env,
         trust_remote_code=arguments.trust_remote_code,
     )

@@ -91,6 +91,8 @@ def test_what_is_sent_and_what_comes_back(tiny_path):
     expected = {"model": "policy", "n": 2, "seed": 5, "temperature": 1.0, "top_p": 0.9, "max_tokens": 7}
     expected |= {"stop": ["\n"], "stop_token_ids": [3], "logit_bias": {"50": -100}}
     expected |= {"return_token_ids": True, "skip_special_tokens": False}
+    # What a request leaves out, the server takes from the model's generation_config.json.
+    expected |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     assert {name: body[name] for name in expected} == expected
     assert (server.bodies[-1]["model"], server.bodies[-1]["n"]) == ("lora-7", 1)  # greedy is asked for once
 

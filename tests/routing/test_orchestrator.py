@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import tiny_tokenizer
 from tokalign.generation import SamplingParams
+from tokalign.routing import vllm_servers
 from tokalign.routing.backend import LLMUnavailable
 from tokalign.routing.orchestrator import NEVER, Orchestrator, Piece
 from tokalign.routing.vllm_servers import ServedLLM, ServedSLM, cut_piece
@@ -256,6 +257,29 @@ def test_an_outage_with_slm_goes_on_alone_and_recovers():
     asyncio.run(run())
 
 
+def test_the_probe_outlives_an_slm_that_takes_no_threshold():
+    async def run():
+        slm, llm, backend = pair(0.3, probe_seconds=0.01)
+        llm.up = False
+        await collect(backend)
+        take, refused = slm.set_threshold, []
+
+        async def refuse(value):
+            refused.append(value)
+            if len(refused) == 2:
+                slm.set_threshold = take
+            raise ConnectionError("The SLM's server is away.")
+
+        slm.set_threshold, llm.up = refuse, True
+        async with asyncio.timeout(5):
+            while backend.degraded:
+                await asyncio.sleep(0.01)
+        assert refused == [0.3, 0.3] and slm.threshold == 0.3
+        await backend.close()
+
+    asyncio.run(run())
+
+
 def test_an_outage_in_the_middle_of_an_llm_only_completion():
     async def run():
         slm, llm, backend = pair(0.0, probe_seconds=60)
@@ -336,6 +360,7 @@ def test_a_piece_leaves_out_the_token_that_marks_a_routed_position():
 class Said:
     def __init__(self):
         self.answers, self.seen = [], []
+        self.end, self.hung_health = threading.Event(), False
 
 
 @pytest.fixture
@@ -348,15 +373,20 @@ def server():
 
         def reply(self, status, body, kind="application/json"):
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            stalls = kind == "stall"
             self.send_response(status)
-            self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(data)))
+            self.send_header("content-type", "text/event-stream" if stalls else kind)
+            self.send_header("content-length", str(len(data) + stalls))
             self.end_headers()
             self.wfile.write(data)
+            if stalls:
+                said.end.wait(10)
 
         def do_GET(self):
             if self.path == "/v1/models":
                 self.reply(200, {"object": "list", "data": [{"id": "served", "max_model_len": 64}]})
+            elif self.path == "/health" and said.hung_health:
+                said.end.wait(10)
             else:
                 self.reply(200 if self.path == "/health" else 404, {})
 
@@ -364,13 +394,20 @@ def server():
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             said.seen.append((self.path, body))
             answer = said.answers.pop(0)
-            self.reply(*answer)
+            if answer == "hang":
+                said.end.wait(10)
+            else:
+                self.reply(*answer)
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     said.url = f"http://127.0.0.1:{http.server_port}/v1"
     yield said
+    said.end.set()
     http.shutdown()
+
+
+second_server = server
 
 
 def choice(ids, finish, **more):
@@ -401,6 +438,9 @@ def test_the_llm_is_asked_in_ids(server):
     assert path == "/v1/completions" and body["prompt"] == [7, 8, 9] and body["return_token_ids"] is True
     assert (body["max_tokens"], body["seed"], body["temperature"], body["top_p"]) == (1, 42, 0.5, 0.9)
     assert body["stop_token_ids"] == [11] and body["logit_bias"] == {"90": -100, "91": -100}
+    # What a request leaves out, vLLM takes from the model's generation_config.json.
+    neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert {name: body.get(name) for name in neutral} == neutral
 
 
 def test_a_broken_stream_is_taken_up_behind_what_has_come(server):
@@ -441,6 +481,61 @@ def test_a_failed_request_is_repeated(server):
     assert len(server.seen) == 3
 
 
+WELL = (200, {"choices": [choice([12], "length")]})
+
+
+def test_an_llm_that_hangs_is_out_of_reach_until_it_writes(server, monkeypatch):
+    monkeypatch.setattr(vllm_servers, "PROBE_SECONDS", 0.2)
+    server.answers = ["hang", "hang", WELL]
+
+    async def run():
+        llm = large(server.url, timeout=0.2, max_retries=5)
+        assert await llm.healthy() and not server.seen  # at first by /health alone
+        with pytest.raises(LLMUnavailable, match="The LLM cannot be reached"):
+            async for _ in llm.write([7], GREEDY, 1, None, place=0, unseen=1):
+                pass
+        assert len(server.seen) == 1  # no second wait for the same server
+        assert not await llm.healthy()
+        assert await llm.healthy() and await llm.healthy()
+        assert len(server.seen) == 3
+        await llm.close()
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_falls_silent_is_not_waited_for_again(server):
+    server.answers = [(200, b"data: " + json.dumps({"choices": [choice([12], None)]}).encode() + b"\n\n", "stall")]
+    got = []
+
+    async def run():
+        llm = large(server.url, timeout=0.2, max_retries=5)
+        async for piece in llm.write([7], GREEDY, 40, None, place=0, unseen=1):
+            got.extend(piece.ids)
+
+    with pytest.raises(LLMUnavailable, match="timed out"):
+        asyncio.run(run())
+    assert got == [12] and len(server.seen) == 1
+
+
+def test_the_next_server_stands_in_for_one_that_hangs(server, second_server):
+    server.answers, second_server.answers = ["hang"], [WELL]
+    (piece,) = asyncio.run(pieces(large([server.url, second_server.url], timeout=0.2)))
+    assert piece.ids == [12] and len(server.seen) == len(second_server.seen) == 1
+
+
+def test_one_server_that_hangs_does_not_hide_another(server, second_server, monkeypatch):
+    monkeypatch.setattr(vllm_servers, "PROBE_SECONDS", 8.0)
+    server.hung_health = True
+
+    async def run():
+        llm = large([server.url, second_server.url])
+        async with asyncio.timeout(4):
+            assert await llm.healthy()
+        await llm.close()
+
+    asyncio.run(run())
+
+
 def test_servers_that_do_not_answer_at_the_start():
     with pytest.raises(ConnectionError, match=r"No server of the LLM answers .*: start it, or correct its address"):
         large("http://127.0.0.1:9/v1")
@@ -455,13 +550,16 @@ def small(url):
     return ServedSLM(url, 3, VOCAB, 0.4, api_key="none", timeout=10, logprobs=False)
 
 
+AGREES = [(200, {}), (200, {"choices": [choice([3], "stop")]}), (200, {})]
+
+
 def test_a_served_slm_is_told_the_threshold_once_and_stops_at_routed_positions(server):
     def stream(*choices):
         lines = [b"data: " + json.dumps({"choices": [each]}).encode() + b"\n\n" for each in choices]
         return 200, b"".join(lines) + b"data: [DONE]\n\n", "text/event-stream"
 
     server.answers = [
-        (200, {"results": ["0.4"]}),
+        *AGREES,
         stream(choice([12], None), choice([13, 3], "stop")),
         stream(choice([14], "length")),
     ]
@@ -477,8 +575,20 @@ def test_a_served_slm_is_told_the_threshold_once_and_stops_at_routed_positions(s
     first, second = asyncio.run(run())
     assert [(p.ids, p.read, p.end) for p in first] == [([12], 2, None), ([13], 2, "routed")]
     assert [(p.ids, p.read, p.end) for p in second] == [([14], 1, "length")]
-    assert server.seen[0] == ("/collective_rpc", {"method": "set_router_threshold", "args": [0.4]})
-    assert [body["stop_token_ids"] for _, body in server.seen[1:]] == [[3], [3]]
+    told = [body["args"] for path, body in server.seen if path == "/collective_rpc"]
+    assert told == [[0.0], [0.4]] and server.seen[2][0] == "/collective_rpc"
+    asked = [body for path, body in server.seen if path == "/v1/completions"]
+    assert [body["stop_token_ids"] for body in asked] == [[3]] * 3 and asked[0]["max_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [choice([4], "stop"), choice([9], "length"), {"index": 0, "text": "a", "finish_reason": "length"}]
+)
+def test_a_served_slm_that_routes_by_another_token(server, answer):
+    server.answers = [(200, {}), (200, {"choices": [answer]}), (200, {})]
+    with pytest.raises(ValueError, match="not the route token 3: start it with the command that python -m tokalign"):
+        small(server.url)
+    assert server.seen[-1][1]["args"] == [0.4]  # the check leaves nothing behind
 
 
 def test_a_served_slm_that_fails(server):
@@ -489,12 +599,28 @@ def test_a_served_slm_that_fails(server):
         finally:
             await slm.close()
 
-    server.answers = [(404, {})]
+    for _ in range(2):  # a server that takes no threshold is refused every time, before it writes
+        server.answers = [(404, {})]
+        with pytest.raises(ValueError, match="takes no new threshold: start it with VLLM_SERVER_DEV_MODE=1"):
+            asyncio.run(write())
+    failures = [[(500, {})], [(200, {}), (500, {}), (200, {})], [*AGREES[:2], (500, {})], [*AGREES, (500, {})]]
+    for server.answers in failures:
+        with pytest.raises(ConnectionError, match=r"The SLM's server .* failed .*: check that it runs"):
+            asyncio.run(write())
+    assert not server.answers
+
+
+def test_a_threshold_that_a_served_slm_does_not_take(server):
+    async def move():
+        slm = small(server.url)
+        try:
+            await slm.set_threshold(0.9)
+        finally:
+            await slm.close()
+
+    server.answers = [*AGREES, (404, {})]
     with pytest.raises(ValueError, match="takes no new threshold: start it with VLLM_SERVER_DEV_MODE=1"):
-        asyncio.run(write())
-    server.answers = [(500, {})]
-    with pytest.raises(ConnectionError, match=r"The SLM's server .* failed .*: check that it runs"):
-        asyncio.run(write())
-    server.answers = [(200, {}), (500, {})]
-    with pytest.raises(ConnectionError, match=r"The SLM's server .* failed .*: check that it runs"):
-        asyncio.run(write())
+        asyncio.run(move())
+    server.answers = [*AGREES, (200, {})]
+    asyncio.run(move())
+    assert server.seen[-1] == ("/collective_rpc", {"method": "set_router_threshold", "args": [0.9]})

@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import runpy
+import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
 from tests.support import tiny_tokenizer
+from tokalign.routing import vllm_plugin
 from tokalign.routing.vllm_plugin import (
     ARCHITECTURES,
     RouterWorkerExtension,
     check_vllm_version,
     choose_route_token,
+    main,
     routed_engine_options,
     routed_overrides,
     routed_server_options,
@@ -126,6 +131,54 @@ def test_a_backend_that_cannot_be(tiny_path, router_path, urls, options, error, 
 
     with pytest.raises(error, match=message):
         VLLMBackend(tiny_path, router_path, urls, **options)
+
+
+def test_the_command_of_a_server_is_printed(tiny_path, tmp_path, capsys, monkeypatch):
+    from tests.support import tiny_model
+    from tokalign.data.contract import weights_hash
+    from tokalign.routing.model import TokenRouter, TokenRouterConfig
+
+    tiny_model(VOCAB + 8).save_pretrained(tmp_path / "slm")
+    TOKENIZER.save_pretrained(tmp_path / "slm")
+    config = TokenRouterConfig(
+        hidden_size=32, embedding_size=32, shared_vocab=VOCAB, top_k=5, width=8, num_blocks=1, threshold=0.25,
+        slm={"weights_hash": weights_hash(tmp_path / "slm")},
+    )  # fmt: skip
+    TokenRouter(config).save_pretrained(tmp_path / "router")
+    monkeypatch.chdir(tmp_path)
+    main(["--slm", "slm", "--llm", tiny_path, "--router", "router", "--port", "8123"])
+    environment, *command = shlex.split(capsys.readouterr().out)
+    assert environment == "VLLM_SERVER_DEV_MODE=1"  # it is told thresholds
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert command[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert (options["--model"], options["--port"], options["--host"]) == ("slm", "8123", "127.0.0.1")
+    # The class by its importable name, also where this module is run as a program.
+    assert options["--worker-extension-cls"] == "tokalign.routing.vllm_plugin.RouterWorkerExtension"
+    assert json.loads(options["--hf-overrides"])["token_router"] == {
+        "path": str(tmp_path / "router"), "route_token_id": VOCAB, "threshold": 0.25, "shared_vocab": VOCAB,
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="route_token_id is 999"):
+        main(["--slm", "slm", "--router", "router", "--route_token_id", "999"])
+
+
+def test_the_command_names_an_importable_class_when_run_as_a_program():
+    module = runpy.run_path(vllm_plugin.__file__, run_name="other")
+    assert module["routed_server_options"]({})[3] == "tokalign.routing.vllm_plugin.RouterWorkerExtension"
+
+
+def test_the_llm_and_the_slm_are_waited_for_differently(tiny_path, router_path, monkeypatch):
+    from tokalign.routing import vllm_backend
+
+    seen = {}
+    monkeypatch.setattr(
+        vllm_backend, "ServedLLM", lambda *a, **o: seen.setdefault("llm", o) and SimpleNamespace(max_length=9)
+    )
+    monkeypatch.setattr(
+        vllm_backend, "ServedSLM", lambda *a, **o: seen.setdefault("slm", o) and SimpleNamespace(max_length=9)
+    )
+    options = {"threshold": 0.5, "slm_url": "http://y/v1", "route_token_id": 0}
+    vllm_backend.VLLMBackend(tiny_path, router_path, ["http://x/v1"], timeout=600.0, **options)
+    assert (seen["llm"]["timeout"], seen["slm"]["timeout"]) == (30.0, 600.0)
 
 
 def test_a_session_needs_an_engine_of_this_process(tiny_path, router_path, monkeypatch):
@@ -243,8 +296,6 @@ class Said:
         self.outputs, self.fed, self.closed = outputs, [], 0
 
     async def generate(self, prompt, sampling, request_id):
-        from types import SimpleNamespace
-
         try:
             for ids, finish in self.outputs:
                 if ids == "turn":
@@ -259,8 +310,6 @@ class Said:
 
 def turns_over(outputs):
     pytest.importorskip("vllm")
-    from types import SimpleNamespace
-
     from tokalign.generation import SamplingParams
     from tokalign.routing.vllm_backend import EngineTurns
 

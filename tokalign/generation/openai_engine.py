@@ -40,6 +40,12 @@ from tokalign.generation.protocol import (
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 
+# vLLM fills what a request leaves out from the model's generation_config.json, and a repetition penalty there changes
+# even greedy ids. These say "off" in words of vLLM 0.30.
+NEUTRAL_SAMPLING = {
+    "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
+
 
 class _BrokenAnswer(Exception):
     """The server answered, but not with completions of the protocol; another attempt may do better."""
@@ -145,7 +151,7 @@ class OpenAIEngine:
         )
 
     def _ask(self, client: openai.OpenAI, prompt: Ids, params: SamplingParams, model: str) -> list[Completion]:
-        extra: dict[str, Any] = {"return_token_ids": True, "skip_special_tokens": False}
+        extra: dict[str, Any] = {"return_token_ids": True, "skip_special_tokens": False, **NEUTRAL_SAMPLING}
         if params.json_schema is not None:
             extra["structured_outputs"] = {"json": params.json_schema}
         if params.stop_token_ids:

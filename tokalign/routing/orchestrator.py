@@ -289,12 +289,17 @@ class Orchestrator:
     async def _recover(self) -> None:
         while True:
             await asyncio.sleep(self.probe_seconds)
-            if await self.llm.healthy():
+            try:
+                if not await self.llm.healthy():
+                    continue
                 async with self._switch:
                     await self.slm.set_threshold(self._threshold)
                     self.degraded = False
-                logger.warning("The LLM answers again.")
-                return
+            except Exception:  # such as an SLM's server that is away now; it may take the threshold at the next look
+                logger.exception("The LLM could not be taken up again; the next try is in %g s.", self.probe_seconds)
+                continue
+            logger.warning("The LLM answers again.")
+            return
 
 
 class _Request:

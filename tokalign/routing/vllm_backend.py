@@ -23,15 +23,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-
 from tokalign.generation.protocol import SamplingParams
-from tokalign.routing.backend import check_pair
 from tokalign.routing.orchestrator import Orchestrator, Piece
 from tokalign.routing.vllm_plugin import (
     check_threshold,
     check_vllm_version,
-    choose_route_token,
+    describe_pair,
     routed_engine_options,
     routed_overrides,
 )
@@ -51,17 +48,20 @@ class VLLMBackend(Orchestrator):
         llm_name: its name on the servers; None is the first that they list.
         threshold: None is the router's own.
         slm_url: a server of the small model that was started with the plug-in, instead of an engine in this process.
-            Threshold changes then need VLLM_SERVER_DEV_MODE=1 in that server's environment.
+            `python -m tokalign.routing.vllm_plugin` prints its command; it needs VLLM_SERVER_DEV_MODE=1 in its
+            environment, to be told thresholds.
         slm_options: more arguments of vLLM's `AsyncEngineArgs`.
         handback: "session" or "request", see above; None chooses.
         logprobs: whether to give log-probs; without them the SLM's engine saves a softmax a step.
         llm_span, on_llm_outage, probe_seconds: see `Orchestrator`.
         max_retries: repeats of a failed request to the LLM, on the next server or after a pause, before it counts as
             out of reach.
+        timeout: seconds for the first byte of the SLM's server, and between two of a stream.
+        llm_timeout: the same for the LLM's servers; one that is silent for so long counts as out of reach.
 
     Raises:
         ValueError: one sentence, for a pair, router or route token that does not fit.
-        ConnectionError: no server of the LLM answers.
+        ConnectionError: no server of the LLM answers, or the SLM's does not.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class VLLMBackend(Orchestrator):
         probe_seconds: float = 5.0,
         max_retries: int = 1,
         timeout: float = 600.0,
+        llm_timeout: float = 30.0,
         api_key_env: str = "OPENAI_API_KEY",
         trust_remote_code: bool = False,
     ):
@@ -91,57 +92,39 @@ class VLLMBackend(Orchestrator):
 
         if not llm_urls:
             raise ValueError("llm_urls is empty: give at least one server of the LLM, e.g. http://localhost:8000/v1.")
-        tokenizer = AutoTokenizer.from_pretrained(slm, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).get_text_config()
-        llm_vocab = None
-        shared = config.vocab_size
-        if llm is not None:
-            llm_vocab = (
-                AutoConfig.from_pretrained(llm, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-            )
-            theirs = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust_remote_code)
-            shared = check_pair(tokenizer, theirs, config.vocab_size, llm_vocab)
         if threshold is None:
             threshold = TokenRouter.from_pretrained(router).threshold
         threshold = check_threshold(threshold)
-        route = choose_route_token(
-            tokenizer, config.vocab_size, route_token_id, end_ids=_end_ids(slm, tokenizer, trust_remote_code)
-        )
+        pair = describe_pair(slm, llm, route_token_id, trust_remote_code=trust_remote_code)
+        shared, vocab_size = pair.shared_vocab, pair.config.vocab_size
         key = os.environ.get(api_key_env) or "none"  # the client insists on some key
         large = ServedLLM(
-            llm_urls, llm_name, api_key=key, timeout=timeout, max_retries=max_retries, logprobs=logprobs,
-            banned=range(shared, llm_vocab or shared),
+            llm_urls, llm_name, api_key=key, timeout=llm_timeout, max_retries=max_retries, logprobs=logprobs,
+            banned=range(shared, pair.llm_vocab or shared),
         )  # fmt: skip
         small: EngineSLM | ServedSLM
         if slm_url is None:
-            overrides = routed_overrides(config, router, route, threshold=threshold, shared_vocab=shared)
+            overrides = routed_overrides(
+                pair.config, router, pair.route_token_id, threshold=threshold, shared_vocab=shared
+            )
             options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(slm_options or {})}
             small = EngineSLM(slm, overrides, options, handback=handback, logprobs=logprobs)
         else:
             if handback == "session":
                 raise ValueError("handback is 'session', which only an SLM in this process has: leave slm_url out.")
             small = ServedSLM(
-                slm_url, route, config.vocab_size, threshold, api_key=key, timeout=timeout, logprobs=logprobs
+                slm_url, pair.route_token_id, vocab_size, threshold, api_key=key, timeout=timeout, logprobs=logprobs
             )
         super().__init__(
             small,
             large,
-            tokenizer,
+            pair.tokenizer,
             threshold=threshold,
             shared_vocab=shared,
             llm_span=llm_span,
             on_llm_outage=on_llm_outage,
             probe_seconds=probe_seconds,
         )
-
-
-def _end_ids(model: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool) -> set[int]:
-    try:
-        ends = GenerationConfig.from_pretrained(model, trust_remote_code=trust_remote_code).eos_token_id
-    except OSError:  # not every checkpoint has one
-        ends = None
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    return {end for end in [*ends, tokenizer.eos_token_id] if end is not None}
 
 
 class EngineSLM:

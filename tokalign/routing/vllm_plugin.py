@@ -7,11 +7,10 @@ its own stop check ends the request there, whatever the temperature. Whoever sen
 `stop_token_ids`; the orchestrator does. Only logits change, never hidden states: the prefix cache holds what the plain
 model's would.
 
-In this process, `LLM(model, **routed_engine_options(...))`. A stock server, on one line:
+In this process, `LLM(model, **routed_engine_options(...))`. For a stock server, this prints the command that starts it,
+with the route token that a `VLLMBackend` of the same models chooses (a row of the LM head that no token uses):
 
-    python -m vllm.entrypoints.openai.api_server --model SLM --worker-extension-cls
-    tokalign.routing.vllm_plugin.RouterWorkerExtension --hf-overrides '{"architectures": ["RoutedQwen2ForCausalLM"],
-    "token_router": {"path": "ROUTER", "route_token_id": 151936, "threshold": 0.7}}'
+    python -m tokalign.routing.vllm_plugin --slm SLM --llm LLM --router ROUTER [--port 8002]
 
 Log-probs of prompts (`prompt_logprobs`) pass the same head, so those of a routed model are the routed distribution's.
 
@@ -21,16 +20,19 @@ refused when a routed model is built, unless the environment variable TOKALIGN_A
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
-from collections.abc import Collection
-from typing import Any
+import shlex
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from packaging.version import Version
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 OLDEST_VLLM, NEXT_VLLM = "0.30.0", "0.31"  # from, and below
+EXTENSION = "tokalign.routing.vllm_plugin.RouterWorkerExtension"  # spelt out: run as a program, this is __main__
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
@@ -119,6 +121,45 @@ def choose_route_token(
     )
 
 
+class PairDescription(NamedTuple):
+    """What the SLM's engine and whoever asks it must agree on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig  # the SLM's
+    shared_vocab: int
+    llm_vocab: int | None
+    route_token_id: int
+
+
+def describe_pair(
+    slm: str, llm: str | None = None, route_token_id: int | None = None, *, trust_remote_code: bool = False
+) -> PairDescription:
+    """Compare the pair and choose its route token.
+
+    Args:
+        slm, llm: hub ids or folders; without `llm`, all of the SLM's ids are taken as shared.
+
+    Raises:
+        ValueError: one sentence, for a pair or route token that does not fit.
+    """
+    from tokalign.routing.backend import check_pair
+
+    tokenizer = AutoTokenizer.from_pretrained(slm, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).get_text_config()
+    shared, llm_vocab = config.vocab_size, None
+    if llm is not None:
+        llm_vocab = AutoConfig.from_pretrained(llm, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        theirs = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust_remote_code)
+        shared = check_pair(tokenizer, theirs, config.vocab_size, llm_vocab)
+    try:
+        ends = GenerationConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).eos_token_id
+    except OSError:  # not every checkpoint has one
+        ends = None
+    end_ids = [ends] if isinstance(ends, int) else list(ends or [])
+    route = choose_route_token(tokenizer, config.vocab_size, route_token_id, end_ids=end_ids)
+    return PairDescription(tokenizer, config, shared, llm_vocab, route)
+
+
 def routed_overrides(
     config: PreTrainedConfig,
     router: str,
@@ -155,13 +196,12 @@ def routed_overrides(
 
 def routed_engine_options(overrides: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `vllm.LLM` and `AsyncEngineArgs` that a routed SLM needs."""
-    return {"hf_overrides": overrides, "worker_extension_cls": f"{__name__}.RouterWorkerExtension"}
+    return {"hf_overrides": overrides, "worker_extension_cls": EXTENSION}
 
 
 def routed_server_options(overrides: dict[str, Any]) -> list[str]:
     """The same for the command line of vLLM's server."""
-    extension = routed_engine_options(overrides)["worker_extension_cls"]
-    return ["--hf-overrides", json.dumps(overrides), "--worker-extension-cls", extension]
+    return ["--hf-overrides", json.dumps(overrides), "--worker-extension-cls", EXTENSION]
 
 
 def check_threshold(value: float) -> float:
@@ -179,3 +219,42 @@ class RouterWorkerExtension:
         model: Any = self.get_model()  # type: ignore[attr-defined]  # of the worker that vLLM mixes this into
         model.router_threshold = check_threshold(threshold)
         return model.router_threshold
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the command that starts a stock vLLM server as the routed SLM; more options may follow it."""
+    parser = argparse.ArgumentParser(prog="python -m tokalign.routing.vllm_plugin", description=main.__doc__)
+    parser.add_argument("--slm", required=True, help="Small model: hub id or path.")
+    parser.add_argument("--router", required=True, help="Trained router of the small model: hub id or path.")
+    parser.add_argument("--llm", help="Large model, to compare vocabularies; give it as to the backend.")
+    parser.add_argument("--threshold", type=float, help="At the start; unset is the router's own.")
+    parser.add_argument("--route_token_id", type=int, help="Unset chooses one as the backend does.")
+    parser.add_argument("--port", type=int, default=8002, help="Port of the server.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Only for sources you trust.")
+    given = parser.parse_args(arguments)
+    try:
+        print(_server_command(given))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+def _server_command(given: argparse.Namespace) -> str:
+    from tokalign.routing.model import TokenRouter
+
+    router = TokenRouter.from_pretrained(given.router)
+    router.check_slm(given.slm)
+    threshold = check_threshold(router.threshold if given.threshold is None else given.threshold)
+    pair = describe_pair(given.slm, given.llm, given.route_token_id, trust_remote_code=given.trust_remote_code)
+    # The server may start in another folder.
+    path = os.path.abspath(given.router) if os.path.isdir(given.router) else given.router
+    overrides = routed_overrides(
+        pair.config, path, pair.route_token_id, threshold=threshold, shared_vocab=pair.shared_vocab
+    )
+    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", given.slm, "--port", str(given.port)]
+    command += ["--host", "127.0.0.1"]  # whoever reaches a server in development mode may call into its workers
+    command += ["--trust-remote-code"] if given.trust_remote_code else []
+    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join([*command, *routed_server_options(overrides)])
+
+
+if __name__ == "__main__":
+    main()

@@ -17,12 +17,14 @@ from typing import Any
 import httpx
 import openai
 
-from tokalign.generation.openai_engine import FIRST_PAUSE, LONGEST_PAUSE
+from tokalign.generation.openai_engine import FIRST_PAUSE, LONGEST_PAUSE, NEUTRAL_SAMPLING
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.backend import LLMUnavailable
 from tokalign.routing.orchestrator import Piece
 
 SPAN_AT_ONCE = 16  # tokens of the LLM that come in one answer; more are streamed
+CONNECT_SECONDS = 5.0  # for a connection to the LLM
+PROBE_SECONDS = 3.0  # for its answer to a look whether it is there
 
 
 def cut_piece(
@@ -43,8 +45,11 @@ class _BrokenAnswer(Exception):
 class ServedSLM:
     """`SmallModel` behind a vLLM server that was started with the plug-in and the same route token.
 
+    At the start it is told the threshold, and asked once, at threshold 0, whether it routes by the same token.
+
     Raises:
         ConnectionError: it does not answer.
+        ValueError: it takes no threshold or routes by another token, or not at all.
     """
 
     def __init__(
@@ -53,8 +58,32 @@ class ServedSLM:
     ):  # fmt: skip
         self.url, self.route_token_id, self.vocab_size, self.logprobs = url, route_token_id, vocab_size, logprobs
         self.model, self.max_length = _served_model([url], None, api_key, "SLM")
+        with openai.OpenAI(base_url=url, api_key=api_key, timeout=30.0, max_retries=0) as client:
+            self._agree(client, threshold)
         self._client = openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=0)
-        self._start: float | None = threshold  # the server has its own until it is told
+
+    def _agree(self, client: openai.OpenAI, threshold: float) -> None:
+        root = client.with_options(base_url=_root(self.url))
+        try:
+            root.post("/collective_rpc", cast_to=object, body=_threshold_call(0.0))
+            try:
+                answer: Any = client.completions.create(
+                    model=self.model,
+                    prompt=[0],
+                    max_tokens=1,
+                    temperature=0.0,
+                    extra_body={"return_token_ids": True, "stop_token_ids": [self.route_token_id]},
+                )
+            finally:
+                root.post("/collective_rpc", cast_to=object, body=_threshold_call(threshold))
+        except openai.OpenAIError as error:
+            raise self._failure(error) from error
+        ids = getattr(answer.choices[0], "token_ids", None) if answer.choices else None
+        if ids != [self.route_token_id]:
+            raise ValueError(
+                f"The SLM's server {self.url} wrote {ids} where all is routed, not the route token "
+                f"{self.route_token_id}: start it with the command that python -m tokalign.routing.vllm_plugin prints."
+            )
 
     def open(self, params: SamplingParams) -> ServedTurns:
         """See `SmallModel`."""
@@ -62,24 +91,19 @@ class ServedSLM:
 
     async def set_threshold(self, value: float) -> None:
         """See `SmallModel`; over the server's development interface, which is the one that stock vLLM has."""
-        self._start = None
         root = self._client.with_options(base_url=_root(self.url))
         try:
-            await root.post("/collective_rpc", cast_to=object, body={"method": "set_router_threshold", "args": [value]})
-        except openai.NotFoundError as error:
-            raise ValueError(
+            await root.post("/collective_rpc", cast_to=object, body=_threshold_call(value))
+        except openai.OpenAIError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, openai.NotFoundError):
+            return ValueError(
                 f"The SLM's server {self.url} takes no new threshold: start it with VLLM_SERVER_DEV_MODE=1 in its "
                 "environment, or run the SLM in this process."
-            ) from error
-        except openai.OpenAIError as error:
-            raise ConnectionError(
-                f"The SLM's server {self.url} failed ({_one_line(error)}): check that it runs."
-            ) from error
-
-    async def ready(self) -> None:
-        """Tell the server the threshold that this backend was made with, once."""
-        if self._start is not None:
-            await self.set_threshold(self._start)
+            )
+        return ConnectionError(f"The SLM's server {self.url} failed ({_one_line(error)}): check that it runs.")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -96,7 +120,6 @@ class ServedTurns:
     async def write(self, prefix: list[int], most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
         """See `Turns`."""
         slm = self.slm
-        await slm.ready()
         unseen = len(prefix) - self._read
         try:
             async with aclosing(
@@ -129,7 +152,11 @@ class ServedTurns:
 class ServedLLM:
     """`LargeModel` over vLLM servers, spread by request; failures go to the next server, then to a later attempt.
 
+    A server that falls silent for `timeout` is not asked again for the same piece. It is healthy again when it has
+    written a token: vLLM's /health also answers while its engine hangs.
+
     Args:
+        timeout: seconds for the first byte of an answer, and between two of a stream.
         banned: ids that the SLM does not have; the servers are asked to avoid them.
 
     Raises:
@@ -142,9 +169,11 @@ class ServedLLM:
     ):  # fmt: skip
         self.urls, self.max_retries, self.logprobs = list(urls), max_retries, logprobs
         self.model, self.max_length = _served_model(self.urls, name, api_key, "LLM")
+        patience = openai.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
         self._clients = [
-            openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=0) for url in self.urls
+            openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=patience, max_retries=0) for url in self.urls
         ]
+        self._silent: set[int] = set()  # servers that have hung since they were last well
         self._bias = {str(token): -100 for token in banned}
 
     async def write(
@@ -153,13 +182,16 @@ class ServedLLM:
         """See `LargeModel`. A stream that breaks is taken up again behind what has come of it."""
         prefix = list(prefix)
         problem = ""
+        silent: set[int] = set()
         for attempt in itertools.count():
             rounds, turn = divmod(attempt, len(self.urls))
-            if rounds > self.max_retries:
+            if rounds > self.max_retries or len(silent) == len(self.urls):
                 break
             if rounds and turn == 0:
                 await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (rounds - 1)) * random.uniform(0.5, 1.5))
             at = (place + attempt) % len(self.urls)
+            if at in silent:
+                continue
             try:
                 async with aclosing(
                     _stream_completion(
@@ -191,18 +223,34 @@ class ServedLLM:
                         f"The LLM's server {self.urls[at]} refused a request: {_one_line(error)} Check its model's "
                         f"name ({self.model}) and its longest context."
                     ) from error
+                if isinstance(error, openai.APITimeoutError):
+                    silent.add(at)
+                    self._silent.add(at)
                 problem = f"{self.urls[at]}: {_one_line(error)}"
         raise LLMUnavailable(f"The LLM cannot be reached ({problem}): check that its servers run.")
 
     async def healthy(self) -> bool:
-        """Whether any server's /health answers."""
-        for url, client in zip(self.urls, self._clients, strict=True):
-            try:
-                await client.with_options(base_url=_root(url), timeout=5.0).get("/health", cast_to=object)
-                return True
-            except openai.OpenAIError:
-                continue
-        return False
+        """Whether any server is well; all are asked at once."""
+        looks = [asyncio.create_task(self._well(at)) for at in range(len(self.urls))]
+        try:
+            for look in asyncio.as_completed(looks):
+                if await look:
+                    return True
+            return False
+        finally:
+            for task in looks:
+                task.cancel()
+
+    async def _well(self, at: int) -> bool:
+        client = self._clients[at].with_options(timeout=PROBE_SECONDS)
+        try:
+            await client.with_options(base_url=_root(self.urls[at])).get("/health", cast_to=object)
+            if at in self._silent:
+                await client.completions.create(model=self.model, prompt=[0], max_tokens=1)
+        except (openai.OpenAIError, ValueError):  # the latter for what is not JSON
+            return False
+        self._silent.discard(at)
+        return True
 
     async def close(self) -> None:
         """Close the connections."""
@@ -230,7 +278,7 @@ async def _stream_completion(
     Args:
         unseen: tokens of `prefix` that the server reads at least; more if it says how many it had in its cache.
     """
-    body = {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": stop_token_ids}
+    body: dict[str, Any] = {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": stop_token_ids}
     usage = {} if whole else {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     try:
         answer: Any = await client.completions.create(
@@ -242,7 +290,7 @@ async def _stream_completion(
             seed=seed,
             logprobs=0 if logprobs else None,
             stream=not whole,
-            extra_body=body | usage,
+            extra_body=body | usage | NEUTRAL_SAMPLING,
             logit_bias=bias or None,
         )
         if whole:
@@ -293,6 +341,10 @@ def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str
             raise ValueError(f"{url} serves {', '.join(m.id for m in models)}, not {name}: correct llm_name.")
         return found[0].id, getattr(found[0], "max_model_len", None) or 2**31
     raise ConnectionError(f"No server of the {side} answers ({problem}): start it, or correct its address.")
+
+
+def _threshold_call(value: float) -> dict[str, Any]:
+    return {"method": "set_router_threshold", "args": [value]}
 
 
 def _root(url: str) -> str:
