@@ -1,6 +1,7 @@
 r"""Speed of routed decoding at the shapes of real pairs: random weights, decisions replayed at a fixed LLM rate.
 
     python benchmarks/routed_decoding.py                                      # Qwen2.5 0.5B + 3B, bf16, CPU
+    python benchmarks/routed_decoding.py --pair 1.5b 3b --router_only true    # the router's time alone
     python benchmarks/routed_decoding.py --pair 1.5b 8b --device cuda --batch_sizes 1 16 64
 
 What is decided does not matter to speed, so the decisions are drawn once (12 % of the positions) and replayed, and the
@@ -77,6 +78,7 @@ class Arguments:
     vocab_size: int = 151936
     device: str = "cpu"
     dtype: str = "bfloat16"
+    router_only: bool = field(default=False, metadata={"help": "Only the router's share of a step of the SLM."})
     repeats: int = field(default=3, metadata={"help": "Turns of the three ways; medians are reported."})
     seed: int = 0
     output_dir: str = "runs/benchmarks/routed_decoding"
@@ -322,13 +324,34 @@ def report(results: list[dict[str, Any]], arguments: Arguments) -> None:
     figure.savefig(output / "results.png", dpi=150)
 
 
+def report_router(slm: Any, router: TokenRouter, arguments: Arguments) -> None:
+    """The router's time beside a step of the SLM: a table, and router.json in `output_dir`."""
+    forwards = Forwards(slm, arguments.prompt_length, arguments)
+    table = Table("batch", "SLM step, ms", "router, ms", "share", title=f"{arguments.pair[0]}, {arguments.dtype}")
+    results = []
+    for batch in arguments.batch_sizes:
+        step = forwards.seconds(batch, 1)
+        share = router_share(batch, slm, router, step, arguments)
+        results.append({"batch": batch, "slm_step_seconds": step, **share})
+        times = (f"{1e3 * step:.1f}", f"{1e3 * share['seconds']:.1f}")
+        table.add_row(str(batch), *times, f"{100 * share['share_of_slm_step']:.1f} %")
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    content = {"arguments": asdict(arguments), "parameters": router.num_parameters(), "results": results}
+    (output / "router.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    Console().print(table)
+
+
 def main(arguments: Arguments) -> None:
     for name in arguments.pair:
         if name not in SHAPES:
             raise SystemExit(f"--pair has {name!r}: use two of {', '.join(SHAPES)}.")
     torch.manual_seed(arguments.seed)
-    slm, llm = (random_model(shape, arguments) for shape in arguments.pair)
+    slm = random_model(arguments.pair[0], arguments)
     router = random_router(slm, arguments)
+    if arguments.router_only:
+        return report_router(slm, router, arguments)
+    llm = random_model(arguments.pair[1], arguments)
     report([compare(batch, slm, llm, router, arguments) for batch in arguments.batch_sizes], arguments)
 
 

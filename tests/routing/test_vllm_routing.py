@@ -154,7 +154,7 @@ def world(tmp_path_factory):
         asyncio.Runner() as runner,
     ):
         wait_llm()
-        options = {"llm": llm, "threshold": pair.threshold, "dtype": "float32", "max_retries": 0}
+        options = {"llm": llm, "threshold": pair.threshold, "dtype": "float32", "max_retries": 1}
 
         async def start():
             return VLLMBackend(slm, pair.router, [llm_url], **options)
