@@ -12,6 +12,7 @@ routing.png to `output_dir`.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -233,8 +234,6 @@ def main(arguments: Arguments) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    import json
-
     return json.loads(path.read_text(encoding="utf-8"))
 
 

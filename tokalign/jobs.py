@@ -93,6 +93,16 @@ def process_state() -> PartialState:
     return state
 
 
+def model_device() -> torch.device:
+    """Where this process loads its models.
+
+    Several CPU processes have "cpu:0" by accelerate. Moving a model there would copy its weights, and kernels round by
+    alignment: one process and two would differ in the last bits.
+    """
+    device = process_state().device
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
 def end_processes() -> None:
     """Leave the processes of this launch; the last line of a script that trains under `accelerate launch`.
 

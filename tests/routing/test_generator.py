@@ -357,7 +357,7 @@ def test_several_processes_keep_the_weights_where_one_process_has_them(folders, 
     one = RoutedGenerator.from_pretrained(*folders, policy=Toy())
     # What accelerate gives to each process of a CPU launch
     state = SimpleNamespace(device=torch.device("cpu", 0))
-    monkeypatch.setattr("tokalign.routing.generator.process_state", lambda: state)
+    monkeypatch.setattr("tokalign.jobs.process_state", lambda: state)
     several = RoutedGenerator.from_pretrained(*folders, policy=Toy())
     for a, b in ((one.slm, several.slm), (one.llm, several.llm)):
         for mine, other in zip(a.parameters(), b.parameters(), strict=True):

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.data.contract import ContractError
 from tokalign.data.prompts import render_prompt
+from tokalign.data.templates import read_template
 
 BUILT_IN = Path(__file__).parent / "revision_templates"
 FIELDS = ("prompt", "completion")
@@ -75,20 +76,10 @@ def load_templates(name_or_path: str | Path) -> RevisionTemplates:
     Raises:
         ContractError: neither a name nor a readable file, not a JSON object, or what `RevisionTemplates` refuses.
     """
-    names = sorted(file.stem for file in BUILT_IN.glob("*.json"))
-    file = BUILT_IN / f"{name_or_path}.json" if name_or_path in names else Path(name_or_path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ContractError(
-            f"There are no revision templates {str(name_or_path)!r} ({error.strerror}); use one of {', '.join(names)}, "
-            "or the path of a JSON file."
-        ) from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ContractError(f"{file} is not JSON ({error}); write an object with `better` and `worse`.") from None
-    if not isinstance(content, dict):
-        raise ContractError(f"{file} is not a JSON object; write an object with `better` and `worse`.")
-    return RevisionTemplates(file.stem, content.get("better"), content.get("worse"))  # type: ignore[arg-type]
+    name, content = read_template(
+        name_or_path, BUILT_IN, absent="There are no revision templates", parts="`better` and `worse`"
+    )
+    return RevisionTemplates(name, content.get("better"), content.get("worse"))  # type: ignore[arg-type]
 
 
 def templates_hash(templates: RevisionTemplates) -> str:

@@ -44,7 +44,7 @@ from tokalign.generation.protocol import (
     prefixes_of,
     repeat_greedy,
 )
-from tokalign.jobs import process_state
+from tokalign.jobs import model_device
 
 # Rows leave, and waiting ones join, once this share of the batch has finished or is free: each change copies the cache.
 COMPACT_SHARE = 1 / 8
@@ -82,7 +82,7 @@ class TransformersEngine:
                 device_map=arguments.device_map,
             )
             if arguments.device_map is None:
-                model.to(process_state().device)
+                model.to(model_device())  # type: ignore[arg-type]
             model.eval()
         if isinstance(model, PeftModel):  # its LoRA layers sit in the base, whose forward says what it takes
             model = cast(PreTrainedModel, model.get_base_model())

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 from tokalign.data.batching import batches_by_length
-from tokalign.jobs import process_state
+from tokalign.jobs import model_device
 
 Messages = list[dict[str, str]]
 
@@ -68,7 +68,7 @@ class RewardModel:
         self.model, loading = AutoModelForSequenceClassification.from_pretrained(
             model,
             dtype=dtype,
-            device_map=device_map or process_state().device,
+            device_map=device_map or model_device(),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )

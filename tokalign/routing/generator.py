@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tokalign.generation.batch import SAMPLED_LOGITS
 from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_prompts, params_of_each
 from tokalign.generation.sampling import sample, uniforms, wide_dtype
-from tokalign.jobs import process_state
+from tokalign.jobs import model_device
 from tokalign.routing.backend import RoutedStats, RoutedToken, check_pair
 from tokalign.routing.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.slots import CachedModel, check_model
@@ -151,10 +151,7 @@ class RoutedGenerator:
             raise ValueError("Give either a router or a policy: one of them decides who writes a token.")
         if threshold is not None and router is None:
             raise ValueError("threshold belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
-        device = process_state().device
-        if device.type == "cpu":
-            # Several processes have "cpu:0": moving there would copy the weights, and kernels round by alignment.
-            device = torch.device("cpu")
+        device = model_device()
         tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in (slm, llm)]
         models = []
         for path, place in ((slm, device_map), (llm, device_map if llm_device_map is None else llm_device_map)):
@@ -165,7 +162,7 @@ class RoutedGenerator:
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
-            models.append(model.to(device) if place is None else model)
+            models.append(model.to(device) if place is None else model)  # type: ignore[arg-type]
         if router is not None:
             from tokalign.routing.model import TokenRouter
 

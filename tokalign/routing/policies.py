@@ -12,14 +12,12 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from tokalign.generation.sampling import uniforms
-
-if TYPE_CHECKING:
-    from tokalign.routing.model import TokenRouter
+from tokalign.routing.model import TokenRouter, row_features
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +107,7 @@ class EntropyPolicy:
         samples: torch.Tensor,
         steps: torch.Tensor,
     ) -> torch.Tensor:
-        log_probs = logits.float().log_softmax(-1)
-        # A banned id has log-probability -inf and contributes nothing.
-        return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+        return row_features(None, logits, top_k=0, shared_vocab=logits.shape[1], needs=("entropy",))["entropy"]
 
 
 class RandomPolicy:

@@ -26,13 +26,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope, Send
 
-from tokalign.routing.answers import Answer
-from tokalign.routing.api import ApiError, ChatRequest, CompletionRequest, Request, parse, sampling_params
-from tokalign.routing.asgi import STOPPING, Gate, Reply, Watched
 from tokalign.routing.backend import RoutedBackend, RoutedToken
 from tokalign.routing.budget import BudgetController
-from tokalign.routing.choices import Draw, Piece, Places, draws_of, pieces
 from tokalign.routing.detokenize import Detokenizer
+from tokalign.routing.server_answers import Answer
+from tokalign.routing.server_api import ApiError, ChatRequest, CompletionRequest, Request, parse, sampling_params
+from tokalign.routing.server_asgi import STOPPING, Gate, Reply, Watched
+from tokalign.routing.server_choices import Draw, Piece, Places, draws_of, pieces
 from tokalign.routing.server_metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)

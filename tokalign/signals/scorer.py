@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tokalign.data.batching import batches_by_length
 from tokalign.generation.protocol import adapter_config
-from tokalign.jobs import process_state
+from tokalign.jobs import model_device
 
 ACCELERATOR_TILE_BYTES = 512 << 20  # an accelerator needs enough positions in one matrix product to be busy
 # fp32 logits of one tile. A matrix product reads and packs the whole head again for each tile, so a tile should hold
@@ -67,11 +67,6 @@ def _load_adapters(base: PreTrainedModel, adapters: dict[str, str], base_name: s
     return model.eval()
 
 
-def _device() -> torch.device:
-    # cpu=True where there is no accelerator: without it accelerate takes several CPU processes for one
-    return process_state().device
-
-
 class CompletionScorer:
     """One base in memory, with adapters to be switched on in turn.
 
@@ -106,7 +101,7 @@ class CompletionScorer:
             self.base = model
         else:
             self.base = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=dtype, device_map=device_map or _device()
+                str(model), dtype=dtype, device_map=device_map or model_device()
             )
         self.base.eval()
         embedding = next(self.base.get_input_embeddings().parameters())

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.data.contract import ContractError
 from tokalign.data.prompts import render_prompt
+from tokalign.data.templates import read_template
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.signals.divergence import DIVERGENT, INVALID, NEUTRAL
 
@@ -108,22 +109,10 @@ def load_judge_template(name_or_path: str | Path) -> JudgeTemplate:
     Raises:
         ContractError: neither a name nor a readable file, not a JSON object, or what `JudgeTemplate` refuses.
     """
-    names = sorted(file.stem for file in BUILT_IN.glob("*.json"))
-    file = BUILT_IN / f"{name_or_path}.json" if name_or_path in names else Path(name_or_path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ContractError(
-            f"There is no judge template {str(name_or_path)!r} ({error.strerror}); use {', '.join(names)}, or the path "
-            "of a JSON file."
-        ) from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ContractError(
-            f"{file} is not JSON ({error}); write an object with system, user, same, different."
-        ) from None
-    if not isinstance(content, dict):
-        raise ContractError(f"{file} is not a JSON object; write one with system, user, same and different.")
-    return JudgeTemplate(file.stem, *(content.get(part) for part in ("system", "user", "same", "different")))  # type: ignore[arg-type]
+    name, content = read_template(
+        name_or_path, BUILT_IN, absent="There is no judge template", parts="system, user, same and different"
+    )
+    return JudgeTemplate(name, *(content.get(part) for part in ("system", "user", "same", "different")))  # type: ignore[arg-type]
 
 
 def judge_template_hash(template: JudgeTemplate) -> str:

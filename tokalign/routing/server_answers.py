@@ -6,9 +6,9 @@ import time
 import uuid
 from typing import Any
 
-from tokalign.routing.api import Request
-from tokalign.routing.choices import Draw, Piece
 from tokalign.routing.detokenize import Detokenizer
+from tokalign.routing.server_api import Request
+from tokalign.routing.server_choices import Draw, Piece
 
 
 class Answer:

@@ -14,9 +14,9 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from tokalign.generation.protocol import Ids, SamplingParams
-from tokalign.routing.api import ApiError
 from tokalign.routing.backend import LLMUnavailable, RoutedBackend, RoutedToken
 from tokalign.routing.detokenize import Detokenizer
+from tokalign.routing.server_api import ApiError
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokalign.routing.api import ApiError
+from tokalign.routing.server_api import ApiError
 from tokalign.routing.server_metrics import ServerMetrics
 
 POSTS = ("/v1/completions", "/v1/chat/completions")
