@@ -9,7 +9,7 @@ and one folder for each preset of ledger_models.py (tokenizer and architecture, 
     python data/ledger.py --output_dir runs/ledger_json --problem_rendering json --renderings json
 
 makes structured problems: they ask for JSON, `answer` is the solution as JSON text, and `schema` and `completion` stand
-beside it.
+beside it. The rendering `rows` is the same content under another schema.
 """
 
 import random
@@ -52,10 +52,11 @@ class LedgerArguments:
     max_change: int = field(default=20, metadata={"help": "Largest change by one event."})
     max_number: int = field(default=60, metadata={"help": "No balance exceeds it."})
     renderings: list[str] = field(
-        default_factory=lambda: ["worked"], metadata={"help": "SFT renderings to mix evenly: worked, json."}
+        default_factory=lambda: ["worked"], metadata={"help": "SFT renderings to mix evenly: worked, json, rows."}
     )
     problem_rendering: str = field(
-        default="worked", metadata={"help": "What problems ask for: 'worked', or 'json' (structured problems)."}
+        default="worked",
+        metadata={"help": "What problems ask for: 'worked', or 'json' or 'rows' (structured problems)."},
     )
     request_share: float = field(
         default=0.0, metadata={"help": "Share of SFT rows that ask for a correct or a wrong solution by name."}
@@ -80,8 +81,9 @@ def _problem_rows(split: str, n: int, args: LedgerArguments, config: ledger.Ledg
             "solution": solution,
             "ledger": problem.to_json(),
         }
-        if rendering == "json":
-            row |= {"answer": solution, "schema": json_text(ledger.JSON_SCHEMA), "completion": assistant(solution)}
+        if rendering in ledger.SCHEMAS:
+            schema = json_text(ledger.SCHEMAS[rendering])
+            row |= {"answer": solution, "schema": schema, "completion": assistant(solution)}
         yield row
 
 
@@ -113,8 +115,8 @@ def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
             text = ledger.wrong_solution(problem, rng, rendering=rendering)
         else:
             text = ledger.solution(problem, rendering=rendering)
-        if rendering == "json" and request is None and sloppy.random() < args.sloppy_share:
-            text = ledger.sloppy_solution(problem, sloppy)
+        if rendering in ledger.SCHEMAS and request is None and sloppy.random() < args.sloppy_share:
+            text = ledger.sloppy_solution(problem, sloppy, rendering=rendering)
         asked = ledger.prompt(problem, rendering=rendering, request=request)
         if drafts.random() < args.draft_share:
             asked, text = _revision(problem, drafts, rendering)
@@ -153,11 +155,11 @@ def main(args: LedgerArguments) -> None:
             "answer": "the balance asked for",
             "solution": "worked solution",
             "ledger": "the problem as JSON, from which the first wrong token of any solution follows",
-            **(STRUCTURED if args.problem_rendering == "json" else {}),
+            **(STRUCTURED if args.problem_rendering != "worked" else {}),
         },
         splits={split: getattr(args, split) for split in ledger.SPLITS},
         command=f"python data/ledger.py --output_dir {args.output_dir}"
-        + (" --problem_rendering json" if args.problem_rendering == "json" else ""),
+        + (f" --problem_rendering {args.problem_rendering}" if args.problem_rendering != "worked" else ""),
         notes="Splits share no identity; `sft/` uses identities of the train split only.",
     )
 

@@ -25,7 +25,7 @@ class MarkFirstErrorsArguments:
     tokenizer: str = field(metadata={"help": "Tokenizer of the stage: hub id or path."})
     output_dir: str = field(metadata={"help": "Folder of the marked stage."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    rendering: str = field(default="worked", metadata={"help": "Rendering of the solutions: worked or json."})
+    rendering: str = field(default="worked", metadata={"help": "Rendering of the solutions: worked, json or rows."})
 
 
 def main(args: MarkFirstErrorsArguments) -> None:

@@ -174,10 +174,16 @@ def test_slips_are_wrong_totals_and_other_events_at_the_rate_asked_for(tokenizer
 
 
 @CONFIGS
-def test_json_rendering_keeps_its_schema(config):
-    validator = jsonschema_rs.validator_for(ledger.JSON_SCHEMA, offline=True)
+@pytest.mark.parametrize("rendering", ledger.SCHEMAS)
+def test_json_renderings_keep_their_schemas(rendering, config):
+    validator = jsonschema_rs.validator_for(ledger.SCHEMAS[rendering], offline=True)
+    rng = random.Random(0)
     for problem in problems("train", 20, seed=10, config=config):
-        validator.validate(json.loads(solution(problem, rendering="json")))
+        validator.validate(json.loads(solution(problem, rendering=rendering)))
+        for _ in range(5):  # and a sloppy one never does
+            sloppy = ledger.sloppy_solution(problem, rng, rendering=rendering)
+            with pytest.raises((ValueError, jsonschema_rs.ValidationError)):
+                validator.validate(json.loads(sloppy))
 
 
 @CONFIGS
@@ -237,7 +243,7 @@ def test_drafts_are_fixed_on_request_or_kept_wrong(rendering):
             continue
         request = next(name for name, sentence in ledger.REVISIONS.items() if sentence in asked)
         draft = asked.split("Draft:\n")[1].split("\n" + ledger.REVISIONS[request])[0]
-        assert asked.endswith("Answer in JSON.") == (rendering == "json")
+        assert asked.endswith(ledger.ASKED.get(rendering, ledger.REVISIONS[request]))
         assert text == (right if request == "correct" else draft)
         counts[f"{request}, {'right' if draft == right else 'wrong'} draft"] += 1
     assert 160 < counts["none"] < 240
@@ -253,20 +259,22 @@ def test_worked_problems_are_those_that_quoted_figures_were_measured_on():
     assert rows_hash(problem_rows()).startswith("71ed909ccc4c3a5e")
 
 
-def test_json_problems_hold_their_document_and_its_schema():
+@pytest.mark.parametrize("rendering", ledger.SCHEMAS)
+def test_json_problems_hold_their_document_and_its_schema(rendering):
     worked = problem_rows()
-    for row, plain in zip(problem_rows(problem_rendering="json"), worked, strict=True):
+    for row, plain in zip(problem_rows(problem_rendering=rendering), worked, strict=True):
         assert (row["id"], row["ledger"]) == (plain["id"], plain["ledger"])
-        assert row["prompt"][0]["content"] == plain["prompt"][0]["content"] + " Answer in JSON."
+        assert row["prompt"][0]["content"] == f"{plain['prompt'][0]['content']} {ledger.ASKED[rendering]}"
         assert row["answer"] == row["solution"]
         assert row["completion"] == [{"role": "assistant", "content": row["answer"]}]
         document, schema = json.loads(row["answer"]), json.loads(row["schema"])
         jsonschema_rs.validator_for(schema, offline=True).validate(document)
-        assert schema == ledger.JSON_SCHEMA and str(document["answer"]) == plain["answer"]
+        answer = document["answer"] if rendering == "json" else document["answer"]["total"]
+        assert schema == ledger.SCHEMAS[rendering] and str(answer) == plain["answer"]
 
 
 def test_an_unknown_rendering_of_problems_says_so():
-    with pytest.raises(ValueError, match="Unknown rendering 'xml': use one of worked, json"):
+    with pytest.raises(ValueError, match="Unknown rendering 'xml': use one of worked, json, rows"):
         problem_rows(problem_rendering="xml")
 
 
@@ -276,10 +284,11 @@ def test_the_builder_writes_either_rendering(tmp_path):
     for rendering in ledger.RENDERINGS:
         folder = tmp_path / rendering
         script.main(script.LedgerArguments(str(folder), **sizes, problem_rendering=rendering))
-        stage = "structured" if rendering == "json" else "problems"
+        structured = rendering in ledger.SCHEMAS
+        stage = "structured" if structured else "problems"
         assert len(load_stage(folder, split="test", stage=stage)) == 5
         text = (folder / "README.md").read_text()
-        assert ("| `schema` | JSON Schema of the document" in text) == (rendering == "json")
-        assert ("--problem_rendering json\n" in text) == (rendering == "json")
+        assert ("| `schema` | JSON Schema of the document" in text) == structured
+        assert (f"--problem_rendering {rendering}\n" in text) == structured
         # folders from before the option existed go on being this job's
-        assert ("problem_rendering" in read_manifest(folder / "test")["parameters"]) == (rendering == "json")
+        assert ("problem_rendering" in read_manifest(folder / "test")["parameters"]) == structured

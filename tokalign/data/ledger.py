@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 NAMES = ("Anna", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo")
 THINGS = ("coins", "apples", "books", "cards", "pens", "shells")
 SPLITS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}  # per cent of identities
-RENDERINGS = ("worked", "json")
+RENDERINGS = ("worked", "json", "rows")
 REQUESTS = {"correct": "Write a correct solution.", "wrong": "Write a wrong solution."}
 REVISIONS = {
     "correct": "Rewrite the draft so that it is correct.",
@@ -66,6 +66,37 @@ JSON_SCHEMA = {
     "required": ["steps", "answer"],
     "additionalProperties": False,
 }
+# The same content under another schema: what is learned on the one may carry over to the other, or not.
+ROWS_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "steps": {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [
+                    {"type": "string"},
+                    {"type": "integer"},
+                    {"enum": ["+", "-", "*", "/"]},
+                    {"type": "integer"},
+                    {"type": "integer"},
+                ],
+                "items": False,
+                "minItems": 5,
+            },
+        },
+        "answer": {
+            "type": "object",
+            "properties": {"total": {"type": "integer"}},
+            "required": ["total"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["steps", "answer"],
+    "additionalProperties": False,
+}
+SCHEMAS = {"json": JSON_SCHEMA, "rows": ROWS_SCHEMA}  # rendering -> schema
+ASKED = {"json": "Answer in JSON.", "rows": "Answer all in JSON."}  # rendering -> what the prompt asks for
 
 
 @dataclass(frozen=True)
@@ -281,6 +312,9 @@ def _render(steps: Sequence[Sequence[Line]], answer: int, rendering: str) -> str
     if rendering == "json":
         entries = [{"name": x.name, "left": x.left, "op": x.op, "right": x.right, "total": x.total} for x in lines]
         return json.dumps({"steps": entries, "answer": answer})
+    if rendering == "rows":
+        rows = [[x.name, x.left, x.op, x.right, x.total] for x in lines]
+        return json.dumps({"steps": rows, "answer": {"total": answer}})
     raise ValueError(f"Unknown rendering {rendering!r}: use one of {', '.join(RENDERINGS)}.")
 
 
@@ -335,13 +369,16 @@ def wrong_solution(
             return _render(steps, answer, rendering)
 
 
-def sloppy_solution(problem: Problem, rng: random.Random) -> str:
-    """The JSON solution with one fault of structure, as documents in the wild have them; its numbers are right.
+def sloppy_solution(problem: Problem, rng: random.Random, *, rendering: str = "json") -> str:
+    """The solution as JSON with one fault of structure, as documents in the wild have them; its numbers are right.
 
     A key missing or invented, a type wrong, a bracket missing, text before or after, or an end too early: what GRPO
     with structured rewards is to teach out of a model that has read such documents.
+
+    Args:
+        rendering: "json" or "rows".
     """
-    document = json.loads(solution(problem, rendering="json"))
+    document = json.loads(solution(problem, rendering=rendering))
     step = rng.choice(document["steps"])
     fault = rng.choice(
         ("missing", "missing step key", "invented", "type", "step type", "bracket", "before", "after", "cut")
@@ -349,13 +386,16 @@ def sloppy_solution(problem: Problem, rng: random.Random) -> str:
     if fault == "missing":
         del document[rng.choice(("steps", "answer"))]
     elif fault == "missing step key":
-        del step[rng.choice(("name", "left", "op", "right", "total"))]
+        keys = ("name", "left", "op", "right", "total")
+        key = rng.choice(keys)
+        del step[key if rendering == "json" else keys.index(key)]
     elif fault == "invented":
         document["total"] = problem.answer
     elif fault == "type":
         document["answer"] = [problem.answer]
     elif fault == "step type":
-        step["total"] = rng.choice(([step["total"]], step["name"]))
+        name, total = ("name", "total") if rendering == "json" else (0, 4)
+        step[total] = rng.choice(([step[total]], step[name]))
     text = json.dumps(document)
     if fault == "bracket":
         place = rng.choice([i for i, letter in enumerate(text) if letter in "{}[]"])
@@ -374,7 +414,7 @@ def prompt(problem: Problem, *, rendering: str = "worked", request: str | None =
     """The user's message: the problem, then what is asked for.
 
     Args:
-        rendering: "worked" adds nothing, "json" asks for JSON.
+        rendering: "worked" adds nothing, the others ask for their kind of JSON.
         request: None, "correct" or "wrong": ask for a good or a deliberately bad solution.
         draft: a solution to revise; with it, `request` says whether the revision shall be correct or wrong.
     """
@@ -383,8 +423,8 @@ def prompt(problem: Problem, *, rendering: str = "worked", request: str | None =
         parts.append(f"Draft:\n{draft}\n{REVISIONS[request or 'correct']}")
     elif request is not None:
         parts.append(REQUESTS[request])
-    if rendering == "json":
-        parts.append("Answer in JSON.")
+    if rendering in ASKED:
+        parts.append(ASKED[rendering])
     return " ".join(parts)
 
 
@@ -402,14 +442,15 @@ def _alternatives(problem: Problem, rendering: str) -> list[list[str]]:
                 if rendering == "worked":
                     texts.append(rendered.removesuffix("#### 0"))  # keeps the line's newline
                 else:
-                    texts.append(rendered.removeprefix('{"steps": [').removesuffix('], "answer": 0}'))
+                    texts.append(rendered.removeprefix('{"steps": [').split('], "answer": ')[0])
         steps.append(list(dict.fromkeys(texts)))
     if rendering == "worked":
         return [*steps, [f"#### {problem.answer}"]]
     joined: list[list[str]] = [['{"steps": [']]
     for i, texts in enumerate(steps):
         joined += [texts] if i == 0 else [[", "], texts]
-    return [*joined, [f'], "answer": {problem.answer}}}']]
+    end = _render(problem.steps, problem.answer, rendering).split('], "answer": ')[1]
+    return [*joined, [f'], "answer": {end}']]
 
 
 def first_error(
