@@ -1,5 +1,6 @@
 # make quickstart   from nothing to a better model and a report, on a laptop
 # make test         lint, types and all tests, real DeepSpeed and vLLM included
+# make benchmarks   everything that docs/results/ says, in hours; make benchmarks-quick in minutes, to see that it runs
 # Everything installs itself into .venv/; nothing is needed beforehand but Python >= 3.11, a C++ compiler and make.
 PYTHON ?= python3.11
 VENV := .venv
@@ -12,7 +13,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart own-data install install-test lint types unit test clean
+.PHONY: quickstart own-data install install-test lint types unit test fuzz benchmarks benchmarks-quick clean
 
 quickstart: install
 	$(BIN)/python scripts/quickstart.py --config recipes/ledger/quickstart.yaml
@@ -51,6 +52,17 @@ unit: install-test
 
 test: install-test lint types
 	$(BIN)/python -m pytest --durations=15
+
+# make fuzz SECONDS=600   coverage-guided, a target after the other; tests/fuzz in `make test` is the short form
+fuzz: install-test
+	$(BIN)/python tests/fuzz/run_atheris.py --seconds $(or $(SECONDS),60)
+
+# A killed run goes on where it stopped.
+benchmarks: install-test
+	$(BIN)/python benchmarks/suite.py
+
+benchmarks-quick: install-test
+	$(BIN)/python benchmarks/suite.py --quick true
 
 clean:
 	rm -rf runs build *.egg-info

@@ -19,6 +19,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from tokalign.data.contract import load_stage
 from tokalign.jobs import end_processes
 from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+from tokalign.trainers.checkpoints import resume_point
 
 
 @dataclass
@@ -54,7 +55,7 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -20,6 +20,7 @@ from tokalign.jobs import end_processes
 from tokalign.routing.calibration import calibrate_router, report_on
 from tokalign.routing.features import RouterDataset
 from tokalign.routing.metrics import print_report
+from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.router import RouterConfig, RouterTrainer, new_router
 
 
@@ -72,7 +73,7 @@ def main(
         ids = np.unique(np.concatenate([split.predicted_ids() for split in (train, *held_out)]))
         router.attach_embedding_of(script_args.slm, ids)
     trainer = RouterTrainer(model=router, args=training_args, train_dataset=train, eval_dataset=calibration)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args))
     targets = ("target_rate", "target_recall", "target_accuracy")
     target = {key: getattr(script_args, key) for key in targets if getattr(script_args, key) is not None}
     if target:

@@ -20,6 +20,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from tokalign.data.contract import load_stage, write_text_atomically
 from tokalign.jobs import end_processes
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
+from tokalign.trainers.checkpoints import resume_point
 from tokalign.view.curriculum import plot_curriculum
 
 
@@ -60,7 +61,7 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
         output, history = Path(training_args.output_dir), trainer.state.log_history

@@ -19,6 +19,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from tokalign.data.contract import load_stage
 from tokalign.jobs import end_processes
 from tokalign.trainers import TRegConfig, TRegTrainer
+from tokalign.trainers.checkpoints import resume_point
 
 
 @dataclass
@@ -52,7 +53,7 @@ def main(script_args: TRegScriptArguments, training_args: TRegConfig, model_args
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -42,6 +42,7 @@ from trl import TrlParser
 from tokalign.data.contract import load_stage, read_manifest
 from tokalign.data.ledger_models import trained_model
 from tokalign.evaluation.run import compare_runs
+from tokalign.trainers.checkpoints import last_whole_checkpoint
 from tokalign.view.heatmap import token_heatmap
 from tokalign.view.report import build_report
 
@@ -126,7 +127,8 @@ class Stages:
         resume: tuple[str, ...] = ()
         if not self.is_done(name, script, arguments):
             if note.exists() and note.read_text() == settings:
-                resume = ("--resume_from_checkpoint", "true") if any(output.glob("checkpoint-*")) else ()
+                checkpoint = last_whole_checkpoint(output)
+                resume = ("--resume_from_checkpoint", checkpoint) if checkpoint else ()
             else:
                 shutil.rmtree(output, ignore_errors=True)
             output.mkdir(parents=True, exist_ok=True)

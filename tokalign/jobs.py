@@ -10,9 +10,9 @@ The output folder must be one that all processes see (on several machines: a sha
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
-import hashlib
 import json
 import os
 import re
@@ -42,12 +42,14 @@ from tokalign.data.contract import (
     fsync_folder,
     manifest_of,
     read_manifest,
+    removed_if_it_fails,
     shard_name,
     tokenizer_hash,
     write_manifest,
 )
+from tokalign.data.shards import counts_of, job_hash, sealed, shard_problem
 
-_METADATA = b"tokalign"  # key of a shard's counts in its parquet schema metadata
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, the user's quota, the process's largest file
 _LOCK = ".lock"
 _TEMPORARY = re.compile(r"^\.part-.*\.parquet\.(?P<host>.+)\.(?P<pid>\d+)\.tmp$")
 _STALE_SECONDS = 3600  # a temporary file of another machine is left alone for this long
@@ -150,16 +152,19 @@ def run_job(
         resumes), `tokens` (if rows have `completion_ids`), `parameters`, `input`, `tokenizer_hash` and the rest.
 
     Raises:
-        JobError: another run holds the folder, other parameters or input than before, a row that fails.
+        JobError: another run holds the folder, other parameters or input than before, a row that fails, a full disk.
     """
     state = process_state()
     folder = Path(output_dir)
     console = Console(stderr=True)
-    with _locked(folder, state) as lock_error:
+    with _full_disk_named(folder), _locked(folder, state) as lock_error:
         plan: Any = lock_error
         if state.is_main_process and plan is None:
             try:
-                plan = _prepare(rows, folder, name, parameters, tokenizer, shard_size, extra_manifest or {}, console)
+                with _full_disk_named(folder):
+                    plan = _prepare(
+                        rows, folder, name, parameters, tokenizer, shard_size, extra_manifest or {}, console
+                    )
             except (JobError, ValueError, TypeError) as error:
                 if state.num_processes == 1:
                     raise
@@ -198,6 +203,19 @@ def print_counts(manifest: Mapping[str, Any], console: Console | None = None) ->
 
 
 # ------------------------------------------------------------------------------------------------- before the work
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise JobError(
+            f"{folder} takes no more data ({error.strerror}); make room and start the same command again, which keeps "
+            "the finished shards."
+        ) from error
 
 
 @contextmanager
@@ -254,8 +272,8 @@ def _prepare(
     }
     if "seed" in parameters:
         manifest["seed"] = parameters["seed"]
-    identity = ("name", "parameters", "tokenizer_hash", "input", "shard_size")
-    job = hashlib.sha256(json.dumps([manifest[key] for key in identity], sort_keys=True).encode()).hexdigest()
+    job = job_hash(manifest)
+    assert job is not None
     if (folder / MANIFEST).exists():
         before = read_manifest(folder)
         _compare(before, manifest, folder)
@@ -265,7 +283,7 @@ def _prepare(
     _clean(folder, set(names))
     todo = []
     for i, file in enumerate(names):
-        problem = _shard_problem(folder / file, job)
+        problem = shard_problem(folder / file, job, i, pages=True)  # as costly as the hash of the input above
         if problem is None:
             continue
         todo.append(i)
@@ -318,6 +336,8 @@ def _clean(folder: Path, names: set[str]) -> None:
     foreign = sorted(file.name for file in folder.glob("*.parquet") if file.name not in names)
     if foreign:
         raise JobError(f"{folder} holds {foreign[0]}, which this job does not write; choose an empty folder.")
+    for file in folder.glob(f".{MANIFEST}.*.tmp"):
+        file.unlink(missing_ok=True)  # only who holds the lock writes the manifest
     for file in folder.glob(".part-*.tmp"):
         match = _TEMPORARY.match(file.name)
         if match is None:
@@ -335,27 +355,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _counts_of(file: Path) -> dict[str, Any]:
-    metadata = pq.read_schema(file).metadata or {}
-    return json.loads(metadata[_METADATA])
-
-
-def _shard_problem(file: Path, job: str) -> str | None:
-    """What is wrong with a shard, None if it is whole and of this job."""
-    if not file.exists():
-        return "is not there"
-    try:
-        counts = _counts_of(file)
-        rows = pq.read_metadata(file).num_rows
-    except (pa.ArrowInvalid, OSError):
-        return "is damaged (no readable footer)"
-    except (KeyError, ValueError):
-        return "has no counts of this package in its metadata"
-    if counts.get("job") != job:
-        return "was written by another job"
-    return None if counts["rows"] == rows else "does not hold the rows it counts"
 
 
 def _wait_until_visible(folder: Path) -> None:
@@ -461,15 +460,16 @@ def _to_table(output: list[dict[str, Any]], where: str) -> pa.Table:
 
 def _write_shard(table: pa.Table, counts: Mapping[str, Any], file: Path) -> None:
     """Write under a temporary name, then rename: under its own name a shard is whole, or it is not there."""
-    table = table.replace_schema_metadata({_METADATA: json.dumps(counts).encode()})
+    table = sealed(table, counts)
     temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        with pq.ParquetWriter(stream, table.schema, compression="zstd") as writer:
-            if len(table):  # `load_dataset` fails on an empty row group, not on a file without any
-                writer.write_table(table)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    with removed_if_it_fails(temporary):
+        with open(temporary, "wb") as stream:
+            with pq.ParquetWriter(stream, table.schema, compression="zstd", write_page_checksum=True) as writer:
+                if len(table):  # `load_dataset` fails on an empty row group, not on a file without any
+                    writer.write_table(table)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
     fsync_folder(file.parent)
 
 
@@ -477,7 +477,7 @@ def _finish(folder: Path, plan: Mapping[str, Any]) -> None:
     """Give all shards one schema, add up their counts and write the final manifest."""
     manifest = plan["manifest"]
     files = [folder / shard_name(i, manifest["shards"]) for i in range(manifest["shards"])]
-    counts = [_counts_of(file) for file in files]
+    counts = [counts_of(file) for file in files]
     schemas = [pq.read_schema(file).remove_metadata() for file in files]
     filled = [schema for schema, count in zip(schemas, counts, strict=True) if count["rows"]]
     if odd := {name for schema in filled for name in {*schema.names} ^ {*filled[0].names}}:

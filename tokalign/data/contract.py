@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
+
+from tokalign.data.shards import CHECKED, job_hash, page_problem, shard_problem
 
 MANIFEST = "manifest.json"
 STAGES: dict[str, tuple[str, ...]] = {
@@ -73,7 +76,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ContractError(f"{path} has no {MANIFEST}; run the job that writes this stage.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise ContractError(f"{file} is not JSON ({error}); delete the folder and rerun its job.") from None
     if not isinstance(manifest, dict):
         raise ContractError(f"{file} is not a JSON object; delete the folder and rerun its job.")
@@ -90,12 +93,24 @@ def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
 def write_text_atomically(file: Path, text: str) -> None:
     """Write a file so that a reader, or a machine after a power cut, sees the old text or the new one, never half."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    with removed_if_it_fails(temporary):
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
     fsync_folder(file.parent)
+
+
+@contextmanager
+def removed_if_it_fails(temporary: Path) -> Iterator[None]:
+    """Delete a half-written file when its writing fails (a full disk needs its room), and let the error name it."""
+    try:
+        yield
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(temporary)
+        raise
 
 
 def fsync_folder(folder: Path) -> None:
@@ -241,7 +256,7 @@ def load_stage(
         made_with = manifest.get("tokenizer_hash")
         if tokenizer is not None and made_with is not None and made_with != tokenizer_hash(tokenizer):
             raise ContractError(
-                f"The ids in {path_or_id} were made with another tokenizer (hash {made_with[:12]}, not "
+                f"The ids in {path_or_id} were made with another tokenizer (hash {str(made_with)[:12]}, not "
                 f"{tokenizer_hash(tokenizer)[:12]}); use the tokenizer of the model that made this stage, or "
                 "rerun the stage with this model."
             )
@@ -264,21 +279,46 @@ def _load_folder(folder: Path, split: str) -> tuple[Dataset, dict[str, Any] | No
         raise ContractError(f"{folder} is unfinished, rerun the job that writes it ({manifest.get('name')}).")
     if manifest is not None and manifest.get("rows") == 0:
         raise ContractError(f"{folder} has no rows: all were dropped ({manifest.get('dropped')}).")
+    files: list[Path] = []
     if manifest is not None and "shards" in manifest:
-        count = int(manifest["shards"])
-        files = [folder / shard_name(i, count) for i in range(count)]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ContractError(f"{folder} lacks shard {missing[0]}; rerun the job that writes it.")
+        count = manifest["shards"]
+        if type(count) is not int or not 1 <= count < 10**9:
+            wrong = f"{folder / MANIFEST} counts {str(count)[:40]!r} shards"
+            raise ContractError(f"{wrong}; delete the folder and rerun its job.")
+        for index in range(count):  # one by one: a wrong count may be any number
+            if not (file := folder / shard_name(index, count)).exists():
+                raise ContractError(f"{folder} lacks shard {file.name}; rerun the job that writes it.")
+            files.append(file)
+        if (job := job_hash(manifest)) is not None:
+            for index, file in enumerate(files):
+                if (problem := shard_problem(file, job, index, pages=False)) is not None:
+                    raise _damaged(file, problem)
     else:
         files = sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*.parquet")])
         files = files or sorted(folder.glob("*.parquet"))
     if files:
         names = {split: [str(file) for file in files]}
-        return load_dataset("parquet", data_files=names, split=split), manifest
+        try:  # pages are checked while they are read
+            return load_dataset("parquet", data_files=names, split=split, fragment_scan_options=CHECKED), manifest
+        except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
+            for file in files:
+                if (problem := page_problem(file)) is not None:
+                    raise _damaged(file, problem) from error
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno is not None:  # the machine's trouble, such as a full disk
+                raise
+            reason = " ".join(str(cause).split())[:200]
+            raise ContractError(
+                f"The parquet files in {folder} cannot be read as one dataset ({reason}); rerun the job that writes "
+                "the stage."
+            ) from error
     if not any(folder.rglob("*.parquet")) and not any(folder.rglob("*.json*")):
         raise ContractError(f"{folder} holds no parquet files; run the job that writes this stage.")
     return load_dataset(str(folder), split=split), manifest  # a clone of a hub dataset, in its own layout
+
+
+def _damaged(file: Path, problem: str) -> ContractError:
+    return ContractError(f"{file} {problem}; delete it and rerun the job that writes the stage.")
 
 
 def shard_name(index: int, count: int) -> str:
@@ -345,17 +385,45 @@ def check_preferences(
             )
     ids_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     columns = ["id", *ids_columns, *(column for _, column, _ in scored)]
+    check_lists(dataset, "The preference dataset", ids_columns, "rebuild the pairs")
+    check_lists(dataset, "The preference dataset", columns[4:], "score these rows again", decimals=True)
     # the highest id, not the count: some vocabularies have holes
     vocabulary = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
     first = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
         arrays = {name: _one_array(table.column(name)) for name in columns}
+        check_values(arrays, first)
         lengths = {name: _check_ids(arrays, name, vocabulary, first) for name in ids_columns}
         for side, column, signal in scored:
             _check_scores(arrays, column, f"{side}_ids", lengths[f"{side}_ids"], first, allowed.get(signal))
         first += len(table)
     if tokenizer is not None:
         _check_text(dataset, tokenizer, text_rows)
+
+
+def check_lists(dataset: Dataset, where: str, columns: Sequence[str], remedy: str, *, decimals: bool = False) -> None:
+    """Refuse columns whose type is not a list of whole numbers (with `decimals`, of any), before a value is read."""
+    schema = dataset.features.arrow_schema
+    for column in columns:
+        kind = schema.field(column).type
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        value = kind.value_type if lists else kind
+        numbers = lists and (pa.types.is_integer(value) or (decimals and pa.types.is_floating(value)))
+        if not numbers and not pa.types.is_null(value):  # a column or its lists may hold nothing but None
+            what = "numbers" if decimals else "ids"
+            raise ContractError(f"{where}: `{column}` has the type {kind}, not lists of {what}; {remedy}.")
+
+
+def check_values(arrays: Mapping[str, pa.Array], first: int) -> None:
+    """Refuse what its own type forbids, such as text that is not UTF-8: parquet is read without looking at it."""
+    for column, array in arrays.items():
+        try:
+            array.validate(full=True)
+        except pa.ArrowInvalid:
+            last = first + len(array) - 1
+            raise ContractError(
+                f"Rows {first} to {last}: `{column}` holds a damaged value; rerun the job that writes the stage."
+            ) from None
 
 
 def _one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
@@ -422,12 +490,16 @@ def _check_scores(
 
 
 def _check_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_rows: int) -> None:
+    read = dataset.select_columns(["id", "chosen", "rejected", "chosen_ids", "rejected_ids"])
     for index in range(min(text_rows, len(dataset))):
-        row = dataset[index]
+        try:
+            row = read[index]
+        except UnicodeDecodeError:
+            raise ContractError(f"Row {index}: a text is not UTF-8; rebuild the pairs.") from None
         for side in ("chosen", "rejected"):
             text = row[side]
-            if not isinstance(text, str):  # messages: the text that the ids hold is in the last one
-                text = text[-1]["content"]
+            if isinstance(text, list) and text and isinstance(text[-1], dict):
+                text = text[-1].get("content")  # messages: the text that the ids hold is in the last one
             if tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True) != text:
                 raise ContractError(
                     f"Row {index} (id {row['id']!r}): `{side}` is not what this tokenizer reads in `{side}_ids`; "

@@ -31,7 +31,7 @@ def read_template(name_or_path: str | Path, built_in: Path, *, absent: str, part
             f"{absent} {str(name_or_path)!r} ({error.strerror}); use {one}{', '.join(names)}, or the path of a JSON "
             "file."
         ) from None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
         raise ContractError(f"{file} is not JSON ({error}); write an object with {parts}.") from None
     if not isinstance(content, dict):
         raise ContractError(f"{file} is not a JSON object; write an object with {parts}.")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ NEUTRAL_SAMPLING = {
 }  # fmt: skip
 
 
-class _BrokenAnswer(Exception):
+class BrokenAnswer(Exception):
     """The server answered, but not with completions of the protocol; another attempt may do better."""
 
 
@@ -131,7 +132,7 @@ class OpenAIEngine:
             at = (row + attempt) % count
             try:
                 return self._ask(self._clients[at], prompt, params, model)
-            except (openai.APIConnectionError, openai.APIResponseValidationError, _BrokenAnswer) as error:
+            except (openai.APIConnectionError, openai.APIResponseValidationError, BrokenAnswer) as error:
                 problem = f"{self.urls[at]}: {error}"
             except openai.APIStatusError as error:
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
@@ -174,31 +175,58 @@ class OpenAIEngine:
                 extra_body=extra,
                 **optional,
             )
-        except ValueError as error:  # the client lets json's own error through
-            raise _BrokenAnswer("the answer is not JSON") from error
+        except (ValueError, RecursionError) as error:  # the client lets json's own errors through
+            raise BrokenAnswer("the answer is not JSON") from error
         choices = getattr(answer, "choices", None)
-        if not choices or len(choices) != params.draws:
-            raise _BrokenAnswer(f"the answer does not hold {params.draws} choices")
-        return [_completion(choice, params) for choice in sorted(choices, key=lambda choice: choice.index)]
+        by_index = {index: choice for choice in _list(choices) if type(index := getattr(choice, "index", None)) is int}
+        if len(_list(choices)) != params.draws or by_index.keys() != set(range(params.draws)):
+            raise BrokenAnswer(f"the answer does not hold {params.draws} choices")
+        return [_completion(by_index[index], params) for index in range(params.draws)]
 
 
 class _NoTokenIds(Exception):
     """The server speaks the protocol, but in text."""
 
 
-def _completion(choice: Any, params: SamplingParams) -> Completion:
+def read_choice(choice: Any) -> tuple[list[int] | None, list[float] | None]:
+    """Ids and log-probs of a choice in a server's answer, None where it has none; the client checks no types.
+
+    Raises:
+        BrokenAnswer: ids that are none, or not one finite log-prob an id.
+    """
     ids = getattr(choice, "token_ids", None)
+    logprobs = getattr(getattr(choice, "logprobs", None), "token_logprobs", None)
+    if ids is None:
+        return None, None
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise BrokenAnswer("the answer's token ids are no list of ids")
+    if logprobs is not None:
+        # compared, since `math.isfinite` fails at an integer that no float holds
+        numbers = [p for p in _list(logprobs) if type(p) in (int, float) and abs(p) <= sys.float_info.max]
+        if numbers != logprobs or len(numbers) != len(ids):
+            raise BrokenAnswer("the answer does not hold one log-prob a token")
+    return list(ids), logprobs
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _completion(choice: Any, params: SamplingParams) -> Completion:
+    ids, logprobs = read_choice(choice)
     if ids is None:
         raise _NoTokenIds
-    logprobs = choice.logprobs.token_logprobs if choice.logprobs else None
-    if logprobs is None or len(logprobs) != len(ids) or None in logprobs:
-        raise _BrokenAnswer("the answer does not hold one log-prob a token")
-    if choice.finish_reason not in ("stop", "length"):
-        raise _BrokenAnswer(f"the completion ended by {choice.finish_reason!r}")
+    if logprobs is None:
+        raise BrokenAnswer("the answer does not hold one log-prob a token")
+    if len(ids) > params.max_tokens:
+        raise BrokenAnswer(f"the completion has {len(ids)} tokens where {params.max_tokens} were asked for")
+    reason = getattr(choice, "finish_reason", None)
+    if reason not in ("stop", "length"):
+        raise BrokenAnswer(f"the completion ended by {str(reason)[:40]!r}")
     banned = set(ids).intersection(params.banned_token_ids)
     if banned:
         raise ValueError(f"The server sampled the banned token id {min(banned)}: use engine=transformers or vllm.")
-    return Completion(list(ids), list(logprobs), choice.finish_reason)
+    return Completion(ids, list(logprobs), reason)
 
 
 def _one_line(error: Exception) -> str:

@@ -52,13 +52,13 @@ def write_model_card(
         lines.append("- threshold: none yet (`scripts/calibrate_router.py`)")
     else:
         lines.append(f"- threshold: {config.threshold:.6g}")
-    if config.calibration is not None:
+    if config.calibration is not None and "achieved" in config.calibration:
         target = ", ".join(f"{name} {value:g}" for name, value in config.calibration["target"].items())
         achieved = config.calibration["achieved"]
         lines.append(
-            f"- calibrated on the split `{config.calibration['split']}` to {target}: LLM rate {achieved['rate']:.3f}, "
-            f"recall {achieved['recall']:.3f}, responses without a missed token {achieved['accuracy']:.3f} "
-            f"({achieved['n_responses']:,} responses, {achieved['n_tokens']:,} tokens)"
+            f"- calibrated on the split `{config.calibration.get('split')}` to {target}: LLM rate "
+            f"{achieved['rate']:.3f}, recall {achieved['recall']:.3f}, responses without a missed token "
+            f"{achieved['accuracy']:.3f} ({achieved['n_responses']:,} responses, {achieved['n_tokens']:,} tokens)"
         )
     if report is not None:
         lines += ["", "| test split | value | 95 % interval |", "|---|---|---|"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch.utils.data import Dataset, Sampler
 
-from tokalign.data.contract import ContractError, fsync_folder, load_stage, manifest_of
+from tokalign.data.contract import ContractError, check_lists, check_values, fsync_folder, load_stage, manifest_of
 
 TENSORS = {"hidden": np.float16, "top_logits": np.float16, "predicted": np.int32, "entropy": np.float32}
 DIVERGENT = 2  # the label that a router is to find
-_DTYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32}
+_NAMES = {np.float16: "F16", np.float32: "F32", np.int32: "I32"}  # as a header spells the types
+_LONGEST = 1 << 31  # of a dimension; numpy takes no number of any size
 _LENGTH = 8  # bytes before the header, which say how long it is
 _HEADER = 1 << 20  # bytes; ours has a few hundred
 _OPEN = 64  # files mapped at a time, several times a sampler's window
@@ -70,7 +73,11 @@ def write_features(folder: Path, ids: Sequence[str], arrays: dict[str, np.ndarra
     folder.mkdir(parents=True, exist_ok=True)
     name = f"features-{hashlib.sha256(chr(0).join(ids).encode()).hexdigest()[:16]}.safetensors"
     temporary = folder / f".{name}.{os.getpid()}.tmp"
-    save_file(stored, temporary)
+    try:
+        save_file(stored, temporary)
+    except SafetensorError as error:  # how it tells of a full disk; the half-written file takes room
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{folder} does not take the file {name} ({error}); make room and start again.") from error
     with open(temporary, "rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, folder / name)
@@ -103,23 +110,26 @@ def open_features(file: Path) -> dict[str, np.ndarray]:
         header = json.loads(raw[_LENGTH : _LENGTH + length].tobytes())
         entries = {name: header[name] for name in TENSORS}
         tensors = {name: (e["dtype"], tuple(e["shape"]), tuple(e["data_offsets"])) for name, e in entries.items()}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ContractError(f"Feature file {file} does not hold the tensors {', '.join(TENSORS)}; {remedy}.") from None
     data = raw[_LENGTH + length :]
     views = {}
     for name, (dtype, shape, offsets) in tensors.items():
-        if _DTYPES.get(dtype) is not TENSORS[name]:
-            raise ContractError(f"Feature file {file}: `{name}` has type {dtype}; {remedy}.")
+        if dtype != _NAMES[TENSORS[name]]:
+            raise ContractError(f"Feature file {file}: `{name}` has type {str(dtype)[:40]}; {remedy}.")
         dimensions = 2 if name in ("hidden", "top_logits") else 1
-        numbers = [*shape, *offsets]
-        if len(shape) != dimensions or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ContractError(f"Feature file {file}: `{name}` has shape {list(shape)}; {remedy}.")
+        numbers = all(type(n) is int and n >= 0 for n in [*shape, *offsets])
+        if len(shape) != dimensions or len(offsets) != 2 or not numbers or max(shape) >= _LONGEST:
+            raise ContractError(f"Feature file {file}: `{name}` has shape {str(list(shape))[:80]}; {remedy}.")
         size = np.dtype(TENSORS[name]).itemsize
         for dimension in shape:
             size *= dimension
         if offsets[1] - offsets[0] != size or offsets[1] > len(data):
             raise ContractError(f"Feature file {file} is cut short: `{name}` does not fit in it; {remedy}.")
         views[name] = data[offsets[0] : offsets[1]].view(TENSORS[name]).reshape(shape)
+    spans = sorted(offsets for _, _, offsets in tensors.values())
+    if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise ContractError(f"Feature file {file}: its tensors overlap; {remedy}.")
     if len({len(view) for view in views.values()}) != 1:
         raise ContractError(f"Feature file {file}: its tensors differ in length; {remedy}.")
     return views
@@ -237,11 +247,11 @@ class RouterDataset(Dataset):
         return _opened(str(self.features / self._files[file]), int(self._written[file]))
 
     def _stamp(self, name: str) -> int:
-        if Path(name).name != name:  # a name from a file that may be anybody's
+        if not name or Path(name).name != name:  # a name from a file that may be anybody's
             raise ContractError(f"{self.folder}: `features_file` holds {name!r}, not the name of a file.")
         try:
             return (self.features / name).stat().st_mtime_ns
-        except FileNotFoundError:
+        except (OSError, ValueError):  # also for a name that no file can have
             raise ContractError(
                 f"Feature file {self.features / name} is missing; rerun the prefill stage of scripts/label_routing.py."
             ) from None
@@ -265,9 +275,11 @@ class RouterDataset(Dataset):
         labels: list[np.ndarray] = []
         firsts: list[int] = []
         remedy = "rerun scripts/label_routing.py"
+        check_lists(rows, str(self.folder), ("completion_ids", "slm_ids", "label"), remedy)
         columns = ["id", "completion_ids", "slm_ids", "label", "features_file", "features_first"]
         for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
             arrays = {name: _one_array(table.column(name)) for name in columns}
+            check_values(arrays, len(names))
             lists = {name: _lists(arrays[name]) for name in ("completion_ids", "slm_ids", "label")}
             for index in range(len(table)):
                 number, row_id = len(names), arrays["id"][index].as_py()
@@ -279,10 +291,15 @@ class RouterDataset(Dataset):
                             f"{where}: `{column}` has {found} entries for {length} tokens in `completion_ids`; "
                             f"{remedy}."
                         )
-                label = lists["label"][index].astype(np.int8)
+                label = lists["label"][index]  # a null is NaN here, which no comparison passes
                 if length and not (label.min() >= -1 and label.max() <= DIVERGENT):
                     raise ContractError(f"{where}: `label` holds a class outside −1 to {DIVERGENT}; {remedy}.")
                 name, first = arrays["features_file"][index].as_py(), arrays["features_first"][index].as_py()
+                if not isinstance(name, str) or type(first) is not int:
+                    raise ContractError(
+                        f"{where}: `features_file` is {name!r} and `features_first` is {first!r}, not the name of a "
+                        f"file and a position in it; {remedy}."
+                    )
                 views = _opened(str(self.features / name), self._stamp(name))
                 if first < 0 or first + length > len(views["predicted"]):
                     raise ContractError(
@@ -295,7 +312,7 @@ class RouterDataset(Dataset):
                         f"another run; {remedy}."
                     )
                 names.append(name)
-                labels.append(label)
+                labels.append(label.astype(np.int8))
                 firsts.append(first)
                 self._ids.append(row_id)
         return names, labels, firsts
@@ -306,9 +323,13 @@ def _one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def _lists(array: pa.Array) -> list[np.ndarray]:
-    """Each row's list; a missing one is empty."""
+    """Each row's list; a missing one is empty, a missing value in one is NaN."""
+    if pa.types.is_null(array.type):
+        return [np.empty(0)] * len(array)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     values = pc.list_flatten(array).to_numpy(zero_copy_only=False)
+    if values.dtype == object:  # lists that hold nothing but None
+        values = np.full(len(values), np.nan)
     return np.split(values, np.cumsum(lengths)[:-1])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -17,7 +16,13 @@ from typing import Any
 import httpx
 import openai
 
-from tokalign.generation.openai_engine import FIRST_PAUSE, LONGEST_PAUSE, NEUTRAL_SAMPLING
+from tokalign.generation.openai_engine import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    NEUTRAL_SAMPLING,
+    BrokenAnswer,
+    read_choice,
+)
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.backend import LLMUnavailable
 from tokalign.routing.orchestrator import Piece
@@ -25,6 +30,8 @@ from tokalign.routing.orchestrator import Piece
 SPAN_AT_ONCE = 16  # tokens of the LLM that come in one answer; more are streamed
 CONNECT_SECONDS = 5.0  # for a connection to the LLM
 PROBE_SECONDS = 3.0  # for its answer to a look whether it is there
+# The client lets json's own errors through, and stumbles over an answer that is no object
+_CLIENT_FAILS = (openai.OpenAIError, ValueError, RecursionError, AttributeError)
 
 
 def cut_piece(
@@ -38,8 +45,8 @@ def cut_piece(
     return Piece(ids, logprobs, read, end)
 
 
-class _BrokenAnswer(Exception):
-    """The server answered, but not by the protocol; another attempt may do better."""
+class _NoTokenIds(ValueError):
+    """The server speaks the protocol, but in text."""
 
 
 class ServedSLM:
@@ -76,12 +83,13 @@ class ServedSLM:
                 )
             finally:
                 root.post("/collective_rpc", cast_to=object, body=_threshold_call(threshold))
-        except openai.OpenAIError as error:
+        except _CLIENT_FAILS as error:
             raise self._failure(error) from error
-        ids = getattr(answer.choices[0], "token_ids", None) if answer.choices else None
+        choices = getattr(answer, "choices", None)
+        ids = getattr(choices[0], "token_ids", None) if isinstance(choices, list) and choices else None
         if ids != [self.route_token_id]:
             raise ValueError(
-                f"The SLM's server {self.url} wrote {ids} where all is routed, not the route token "
+                f"The SLM's server {self.url} wrote {str(ids)[:80]} where all is routed, not the route token "
                 f"{self.route_token_id}: start it with the command that python -m tokalign.routing.vllm_plugin prints."
             )
 
@@ -140,7 +148,7 @@ class ServedTurns:
                 async for piece in pieces:
                     self._read += len(piece.ids)
                     yield piece
-        except (openai.OpenAIError, _BrokenAnswer) as error:
+        except (openai.OpenAIError, BrokenAnswer) as error:
             raise ConnectionError(
                 f"The SLM's server {slm.url} failed ({_one_line(error)}): check that it runs."
             ) from error
@@ -215,8 +223,8 @@ class ServedLLM:
                         unseen = 1
                         if piece.end:
                             return
-                raise _BrokenAnswer("the stream ended early")
-            except (openai.APIError, _BrokenAnswer) as error:
+                raise BrokenAnswer("the stream ended early")
+            except (openai.APIError, BrokenAnswer) as error:
                 status = getattr(error, "status_code", 500)
                 if status not in (408, 409, 429) and status < 500:
                     raise ValueError(
@@ -299,31 +307,31 @@ async def _stream_completion(
         first = True
         async with answer:
             async for chunk in answer:
-                if chunk.choices:
+                if getattr(chunk, "choices", None):
                     yield _piece_of(chunk, unseen if first else 1, len(prefix) if first else 0, route)
                     first = False
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the client lets these through, and httpx's too
-        raise _BrokenAnswer("the answer is not JSON") from error
+    except _NoTokenIds:
+        raise
+    except (ValueError, RecursionError) as error:  # the client lets json's own errors through, and httpx's too
+        raise BrokenAnswer("the answer is not JSON") from error
     except httpx.HTTPError as error:
-        raise _BrokenAnswer(f"the stream broke: {error!r}") from error
+        raise BrokenAnswer(f"the stream broke: {error!r}") from error
 
 
 def _piece_of(answer: Any, unseen: int, prompt: int, route: int | None) -> Piece:
-    if not answer.choices:
-        raise _BrokenAnswer("the answer holds no choice")
-    (choice,) = answer.choices
-    ids = getattr(choice, "token_ids", None)
+    choices = getattr(answer, "choices", None)
+    if not isinstance(choices, list) or len(choices) != 1:
+        raise BrokenAnswer("the answer holds several choices" if choices else "the answer holds no choice")
+    ids, logprobs = read_choice(choices[0])
     if ids is None:
-        raise ValueError(
+        raise _NoTokenIds(
             "A server answered without token ids: serve both models with vLLM, because text is never encoded again."
         )
-    logprobs = list(choice.logprobs.token_logprobs) if choice.logprobs else None
-    if logprobs is not None and len(logprobs) != len(ids):
-        raise _BrokenAnswer("the answer does not hold one log-prob a token")
     details = getattr(getattr(answer, "usage", None), "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None)
     if prompt and details is not None:
-        unseen = prompt - (details.cached_tokens or 0)
-    return cut_piece(list(ids), logprobs, choice.finish_reason, unseen, route)
+        unseen = prompt - (cached if type(cached) is int and 0 <= cached <= prompt else 0)
+    return cut_piece(ids, logprobs, getattr(choices[0], "finish_reason", None), unseen, route)
 
 
 def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str) -> tuple[str, int]:
@@ -332,14 +340,23 @@ def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str
     for url in urls:
         try:
             with openai.OpenAI(base_url=url, api_key=api_key, timeout=30.0, max_retries=0) as client:
-                models = client.models.list().data
-        except openai.OpenAIError as error:
+                listed: Any = client.models.list()
+        except _CLIENT_FAILS as error:
             problem = f"{url}: {_one_line(error)}"
             continue
-        found = [model for model in models if name is None or model.id == name]
-        if not found:
-            raise ValueError(f"{url} serves {', '.join(m.id for m in models)}, not {name}: correct llm_name.")
-        return found[0].id, getattr(found[0], "max_model_len", None) or 2**31
+        models = getattr(listed, "data", None)
+        lengths = {}
+        for model in models if isinstance(models, list) else ():
+            length = getattr(model, "max_model_len", None)
+            if isinstance(getattr(model, "id", None), str) and (length is None or (type(length) is int and length > 0)):
+                lengths[model.id] = length or 2**31
+        if not lengths:
+            problem = f"{url}: it lists no model"
+            continue
+        found = next(iter(lengths)) if name is None else name
+        if found not in lengths:
+            raise ValueError(f"{url} serves {', '.join(lengths)[:300]}, not {name}: correct llm_name.")
+        return found, lengths[found]
     raise ConnectionError(f"No server of the {side} answers ({problem}): start it, or correct its address.")
 
 
