@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import random
 
 import jsonschema_rs
@@ -275,7 +274,6 @@ def test_a_server_is_sent_the_schema_and_refuses_a_spaced_tokenizer(tmp_path):
 def test_vllm_agrees_on_the_ledgers_tokenizer(tmp_path):
     """One start of vLLM, with the tokenizer that needs most care: decoded with spaces, digits split."""
     pytest.importorskip("vllm")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     tokenizer = build_tokenizer(digits="split")
     tokenizer.save_pretrained(tmp_path)
     tiny_model(len(tokenizer), hidden_size=128).save_pretrained(tmp_path)

@@ -1,6 +1,5 @@
 """The three engines side by side in fp32: vLLM in this process, vLLM's own API server, and transformers."""
 
-import os
 import random
 import socket
 import subprocess
@@ -43,7 +42,6 @@ def engines(tmp_path_factory):
     adapter = str(folder / "adapter")
     model.save_pretrained(adapter)
 
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     port, log = free_port(), folder / "server.log"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--host", "127.0.0.1",

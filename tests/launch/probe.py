@@ -1,9 +1,11 @@
-"""Train preference trainers as told by a JSON file, and write what the launcher really gave us and the losses.
+"""Train as told by a JSON file, and write what the launcher really gave us, the losses and the log.
 
 Run by the tests beside it, alone or under `accelerate launch`:
     python tests/launch/probe.py plan.json report.json
-The plan is a list of runs: {"model", "dataset", "lora", "arguments": {fields of the trainer's config}, "resume"}, and
-"method" where it is not critical-token DPO.
+The plan is a list of runs, carried out one after another by the same processes: {"method", "model", "lora",
+"arguments": {fields of the method's config}, "resume": a checkpoint or None}, and what a method reads beside them:
+preferences and router "dataset" (a stage), structured GRPO "table" (its completions are known beforehand). A random
+model earns no structure, so where it samples, `odd_length` is a reward beside it.
 """
 
 from __future__ import annotations
@@ -11,20 +13,30 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Trainer, set_seed
 
+from tests.trainers import structured
 from tokalign.data.contract import load_stage
+from tokalign.generation.vllm_cpu import prepare_colocated_vllm
 from tokalign.jobs import end_processes
-from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegConfig, TRegTrainer
+from tokalign.routing.features import RouterDataset
+from tokalign.routing.model import TokenRouter, TokenRouterConfig
+from tokalign.trainers import (
+    CriticalTokenDPOConfig,
+    CriticalTokenDPOTrainer,
+    StructuredGRPOTrainer,
+    TRegConfig,
+    TRegTrainer,
+)
+from tokalign.trainers.router import RouterConfig, RouterTrainer
 from tokalign.trainers.token_preference import TokenPreferenceTrainer
-
-METHODS: dict[str, tuple[type[TokenPreferenceTrainer], Any]] = {
-    "critical_token_dpo": (CriticalTokenDPOTrainer, CriticalTokenDPOConfig),
-    "treg": (TRegTrainer, TRegConfig),
-}
 
 ARGUMENTS: dict[str, Any] = {
     "use_cpu": True,  # in the training arguments, where DeepSpeed survives it
@@ -34,64 +46,125 @@ ARGUMENTS: dict[str, Any] = {
     "logging_steps": 1,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
-    "max_length": 64,
     "save_strategy": "no",
 }
+LOGGED = ("structured/", "sampling/", "reward", "loss")
 
 
-def build(run: dict[str, Any]) -> TokenPreferenceTrainer:
-    """The trainer of one run of the plan."""
-    trainer, config = METHODS[run.get("method", "critical_token_dpo")]
+def adapter(run: dict[str, Any], task_type: str | None = "CAUSAL_LM") -> LoraConfig | None:
+    if not run["lora"]:
+        return None
+    return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type=task_type)
+
+
+def critical_token_dpo(run: dict[str, Any]) -> TokenPreferenceTrainer:
+    return _preference(run, CriticalTokenDPOTrainer, CriticalTokenDPOConfig)
+
+
+def treg(run: dict[str, Any]) -> TokenPreferenceTrainer:
+    return _preference(run, TRegTrainer, TRegConfig)
+
+
+def _preference(run: dict[str, Any], trainer: type[TokenPreferenceTrainer], config: Any) -> TokenPreferenceTrainer:
     tokenizer = AutoTokenizer.from_pretrained(run["model"])
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     return trainer(
         model=run["model"],
-        args=config(**ARGUMENTS | run["arguments"]),
+        args=config(**ARGUMENTS | {"max_length": 64} | run["arguments"]),
         train_dataset=load_stage(run["dataset"], stage="preferences", tokenizer=tokenizer),
         processing_class=tokenizer,
-        peft_config=lora if run["lora"] else None,
+        peft_config=adapter(run),
     )
 
 
-def describe(trainer: TokenPreferenceTrainer) -> dict[str, Any]:
-    """What accelerate and DeepSpeed ended up with, after training."""
-    state = trainer.accelerator.state
-    report: dict[str, Any] = {
-        "distributed_type": state.distributed_type.value,
-        "num_processes": state.num_processes,
-        "zero_stage": None,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-    }
-    if trainer.is_deepspeed_enabled:
-        zero = trainer.deepspeed.config["zero_optimization"]
-        report["zero_stage"] = zero["stage"]
-        report["offload"] = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
-        report["partitioned"] = all(hasattr(p, "ds_id") for p in trainer.model.parameters())
-    return report
+def structured_grpo(run: dict[str, Any]) -> StructuredGRPOTrainer:
+    arguments = dict(run["arguments"])
+    if arguments.get("rollouts") == "vllm-colocate":
+        prepare_colocated_vllm()
+    if arguments.get("eval_strategy"):
+        arguments["eval_dataset"] = Dataset.from_list(arguments["rows"])
+    return structured.make_trainer(
+        run["model"],
+        arguments.pop("output_dir"),
+        table=run["table"],
+        peft_config=adapter(run),
+        reward_funcs=None if run["table"] else [structured.odd_length],
+        **arguments,
+    )
 
 
-def train(run: dict[str, Any]) -> TokenPreferenceTrainer:
+def router(run: dict[str, Any]) -> RouterTrainer:
+    """A router of one block, from the same weights every time, on the splits train and calibration."""
+    train, calibration = (RouterDataset(run["dataset"], split=split) for split in ("train", "calibration"))
+    # Not by `new_router` and `attach_embedding_of`, which ask for the SLM's shape in a way that ends under ZeRO-3:
+    # transformers 5.23 initialises a model made by `from_config` even on the meta device ("Cannot copy out of meta
+    # tensor"). So this cell shows RouterTrainer, not the recipe.
+    embedding = load_file(Path(run["model"]) / "model.safetensors")["model.embed_tokens.weight"]
+    set_seed(0)
+    model = TokenRouter(
+        TokenRouterConfig(
+            hidden_size=train.hidden_size,
+            embedding_size=embedding.shape[1],
+            shared_vocab=len(embedding),
+            top_k=train.top_k,
+            width=16,
+            num_blocks=1,
+            dropout=0.0,
+        )
+    )
+    model.attach_embedding(embedding)
+    return RouterTrainer(
+        model=model,
+        args=RouterConfig(**ARGUMENTS | run["arguments"]),
+        train_dataset=train,
+        eval_dataset=calibration,
+        peft_config=adapter(run, task_type=None),
+    )
+
+
+METHODS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
+    "critical_token_dpo": critical_token_dpo,
+    "treg": treg,
+    "structured_grpo": structured_grpo,
+    "router": router,
+}
+
+
+def train(run: dict[str, Any]) -> Trainer:
     """One run of the plan, trained and saved."""
-    trainer = build(run)
+    trainer = METHODS[run["method"]](run)
     trainer.train(resume_from_checkpoint=run.get("resume"))
     trainer.save_model(trainer.args.output_dir)
     return trainer
 
 
-def carry_out(plan_path: str, report_path: str, train: Callable[..., Any], describe: Callable[..., Any]) -> None:
-    """Train every run of the plan and write what is to be said of each."""
-    with open(plan_path) as file:
-        plan = json.load(file)
-    reports = []
-    for run in plan:
-        trainer = train(run)
-        reports.append(describe(trainer))
-    if trainer.accelerator.is_main_process:
-        with open(report_path, "w") as file:
-            json.dump(reports, file)
-    trainer.end()
-    end_processes()
+def describe(trainer: Trainer) -> dict[str, Any]:
+    """What accelerate and DeepSpeed ended up with, after training, and the log."""
+    state = trainer.accelerator.state
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    report: dict[str, Any] = {
+        "distributed_type": state.distributed_type.value,
+        "num_processes": state.num_processes,
+        "zero_stage": None,
+        "partitioned": all(hasattr(p, "ds_id") for p in trainer.model.parameters()),
+        "losses": [entry["loss"] for entry in steps],
+        "log": [{key: value for key, value in entry.items() if key.startswith(LOGGED)} for entry in steps],
+        "evaluations": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+    }
+    if trainer.is_deepspeed_enabled:
+        zero = trainer.deepspeed.config["zero_optimization"]
+        report["zero_stage"] = zero["stage"]
+        report["offload"] = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+    return report
+
+
+def carry_out(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train every run of the plan and say what is to be said of each."""
+    return [describe(train(run)) for run in plan]
 
 
 if __name__ == "__main__":
-    carry_out(*sys.argv[1:], train, describe)
+    plan_path, report_path = map(Path, sys.argv[1:])
+    reports = carry_out(json.loads(plan_path.read_text()))
+    if PartialState().is_main_process:
+        report_path.write_text(json.dumps(reports))
+    end_processes()

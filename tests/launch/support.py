@@ -5,6 +5,7 @@ Also small finished stages on disk for such scripts to train on.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -23,6 +24,7 @@ from tokalign.data.contract import shard_name, tokenizer_hash, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
+PROBE = Path(__file__).parent / "probe.py"
 
 
 def launch_environment() -> dict[str, str]:
@@ -90,6 +92,14 @@ def launch(config: str, script: Path, *arguments: str, num_processes: int = 2) -
     """Run `script` under `config` with `num_processes` on this machine."""
     options = ("--num_processes", str(num_processes), "--main_process_port", str(free_port()))
     wait([start(launch_command(config, script, arguments, options))])
+
+
+def launch_plan(config: str, folder: str | Path, runs: Sequence[dict], *, num_processes: int = 2) -> list[dict]:
+    """Carry out `runs` (tests/launch/probe.py) in one launch; its plan and report are kept in `folder`."""
+    plan, report = Path(folder) / "plan.json", Path(folder) / "report.json"
+    plan.write_text(json.dumps(runs))
+    launch(config, PROBE, str(plan), str(report), num_processes=num_processes)
+    return json.loads(report.read_text())
 
 
 def start(command: list[str]) -> subprocess.Popen:

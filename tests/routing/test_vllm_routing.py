@@ -143,11 +143,6 @@ def world(tmp_path_factory):
     slm = save_model(folder / "slm", 8, seed=1)
     llm = save_model(folder / "llm", 16, seed=2, layers=3)
     pair = Pair(slm, llm, save_router(folder / "router", slm))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # Three engines on few cores: bound to all of them, each would wait actively for the others' turns.
-    own = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
     config = pair.models[0].config
     route = choose_route_token(pair.tokenizer, config.vocab_size)
     # Started with another threshold than the backend's, which it must be told.
@@ -173,8 +168,6 @@ def world(tmp_path_factory):
         yield pair, backend, served, llm_server, runner
         runner.run(served.close())
         runner.run(backend.close())
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def check_equal(results, expected):

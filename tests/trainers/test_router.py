@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 from trl import TrlParser
@@ -182,6 +183,51 @@ def test_the_entropy_router_is_a_threshold_on_entropy(labels, slm, tmp_path):
     assert (logits.diff() > 0).all()  # strictly monotone
 
 
+def test_an_adapter_of_a_trained_router(labels, slm, tmp_path):
+    """With TRL's `peft_config` the router stays as it is, and adapter and router make one router that scores alike."""
+    first = make_trainer(labels, slm, tmp_path / "first", num_train_epochs=1)
+    first.train()
+    base = str(tmp_path / "router")
+    first.save_model(base)
+
+    trained = TokenRouter.from_pretrained(base)
+    trained.attach_embedding_of(slm)
+    train, calibration = (RouterDataset(labels, split=split) for split in ("train", "calibration"))
+    trainer = RouterTrainer(
+        model=trained,
+        args=RouterConfig(
+            output_dir=str(tmp_path / "adapted"),
+            per_device_train_batch_size=64,
+            learning_rate=5e-3,
+            num_train_epochs=2,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=train,
+        eval_dataset=calibration,
+        peft_config=LoraConfig(r=4, target_modules=["project", "up", "down", "head"]),
+    )
+    trainer.train()
+    trainer.save_model(trainer.args.output_dir)
+    assert all("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    stored = load_file(tmp_path / "adapted" / "adapter_model.safetensors")
+    assert stored and all("lora_" in name for name in stored)
+    kept = {name.replace(".base_layer", ""): tensor for name, tensor in trained.state_dict().items()}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in load_file(f"{base}/model.safetensors").items())
+
+    whole = PeftModel.from_pretrained(TokenRouter.from_pretrained(base), str(tmp_path / "adapted")).merge_and_unload()
+    assert isinstance(whole, TokenRouter)
+    whole.attach_embedding_of(slm)
+    whole.save_pretrained(tmp_path / "whole")
+    again = TokenRouter.from_pretrained(tmp_path / "whole")
+    again.attach_embedding_of(slm)
+    wanted = score_dataset(trainer.model.merge_and_unload(), calibration)
+    np.testing.assert_allclose(score_dataset(again, calibration), wanted, rtol=0, atol=1e-5)
+    alone = TokenRouter.from_pretrained(base)
+    alone.attach_embedding_of(slm)
+    assert np.abs(score_dataset(alone, calibration) - wanted).max() > 1e-3  # the adapter does something
+
+
 # ---------------------------------------------------------------------------------------------------------- recipe
 
 
@@ -247,6 +293,7 @@ def test_the_recipe_needs_its_labels_and_its_slm(labels, slm, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(labels, slm, tmp_path):
+    """The recipe, with its threshold. (Two processes that resume within an epoch: tests/launch/test_matrix.py.)"""
     steps = {
         "save_strategy": "steps",
         "eval_strategy": "steps",
@@ -255,17 +302,14 @@ def test_two_processes_train_as_one(labels, slm, tmp_path):
         "save_total_limit": 9,
     }
 
-    def run_two(**options) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        arguments = command(labels, slm, tmp_path / "two", per_device_train_batch_size=32, **steps, **options)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPE.parents[1])}
-        done = subprocess.run(
-            [sys.executable, *launcher, str(RECIPE), *arguments], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
     run_recipe(command(labels, slm, tmp_path / "one", **steps))
-    run_two()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = command(labels, slm, tmp_path / "two", per_device_train_batch_size=32, **steps)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPE.parents[1])}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(RECIPE), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
     states = [json.loads((tmp_path / n / "checkpoint-20" / "trainer_state.json").read_text()) for n in ("one", "two")]
     histories = [[entry for entry in state["log_history"] if "eval_weighted_loss" in entry] for state in states]
@@ -276,14 +320,6 @@ def test_two_processes_train_as_one(labels, slm, tmp_path):
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)
-
-    # Two processes that resume within the second epoch
-    before = load_file(tmp_path / "two" / "model.safetensors")
-    shutil.rmtree(tmp_path / "two" / "checkpoint-20")
-    (tmp_path / "two" / "model.safetensors").unlink()
-    run_two(resume_from_checkpoint=tmp_path / "two" / "checkpoint-16")
-    after = load_file(tmp_path / "two" / "model.safetensors")
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

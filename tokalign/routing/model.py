@@ -14,6 +14,7 @@ attaches its own by reference, a trainer reads the rows it needs (`attach_embedd
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ class TokenRouterConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
-        self.inputs = list(self.inputs)
+        if isinstance(self.inputs, tuple):  # as JSON has it
+            self.inputs = list(self.inputs)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -84,8 +86,43 @@ class TokenRouterConfig(PreTrainedConfig):
             raise ValueError(f"`inputs` must be some of {', '.join(INPUTS)}, each once, got {list(self.inputs)}.")
         if self.architecture not in ("mlp", "linear"):
             raise ValueError(f"`architecture` must be 'mlp' or 'linear', got {self.architecture!r}.")
-        if not 1 <= self.top_k <= self.shared_vocab:
+        for name in ("hidden_size", "embedding_size", "shared_vocab", "top_k", "width", "expansion", "num_blocks"):
+            size, least = getattr(self, name), 0 if name == "num_blocks" else 1
+            if type(size) is not int or size < least:  # the types of fields are not checked where a file is read
+                raise ValueError(f"`{name}` is {str(size)[:40]}: use a whole number, at least {least}.")
+        if self.top_k > self.shared_vocab:
             raise ValueError(f"`top_k` is {self.top_k}: use 1 to {self.shared_vocab}, the shared ids.")
+
+    def validate_threshold(self) -> None:
+        """NaN compares with nothing: with it no token would ever be routed."""
+        for name in ("threshold", "pos_weight", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not _is_finite(value):
+                raise ValueError(f"`{name}` is {value}: use a finite number.")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"`dropout` is {self.dropout}: use a share from 0 to 1.")
+
+    def validate_origin(self) -> None:
+        """`slm` and `calibration` are read by programs and shown to people, so they hold what was written."""
+        slm = {} if self.slm is None else self.slm
+        if not isinstance(slm, dict) or not all(value is None or isinstance(value, str) for value in slm.values()):
+            raise ValueError("`slm` must hold texts: `name`, `weights_hash` and `tokenizer_hash`.")
+        if self.calibration is None:
+            return
+        if not isinstance(self.calibration, dict):
+            raise ValueError("`calibration` must be an object with `target` and `achieved`.")
+        target, counted = self.calibration.get("target"), ("rate", "recall", "accuracy", "n_tokens", "n_responses")
+        numbers = list(target.values()) if isinstance(target, dict) else [None]
+        if "achieved" in self.calibration:
+            achieved = self.calibration["achieved"]
+            numbers += [achieved.get(name) for name in counted] if isinstance(achieved, dict) else [None]
+        if not all(_is_finite(number) for number in numbers):
+            raise ValueError(f"`calibration` must hold numbers: `target`, and `achieved` with {', '.join(counted)}.")
+
+
+def _is_finite(value: Any) -> bool:
+    # compared, since `math.isfinite` fails at an integer that no float holds
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 @dataclass

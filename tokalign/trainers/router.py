@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftConfig, get_peft_model
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -146,6 +147,9 @@ class RouterTrainer(Trainer):
         args: a [`RouterConfig`].
         train_dataset, eval_dataset: [`~tokalign.routing.RouterDataset`]; `eval_dataset` is what early stopping watches,
             the calibration split.
+        peft_config: trains an adapter on the given router, for another domain say, instead of the router itself. What
+            is saved is the adapter: `PeftModel.from_pretrained(router, folder).merge_and_unload()` is the router of
+            both, and the one to calibrate, since a threshold belongs to its scores.
         kwargs: of [`~transformers.Trainer`].
 
     Raises:
@@ -161,6 +165,7 @@ class RouterTrainer(Trainer):
         args: RouterConfig | None = None,
         train_dataset: RouterDataset | None = None,
         eval_dataset: RouterDataset | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         args = args or RouterConfig()
@@ -172,7 +177,7 @@ class RouterTrainer(Trainer):
             self.pos_weight = _checked_pos_weight(args, train_dataset)
             model.config.pos_weight = self.pos_weight
         super().__init__(
-            model=model,
+            model=model if peft_config is None else get_peft_model(model, peft_config),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
