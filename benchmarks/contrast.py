@@ -84,7 +84,10 @@ def make_models(folder: Path, arguments: ContrastBenchmarkArguments) -> tuple[st
         max_position_embeddings=max(4096, arguments.long_length),
     )
     base = str(folder / "base")
-    LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).save_pretrained(base)
+    with torch.device(arguments.device):  # a real shape would take minutes on the host
+        model = LlamaForCausalLM(config).to(getattr(torch, arguments.dtype))
+    model.save_pretrained(base)
+    del model
     adapters = []
     for name in ("positive", "negative"):
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down_proj"])

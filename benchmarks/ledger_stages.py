@@ -1,4 +1,4 @@
-"""What the T-REG benchmarks on the ledger world run before they differ: from a base model to scored pairs, by seed.
+"""What the benchmarks on the ledger world run before they differ: from a base model to scored pairs, by seed.
 
 Each stage is a script or a recipe with the command line that a user would type (scripts/quickstart.py prints and keeps
 them); a killed benchmark goes on where it stopped.
@@ -68,14 +68,25 @@ def score_token_rewards(stages: Stages, out: Path, model: str, dataset: Path) ->
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean over seeds with its 95 % interval by Student's t."""
+    """Mean over seeds with its 95 % interval by Student's t, the values, and the p-value of a mean of 0.
+
+    The p-value (two-sided) says something of differences only; like the interval it is null for a single seed.
+    """
     n = len(values)
     mean = sum(values) / n
-    if n < 2:
-        return {"mean": mean, "ci95": [math.nan, math.nan], "seeds": n}
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) * float(stats.t.ppf(0.975, n - 1))
-    return {"mean": mean, "ci95": [mean - spread, mean + spread], "seeds": n}
+    found: dict[str, Any] = {"mean": mean, "ci95": [None, None], "seeds": n, "values": list(values), "p": None}
+    if n > 1:
+        error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+        spread = error * float(stats.t.ppf(0.975, n - 1))
+        found["ci95"] = [mean - spread, mean + spread]
+        found["p"] = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return found
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """`over_seeds` of a − b: two methods on the same problems, pairs and seeds."""
+    return over_seeds([x - y for x, y in zip(a, b, strict=True)])
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

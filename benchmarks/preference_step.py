@@ -65,12 +65,17 @@ class Arguments:
     memory_of: str | None = field(default=None, metadata={"help": "For the script itself: measure this method only."})
 
 
-def make_step(arguments: Arguments, vocab_size: int, method: str, folder: str) -> Callable[[], None]:
-    """One training step of `method` on a fixed batch of random rows, as a function to call again and again."""
+def made_up_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A word for every id."""
     words = {"<pad>": 0, "</s>": 1} | {f"t{i}": i for i in range(2, vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="</s>")), pad_token="<pad>", eos_token="</s>"
     )
+
+
+def make_step(arguments: Arguments, vocab_size: int, method: str, folder: str) -> Callable[[], None]:
+    """One training step of `method` on a fixed batch of random rows, as a function to call again and again."""
+    tokenizer = made_up_tokenizer(vocab_size)
     rng = random.Random(arguments.seed)
     rows = []
     for i in range(arguments.batch_size):
@@ -135,7 +140,9 @@ def save_model(arguments: Arguments, vocab_size: int, folder: str) -> None:
         eos_token_id=1,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
+    with torch.device(arguments.device):  # a real shape would take minutes on the host
+        model = LlamaForCausalLM(config).to(getattr(torch, arguments.dtype))
+    model.save_pretrained(f"{folder}/model")
 
 
 def peak_bytes(device: str) -> int:

@@ -42,6 +42,10 @@ class RolloutBenchmarkArguments:
     shortest_prompt: int = field(default=15, metadata={"help": "Tokens of the shortest prompt."})
     longest_prompt: int = field(default=60, metadata={"help": "Tokens of the longest prompt."})
     vocab_size: int = field(default=64, metadata={"help": "Vocabulary of the made-up model."})
+    hidden_size: int = field(default=64, metadata={"help": "Its width; the MLP has 2.75 times as much."})
+    layers: int = field(default=3, metadata={"help": "Its layers."})
+    heads: int = field(default=2, metadata={"help": "Its attention heads."})
+    dtype: str = field(default="float32", metadata={"help": "Its weights' type."})
     naive_batch: int = field(default=16, metadata={"help": "Prompts in a batch of the naive loop (times n rows)."})
     token_budget: int = field(default=65536, metadata={"help": "As in EngineArguments."})
     repeats: int = field(default=3, metadata={"help": "Timed runs; the fastest counts, for a shared machine."})
@@ -50,23 +54,24 @@ class RolloutBenchmarkArguments:
     output_dir: str = field(default="runs/benchmarks/rollouts", metadata={"help": "Where results are written."})
 
 
-def make_model(folder: Path, vocab_size: int, seed: int) -> str:
+def make_model(folder: Path, arguments: RolloutBenchmarkArguments) -> str:
     """A random Llama whose completions end after about 35 tokens: 1 in 35 tokens drawn is an end token."""
-    torch.manual_seed(seed)
+    torch.manual_seed(arguments.seed)
+    vocab_size = arguments.vocab_size
     ends = max(1, round(vocab_size / 35))
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=11 * arguments.hidden_size // 4,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=max(2, arguments.heads // 4),
         max_position_embeddings=1024,
         pad_token_id=0,
         eos_token_id=list(range(1, 1 + ends)),
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).save_pretrained(folder)
     words = {f"<{i}>": i for i in range(vocab_size)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<0>", eos_token="<1>").save_pretrained(folder)
@@ -156,7 +161,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
 def main(arguments: RolloutBenchmarkArguments) -> dict[str, Any]:
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        path = arguments.model or make_model(Path(folder), arguments.vocab_size, arguments.seed)
+        path = arguments.model or make_model(Path(folder), arguments)
         prompts = make_prompts(path, arguments)
         results = {"model.generate loop": measure_naive(path, prompts, arguments)}
         kinds = ["transformers"]

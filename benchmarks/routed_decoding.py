@@ -47,7 +47,7 @@ from tokalign.routing.policies import AlwaysLLM, NeverLLM, ReplayPolicy
 from tokalign.routing.slots import forward_parts
 
 QWEN25 = {"tie_word_embeddings": True, "num_key_value_heads": 2}
-# Hidden size, MLP size, layers, heads and the rest of the published configurations
+# Hidden size, MLP size, layers, heads and the rest of the published configurations; `tiny` is none, for short runs
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     name: (
         (Qwen2Config, Qwen2ForCausalLM) if "num_key_value_heads" in extra else (Qwen3Config, Qwen3ForCausalLM),
@@ -55,6 +55,7 @@ SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         extra,
     )
     for name, hidden, mlp, layers, heads, extra in (
+        ("tiny", 256, 1024, 4, 4, QWEN25),
         ("0.5b", 896, 4864, 24, 14, QWEN25),
         ("1.5b", 1536, 8960, 28, 12, QWEN25),
         ("3b", 2048, 11008, 36, 16, QWEN25),

@@ -1,13 +1,13 @@
 r"""How good token signals are: which finds the token that breaks a wrong solution, and at what cost.
 
-    python benchmarks/token_credit.py --output_dir runs/token_credit
+    python benchmarks/token_credit.py --output_dir runs/benchmarks/token_credit
 
 On wrong solutions of the ledger world, whose first wrong token is known exactly, and against the critical token of the
 rollout estimate (arXiv 2411.19943v3): contrastive score, T-REG's reward by contrastive prompting (arXiv 2412.02685) and
 the plain log-prob of the model that gives it, DPO's implicit reward, entropy, log-prob, random. Every seed has its own
 problems, rollouts, pairs and adapters. AUROC of "is the target" and hit@1, as means over seeds with 95 % intervals, and
 tokens through a model for each scored token. Training a model or an adapter is not counted as a cost. Writes
-`token_credit.json`, `token_credit.png` and `token_credit.md`.
+results.json; pages/treg.py and pages/critical_token_dpo.py show it.
 
 A new signal joins by one line in SIGNALS, once a script writes its column `rejected_<signal>`.
 """
@@ -20,16 +20,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from ledger_stages import (
     LEDGER,
     MAX_TOKENS,
     build_pairs,
     models,
     over_seeds,
+    paired,
     score_token_rewards,
     stages_in,
     write_json,
@@ -61,6 +58,14 @@ SIGNALS = {
 }
 RENAMED = {"eval_likelihood": {"rejected_logprob": "rejected_eval_logprob"}}  # two models' columns of one name
 TARGETS = {"first_error": "true first error", "critical_index": "rollout estimate"}
+CLAIMS = (  # what the two papers build on, and the plain signals beside
+    ("contrastive score", "random"),
+    ("contrastive score", "log-prob"),
+    ("contrastive score", "DPO implicit reward"),
+    ("T-REG reward (eval model)", "random"),
+    ("T-REG reward (eval model)", "DPO implicit reward"),
+    ("T-REG reward (eval model)", "log-prob (eval model)"),
+)
 MEASURES = {"auroc": "AUROC", "hit1": "hit@1"}
 
 
@@ -73,7 +78,7 @@ class TokenCreditArguments:
         default=None,
         metadata={"help": "Model that gives token rewards; unset is the ledger's, which can rewrite drafts."},
     )
-    output_dir: str = field(default="runs/token_credit", metadata={"help": "Folder of all results."})
+    output_dir: str = field(default="runs/benchmarks/token_credit", metadata={"help": "Folder of all results."})
     seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, …"})
     problems: int = field(default=600, metadata={"help": "Training problems a seed."})
     rollouts: int = field(default=8, metadata={"help": "Rollouts a problem."})
@@ -175,47 +180,41 @@ def summarise(args: TokenCreditArguments, by_seed: list[dict[str, Any]]) -> dict
                 }
                 for name in SIGNALS
             },
+            "differences": [
+                {"better": better, "worse": worse}
+                | {
+                    key: paired(
+                        [r["signals"][better][key] for r in reports], [r["signals"][worse][key] for r in reports]
+                    )
+                    for key in MEASURES
+                }
+                for better, worse in CLAIMS
+            ],
         }
     return results
 
 
-def show(results: dict[str, Any], folder: Path) -> None:
-    """The same table on screen and as Markdown, and a figure."""
-    figure, axes = plt.subplots(len(TARGETS), len(MEASURES), figsize=(10, 3 * len(TARGETS)), layout="constrained")
-    lines = []
-    for row, (target, label) in zip(axes, TARGETS.items(), strict=True):
+def show(results: dict[str, Any]) -> None:
+    """The tables on screen."""
+
+    def cell(entry: dict[str, Any]) -> str:
+        low, high = entry["ci95"]
+        return f"{entry['mean']:.3f}" + ("" if low is None else f" ({low:.3f} – {high:.3f})")
+
+    for target, label in TARGETS.items():
         part = results["targets"][target]
         title = f"Against the {label}: {sum(part['solutions'])} wrong solutions, {results['arguments']['seeds']} seeds"
         table = Table("signal", *MEASURES.values(), "tokens / scored token", title=title)
-        lines += [f"**{title}**", "", "| signal | AUROC | hit@1 | tokens a scored token |", "|---|---|---|---|"]
         for name, entry in part["signals"].items():
-            cells = [
-                f"{entry[k]['mean']:.3f} ({entry[k]['ci95'][0]:.3f} – {entry[k]['ci95'][1]:.3f})" for k in MEASURES
-            ]
-            cells.append(f"{entry['tokens_per_scored_token']:.1f}")
-            table.add_row(name, *cells)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
+            table.add_row(name, *(cell(entry[k]) for k in MEASURES), f"{entry['tokens_per_scored_token']:.1f}")
         Console().print(table)
-        for axis, (key, measure) in zip(row, MEASURES.items(), strict=True):
-            names = list(part["signals"])
-            means = [part["signals"][n][key]["mean"] for n in names]
-            spread = [part["signals"][n][key]["ci95"][1] - part["signals"][n][key]["mean"] for n in names]
-            axis.barh(names, means, xerr=spread, color="tab:blue", ecolor="black", capsize=3)
-            axis.set(xlim=(0, 1.02), title=f"{measure} · {label}")
-            axis.invert_yaxis()
-            if key == "auroc":
-                axis.axvline(0.5, color="grey", linestyle=":")
-    figure.savefig(folder / "token_credit.png", dpi=120)
-    (folder / "token_credit.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def main(args: TokenCreditArguments) -> dict[str, Any]:
     args.base, args.eval_model = models(args.base, args.eval_model)
     results = summarise(args, [run_seed(args, seed) for seed in range(args.seeds)])
-    folder = Path(args.output_dir)
-    write_json(folder / "token_credit.json", results)
-    show(results, folder)
+    write_json(Path(args.output_dir) / "results.json", results)
+    show(results)
     return results
 
 

@@ -1,0 +1,32 @@
+"""docs/results/README.md: the pages, with their verdicts counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pages.common import FAILS, HOLDS, OPEN, markdown_table
+
+
+def index(pages: Mapping[str, str]) -> str:
+    """The index of pages: name -> text."""
+    rows = [
+        [f"[{text.splitlines()[0].removeprefix('# ')}]({name}.md)"]
+        + [str(text.count(f"**{word}**")) for word in (HOLDS, FAILS, OPEN)]
+        for name, text in pages.items()
+    ]
+    lines = [
+        "# Results",
+        "",
+        "What the four papers claim, in miniature, and what this package claims of itself: measured, with intervals, and a",
+        "verdict row by row. `make benchmarks` makes all of it on a machine without a GPU, in hours; `make benchmarks-quick`",
+        "shows in minutes that it runs. Every page is written from the runs' JSON in [data/](data); a test holds them equal.",
+        "",
+        *markdown_table(("page", HOLDS, FAILS, OPEN), rows),
+        "",
+        "*Holds*: the 95 % interval of the difference lies on the claim's side. *Does not hold*: on the other. *Cannot be told",
+        "here*: across zero; the interval says how large an effect could have been missed. The intervals are one by one: of",
+        "twenty claims that are false, one may seem to hold or to fail. These are models of 0.16 to 3 million parameters in a",
+        "made-up world: whether an order is the same at 8B is for the recipes to show.",
+        "",
+    ]
+    return "\n".join(lines)

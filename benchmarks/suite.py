@@ -1,0 +1,221 @@
+r"""Everything that docs/results/ says, in one command: runs the experiments, keeps their JSON, and writes the pages.
+
+    python benchmarks/suite.py                      # hours (`make benchmarks`); pages and data go to docs/results/
+    python benchmarks/suite.py --quick true         # minutes (`make benchmarks-quick`), to runs/benchmarks/quick/
+    python benchmarks/suite.py --only treg_ledger   # some of them
+    python benchmarks/suite.py --render true        # the pages alone, from the data that is there
+
+Each experiment is a script beside this one, run as its page shows, one after the other. A killed suite started again
+skips what is finished and goes on within the experiment that it was at. On a machine with a GPU `speed_gpu` runs as
+well: the same measurements in bf16 at the shapes of 1.5B and 8B models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ledger_stages import ROOT, stages_in, write_json
+from pages.common import load_runs
+from pages.index import index
+from rich.console import Console
+from trl import TrlParser
+
+from tokalign.data.ledger_models import trained_model
+
+PAGES = ("critical_token_dpo", "treg", "routing", "compositions", "speed")
+VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A script of this folder with its arguments.
+
+    Args:
+        full: beside the script's defaults. quick: of the short run; `{base}` stands for the ledger's weak base model,
+            `{early}` for one that was stopped early in its training (short runs wait for no large model).
+        threads: CPU threads that PyTorch gets; one where the models are so small that more would only wait.
+        gpu: it needs one.
+    """
+
+    name: str
+    script: str
+    full: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
+    threads: int = 1
+    gpu: bool = False
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(shlex.split(text))
+
+
+FEW = words("--seeds 2 --problems 200 --validation_problems 100 --test_problems 100 --samples 1 --learning_rates 3e-4")
+EXPERIMENTS = (
+    Experiment(
+        *("critical_dpo_ledger", "critical_dpo_ledger.py"),
+        quick=(*FEW, *words("--base {base} --rollouts 8 --estimate_rows 4 --continuations 16")),
+    ),
+    Experiment("treg_ledger", "treg_ledger.py", quick=(*FEW, *words("--base {base} --eval_model {base} --rollouts 4"))),
+    Experiment(
+        *("token_credit", "token_credit.py"),
+        quick=words("--base {base} --eval_model {base} --seeds 2 --problems 100 --estimate_rows 4 --continuations 8"),
+    ),
+    Experiment("structured_ledger", "structured_ledger.py"),
+    Experiment(
+        *("routing_ledger", "routing_ledger.py"),
+        quick=words(
+            "--slm {early} --llm {base} --seeds 2 --train_problems 300 --validation_problems 40 --test_problems 60"
+            " --rates 0.08 0.2 --clock_rate 0.2 --clock_problems 16 --repeats 2"
+        ),
+    ),
+    Experiment(
+        *("compositions", "compositions.py"),
+        quick=(
+            *FEW,
+            *words("--base {base} --eval_model {base} --llm {early} --rollouts 4 --pairs 32 --continuations 4"),
+        ),
+    ),
+    Experiment("reliability", "reliability.py"),
+    Experiment("speed", "speed.py", quick=words("--size quick"), threads=os.cpu_count() or 1),
+    Experiment("speed_gpu", "speed.py", words("--device cuda --dtype bfloat16 --size real"), gpu=True),
+)
+
+
+@dataclass
+class SuiteArguments:
+    """What to run and where to."""
+
+    quick: bool = field(default=False, metadata={"help": "Small sizes: whether everything runs, not what comes out."})
+    only: list[str] = field(default_factory=list, metadata={"help": "Names of experiments; all if none is given."})
+    render: bool = field(default=False, metadata={"help": "Only write the pages from the data that is there."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the runs; unset is runs/benchmarks/full or runs/benchmarks/quick."}
+    )
+    results_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of pages and data; unset is docs/results, for short runs `output_dir`/results."},
+    )
+
+
+def main(args: SuiteArguments) -> None:
+    os.chdir(ROOT)
+    out = Path(args.output_dir or f"runs/benchmarks/{'quick' if args.quick else 'full'}")
+    results = Path(args.results_dir or (out / "results" if args.quick else "docs/results"))
+    names = [e.name for e in EXPERIMENTS]
+    if unknown := set(args.only) - set(names):
+        raise SystemExit(f"No experiment {', '.join(sorted(unknown))}; there are {', '.join(names)}.")
+    if not args.render:
+        for experiment in EXPERIMENTS:
+            chosen = experiment.name in args.only if args.only else not experiment.gpu or torch.cuda.is_available()
+            if chosen:
+                run(experiment, out, results / "data", quick=args.quick)
+    write_pages(results)
+
+
+def run(experiment: Experiment, out: Path, data: Path, *, quick: bool) -> None:
+    """Run an experiment, unless it is finished, and keep its JSON."""
+    console, folder = Console(), out / experiment.name
+    command = ["python", f"benchmarks/{experiment.script}", *(experiment.quick if quick else experiment.full)]
+    note = folder / "suite.json"  # command and seconds so far; finished or not
+    state = json.loads(note.read_text()) if note.exists() else {}
+    if state.get("command") != shlex.join(command):
+        state = {"command": shlex.join(command), "seconds": 0.0, "finished": False}
+    console.rule(f"[bold]{experiment.name}[/bold]", align="left")
+    if not state["finished"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = [part.format(**models(out, command)) if part in ("{base}", "{early}") else part for part in command]
+        environment = os.environ | {"OMP_NUM_THREADS": str(experiment.threads), "PYTHONPATH": str(ROOT)}
+        started = time.perf_counter()
+        try:
+            subprocess.run(
+                [sys.executable, *arguments[1:], "--output_dir", str(folder)], check=True, cwd=ROOT, env=environment
+            )
+            state |= {"finished": True, "date": time.strftime("%Y-%m-%d")}
+        finally:
+            state["seconds"] += time.perf_counter() - started
+            write_json(note, state)
+    keep = {
+        "name": experiment.name,
+        "command": state["command"],
+        "date": state["date"],
+        "seconds": round(state["seconds"]),
+        "machine": machine(experiment),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "results": without_paths(json.loads((folder / "results.json").read_text())),
+    }
+    data.mkdir(parents=True, exist_ok=True)
+    write_json(data / f"{experiment.name}.json", keep)
+    console.print(f"[dim]✓ {data / experiment.name}.json, {keep['seconds']} s[/dim]", highlight=False)
+
+
+def models(out: Path, command: list[str]) -> dict[str, str]:
+    """The models of short runs, trained first where they are not there."""
+    found = {"base": str(trained_model("ledger-slm"))}
+    if "{early}" in command:
+        folder = out / "early"
+        stages, world = stages_in(folder), folder / "world"
+        stages.run(
+            *("problems", "data/ledger.py", "--output_dir", world, "--sft", 8000),
+            *(part for split in ("train", "validation", "test") for part in (f"--{split}", 1)),
+        )
+        stages.train(
+            *("early", "recipes/sft.py", folder / "model", "--config", "recipes/ledger/base_slm.yaml"),
+            *("--model_name_or_path", world / "ledger-slm", "--dataset_name", world / "sft", "--max_steps", 250),
+        )
+        found["early"] = str(folder / "model")
+    return found
+
+
+def machine(experiment: Experiment) -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    found: dict[str, Any] = {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": f"{os.cpu_count()} cores",
+        "threads": f"{experiment.threads} thread{'s' if experiment.threads > 1 else ''}",
+    }
+    if experiment.gpu:
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def without_paths(value: Any) -> Any:
+    """The value with the folder's name in place of every absolute path: results speak of no machine's folders."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
+def write_pages(results: Path) -> None:
+    """Every page whose runs are there, its figures, and an index with the verdicts counted."""
+    texts = {}
+    for name in PAGES:
+        module = importlib.import_module(f"pages.{name}")
+        runs = load_runs(results / "data", module.NEEDS)
+        if module.NEEDS[0] in runs:  # the others add to it
+            (results / "figures").mkdir(parents=True, exist_ok=True)
+            texts[name] = module.page(runs)
+            module.figures(runs, results / "figures")
+            (results / f"{name}.md").write_text(texts[name], encoding="utf-8")
+    if texts:
+        (results / "README.md").write_text(index(texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((SuiteArguments,)).parse_args_and_config())
