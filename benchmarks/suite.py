@@ -35,7 +35,7 @@ from trl import TrlParser
 
 from tokalign.data.ledger_models import trained_model
 
-PAGES = ("critical_token_dpo", "treg", "routing", "compositions", "speed")
+PAGES = ("critical_token_dpo", "treg", "structured_grpo", "routing", "compositions", "speed", "reliability")
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -73,7 +73,13 @@ EXPERIMENTS = (
         *("token_credit", "token_credit.py"),
         quick=words("--base {base} --eval_model {base} --seeds 2 --problems 100 --estimate_rows 4 --continuations 8"),
     ),
-    Experiment("structured_ledger", "structured_ledger.py"),
+    Experiment(
+        *("structured_ledger", "structured_ledger.py"),
+        quick=words(
+            "--seeds 2 --ablation_seeds 1 --base_documents 6400 --problems 200 --pairs_from 50 --steps 3"
+            " --completions 32 --learning_rates 1e-3 --validation_problems 40 --test_problems 60"
+        ),
+    ),
     Experiment(
         *("routing_ledger", "routing_ledger.py"),
         quick=words(

@@ -59,6 +59,11 @@ def test_the_verdict_follows_the_interval(ci95, word) -> None:
     assert f"**{word}**" in row and "+1.0" in row and "0.200" in row
 
 
+def test_two_seeds_tell_nothing() -> None:
+    assert verdict(over_seeds([0.1, 0.1])) == "cannot be told here"
+    assert verdict(over_seeds([0.1, 0.1, 0.1])) == "holds"
+
+
 def test_figures_are_printed_with_their_intervals() -> None:
     entry = {"mean": 0.5761, "ci95": [0.5524, 0.6]}
     assert percent(entry) == "57.6 (55.2 – 60.0)" and number(entry, 3, "+") == "+0.576 (+0.552 – +0.600)"
