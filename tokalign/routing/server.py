@@ -312,7 +312,14 @@ def create_app(backend: RoutedBackend, settings: ServerSettings, budget: BudgetC
             server.close()
             await backend.close()
 
-    app = FastAPI(title="tokalign routed serving", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        redirect_slashes=False,
+        title="tokalign routed serving",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=lifespan,
+    )
     app.state.server = server
     gate = {"metrics": server.metrics, "api_key": settings.api_key, "draining": lambda: server.draining}
     app.add_middleware(Gate, **gate)  # type: ignore[arg-type]
