@@ -105,7 +105,7 @@ def jobs_on(inputs: Inputs) -> list[Job]:
     problems = ("--dataset", inputs.world + "/train")
     small, to = ("--model", inputs.slm), ("--output_dir", "{out}")
     few = ("--max_tokens", MAX_TOKENS)
-    pair = ("--slm", inputs.slm, *problems, "--stop", ".", "\n", *to, "--max_tokens", MAX_TOKENS)
+    pair = ("--slm", inputs.slm, *problems, "--stop", "e", "1", *to, "--max_tokens", MAX_TOKENS)
     both = ("--positive", inputs.positive, "--negative", inputs.negative)
 
     def script(name: str, *arguments: str, shard: int, files: tuple[str, ...] = ()) -> Job:

@@ -109,12 +109,15 @@ def show_job(name: str, found: dict[str, Any]) -> None:
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table("job", "rows", "shards", "kills", "struck work", "folders", *WRONG, title="Killed and resumed")
+    table = Table("job", "rows", "shards", "kills", "struck work", "folders", "differences", title="Killed and resumed")
     for name, found in results["jobs"].items():
-        keys = ("rows", "shards", "kills", "struck", "runs", *WRONG)
-        table.add_row(name, *(f"{found[key]:,}" for key in keys))
+        figures = [*(found[key] for key in ("rows", "shards", "kills", "struck", "runs")), sum(found[k] for k in WRONG)]
+        table.add_row(name, *(f"{figure:,}" for figure in figures))
     console.print(table)
-    console.print(results["shards"], results.get("training"))
+    shards, training = results["shards"], results.get("training")
+    console.print(f"Flipped bits: {shards['found']} found, {shards['harmless']} harmless, {shards['wrong']} accepted.")
+    if training:
+        console.print(f"Training: {training['different_weights']} of {training['runs']} runs end with other weights.")
 
 
 if __name__ == "__main__":

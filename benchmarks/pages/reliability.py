@@ -12,7 +12,7 @@ from pages.common import FAILS, HOLDS, OPEN, Run, header, markdown_table
 NEEDS = ("reliability",)
 INTRO = """What this package claims of itself, with no paper behind it: a job that is killed at any instant and started again
 with the same command ends with the rows of one that nobody disturbed, and no damaged file passes for data. Every job of `scripts/`
-and a dataset builder are killed with SIGKILL and resumed, a training likewise, half of its kills while it writes a checkpoint; shards
+and a dataset builder are killed with SIGKILL and resumed, a training likewise, every other kill aimed at the writing of a checkpoint; shards
 get single bits flipped, are cut short, emptied and exchanged. The models are small and untrained: what is tested is the machinery."""
 KINDS = {
     "mismatches": "other rows",
@@ -34,7 +34,7 @@ def page(runs: dict[str, Run]) -> str:
     lines += [
         "## What else is held by tests",
         "",
-        "`tests/faults/` runs the same kills in small, and: a disk that is full (a real file system of 400 KB, and a limit on the",
+        "`tests/faults/` runs the same kills in small, and: a disk that is full (a small real file system, and a limit on the",
         "size of files), one of two processes that dies under `accelerate launch`, two runs started on one folder, and servers",
         "that answer 500, hang, hang up without a byte, or send half a line, half an answer or half an event of a stream.",
         "",

@@ -88,7 +88,7 @@ class TokenRouterConfig(PreTrainedConfig):
             raise ValueError(f"`architecture` must be 'mlp' or 'linear', got {self.architecture!r}.")
         for name in ("hidden_size", "embedding_size", "shared_vocab", "top_k", "width", "expansion", "num_blocks"):
             size, least = getattr(self, name), 0 if name == "num_blocks" else 1
-            if type(size) is not int or size < least:  # the types of fields are not checked where a file is read
+            if type(size) is not int or size < least:  # @strict does not hold the fields to their types
                 raise ValueError(f"`{name}` is {str(size)[:40]}: use a whole number, at least {least}.")
         if self.top_k > self.shared_vocab:
             raise ValueError(f"`top_k` is {self.top_k}: use 1 to {self.shared_vocab}, the shared ids.")
@@ -122,7 +122,7 @@ class TokenRouterConfig(PreTrainedConfig):
 
 def _is_finite(value: Any) -> bool:
     # compared, since `math.isfinite` fails at an integer that no float holds
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 @dataclass
