@@ -94,6 +94,16 @@ def test_a_full_file_system(forks, long_rows, small_disk, tmp_path):
     assert sum(forks.differences(long_rows, tmp_path / "want", out).values()) == 0
 
 
+def test_what_a_killed_process_left_of_its_features_is_removed(tmp_path):
+    shapes = {"hidden": (4, 3), "top_logits": (4, 2), "predicted": (4,), "entropy": (4,)}
+    arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
+    name, other = (write_features(tmp_path, ids, arrays) for ids in (["a"], ["b"]))
+    for file in (name, other):
+        (tmp_path / f".{file}.7.tmp").write_text("half")
+    assert write_features(tmp_path, ["a"], arrays) == name
+    assert [file.name for file in tmp_path.glob(".*")] == [f".{other}.7.tmp"]  # perhaps another process's work
+
+
 def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path, monkeypatch):
     from datasets import Dataset
 

@@ -72,6 +72,8 @@ def write_features(folder: Path, ids: Sequence[str], arrays: dict[str, np.ndarra
             )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"features-{hashlib.sha256(chr(0).join(ids).encode()).hexdigest()[:16]}.safetensors"
+    for left_over in folder.glob(f".{name}.*.tmp"):  # by a killed process; a shard is one process's at a time
+        left_over.unlink()
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         save_file(stored, temporary)
