@@ -117,9 +117,10 @@ def transport(kind: str, status: int, headers: list[tuple[bytes, bytes]], body: 
 
 
 @lru_cache
-def tokenizer_folder() -> str:
-    folder = tempfile.mkdtemp(prefix="fuzz-tokenizer-")
-    tiny_tokenizer().save_pretrained(folder)
+def tokenizer_folder() -> tempfile.TemporaryDirectory[str]:
+    """A tokenizer on disk, until the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="fuzz-tokenizer-")
+    tiny_tokenizer().save_pretrained(folder.name)
     return folder
 
 
@@ -139,7 +140,9 @@ def answer(data: bytes) -> None:
         mock.patch.object(openai, "AsyncOpenAI", partial(openai.AsyncOpenAI, http_client=fresh(servers))),
     ):
         with refusals(*REFUSED):
-            arguments = EngineArguments(tokenizer_folder(), engine="openai", base_urls=["http://s/v1"], max_retries=0)
+            arguments = EngineArguments(
+                tokenizer_folder().name, engine="openai", base_urls=["http://s/v1"], max_retries=0
+            )
             (pair,) = OpenAIEngine(arguments).generate([[7, 8]], SamplingParams(n=2, max_tokens=4))
             for completion in pair:
                 check_piece(completion.token_ids, completion.logprobs)

@@ -105,14 +105,14 @@ class TokenRouterConfig(PreTrainedConfig):
     def validate_origin(self) -> None:
         """`slm` and `calibration` are read by programs and shown to people, so they hold what was written."""
         slm = {} if self.slm is None else self.slm
-        if not isinstance(slm, dict) or not all(value is None or isinstance(value, str) for value in slm.values()):
-            raise ValueError("`slm` must hold texts: `name`, `weights_hash` and `tokenizer_hash`.")
+        if not isinstance(slm, dict) or not all(value is None or _is_line(value) for value in slm.values()):
+            raise ValueError("`slm` must hold texts of one line: `name`, `weights_hash` and `tokenizer_hash`.")
         if self.calibration is None:
             return
-        if not isinstance(self.calibration, dict):
-            raise ValueError("`calibration` must be an object with `target` and `achieved`.")
-        target, counted = self.calibration.get("target"), ("rate", "recall", "accuracy", "n_tokens", "n_responses")
-        numbers = list(target.values()) if isinstance(target, dict) else [None]
+        target = self.calibration.get("target") if isinstance(self.calibration, dict) else None
+        if not isinstance(target, dict) or not all(map(_is_line, [*target, self.calibration.get("split", "")])):
+            raise ValueError("`calibration` must be an object with `target`, and with `split` of one line.")
+        numbers, counted = list(target.values()), ("rate", "recall", "accuracy", "n_tokens", "n_responses")
         if "achieved" in self.calibration:
             achieved = self.calibration["achieved"]
             numbers += [achieved.get(name) for name in counted] if isinstance(achieved, dict) else [None]
@@ -123,6 +123,10 @@ class TokenRouterConfig(PreTrainedConfig):
 def _is_finite(value: Any) -> bool:
     # compared, since `math.isfinite` fails at an integer that no float holds
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()  # a lone surrogate is not
 
 
 @dataclass
