@@ -35,7 +35,14 @@ def test_quickstart_survives_an_interrupt_and_does_nothing_twice(base, tmp_path)
     command = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), "--output_dir", str(out), *SMALL]
     state, log = out / "state.json", tmp_path / "log"
     with open(log, "w") as stream:
-        first = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=tmp_path)
+        first = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=stream,
+            cwd=tmp_path,
+            # a shell that starts the tests in the background has them ignore the interrupt, and so their children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while "pairs" not in (state.read_text() if state.exists() else ""):
             assert first.poll() is None, log.read_text()[-3000:]
             time.sleep(0.2)
