@@ -16,6 +16,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, 
 
 from tokalign.data.contract import load_stage
 from tokalign.jobs import end_processes
+from tokalign.trainers.checkpoints import resume_point
 
 
 @dataclass
@@ -49,7 +50,7 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.save_model(training_args.output_dir)
     trainer.end()
     end_processes()

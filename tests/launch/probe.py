@@ -19,7 +19,6 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, set_seed
 
 from tests.trainers import structured
@@ -27,7 +26,6 @@ from tokalign.data.contract import load_stage
 from tokalign.generation.vllm_cpu import prepare_colocated_vllm
 from tokalign.jobs import end_processes
 from tokalign.routing.features import RouterDataset
-from tokalign.routing.model import TokenRouter, TokenRouterConfig
 from tokalign.trainers import (
     CriticalTokenDPOConfig,
     CriticalTokenDPOTrainer,
@@ -35,7 +33,7 @@ from tokalign.trainers import (
     TRegConfig,
     TRegTrainer,
 )
-from tokalign.trainers.router import RouterConfig, RouterTrainer
+from tokalign.trainers.router import RouterConfig, RouterTrainer, new_router
 from tokalign.trainers.token_preference import TokenPreferenceTrainer
 
 ARGUMENTS: dict[str, Any] = {
@@ -95,26 +93,13 @@ def structured_grpo(run: dict[str, Any]) -> StructuredGRPOTrainer:
 def router(run: dict[str, Any]) -> RouterTrainer:
     """A router of one block, from the same weights every time, on the splits train and calibration."""
     train, calibration = (RouterDataset(run["dataset"], split=split) for split in ("train", "calibration"))
-    # Not by `new_router` and `attach_embedding_of`, which ask for the SLM's shape in a way that ends under ZeRO-3:
-    # transformers 5.23 initialises a model made by `from_config` even on the meta device ("Cannot copy out of meta
-    # tensor"). So this cell shows RouterTrainer, not the recipe.
-    embedding = load_file(Path(run["model"]) / "model.safetensors")["model.embed_tokens.weight"]
+    args = RouterConfig(**ARGUMENTS | run["arguments"])  # before the model, as in the recipe: it turns ZeRO-3 on
     set_seed(0)
-    model = TokenRouter(
-        TokenRouterConfig(
-            hidden_size=train.hidden_size,
-            embedding_size=embedding.shape[1],
-            shared_vocab=len(embedding),
-            top_k=train.top_k,
-            width=16,
-            num_blocks=1,
-            dropout=0.0,
-        )
-    )
-    model.attach_embedding(embedding)
+    model = new_router(run["model"], train, width=16, num_blocks=1, dropout=0.0)
+    model.attach_embedding_of(run["model"])
     return RouterTrainer(
         model=model,
-        args=RouterConfig(**ARGUMENTS | run["arguments"]),
+        args=args,
         train_dataset=train,
         eval_dataset=calibration,
         peft_config=adapter(run, task_type=None),

@@ -15,7 +15,7 @@ from transformers import LlamaConfig as SlmConfig
 from tests.support import save_tiny, tiny_model
 from tokalign.data.contract import weights_hash
 from tokalign.routing.card import write_model_card
-from tokalign.routing.model import TokenRouter, TokenRouterConfig, row_features
+from tokalign.routing.model import TokenRouter, TokenRouterConfig, embedding_shape, row_features
 
 SMALL = {"hidden_size": 8, "embedding_size": 6, "shared_vocab": 20, "top_k": 5, "width": 16, "num_blocks": 2}
 
@@ -259,3 +259,9 @@ def test_the_model_card_says_what_the_router_is_for(tmp_path):
     for words in ("base_model: Qwen/Qwen3-0.6B", "threshold: 0.5", "target_rate 0.12", "runs/labels", "`abc`"):
         assert words in text
     assert "base_model" not in write_model_card(router(slm={"name": str(tmp_path)}), tmp_path).read_text()
+
+
+def test_a_model_that_is_no_causal_lm_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(ValueError, match=r"is of the type 'clip_vision_model', which is no causal LM"):
+        embedding_shape(tmp_path)

@@ -26,7 +26,7 @@ from huggingface_hub.dataclasses import strict
 from safetensors import safe_open
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
@@ -406,8 +406,12 @@ def embedding_shape(slm: str | Path) -> tuple[int, int]:
 def _embedding_tensor(slm: str) -> tuple[str, str]:
     """File and name of the input embedding among a model's safetensors files; a hub model's other files stay away."""
     config = AutoConfig.from_pretrained(slm)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config.get_text_config())
+    text = config.get_text_config()
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(text) not in classes:
+        raise ValueError(f"{slm} is of the type {text.model_type!r}, which is no causal LM of transformers; use one.")
+    with torch.device("meta"):  # not by from_config: under ZeRO-3 transformers would fill it, which has no memory
+        model = classes[type(text)](text)
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
     index = cached_file(slm, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
