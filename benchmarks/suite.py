@@ -94,7 +94,10 @@ EXPERIMENTS = (
             *words("--base {base} --eval_model {base} --llm {early} --rollouts 4 --pairs 32 --continuations 4"),
         ),
     ),
-    Experiment("reliability", "reliability.py"),
+    Experiment(
+        *("reliability", "reliability.py"),
+        quick=words("--kills 2 --training_kills 2 --flips 100 --only build_pairs score_contrast write_answers"),
+    ),
     Experiment("speed", "speed.py", quick=words("--size quick"), threads=os.cpu_count() or 1),
     Experiment("speed_gpu", "speed.py", words("--device cuda --dtype bfloat16 --size real"), gpu=True),
 )

@@ -20,11 +20,12 @@ PAPER = {  # AlpacaEval 2 LC, Arena-Hard; SimPO's rows are Gemma-2-9B's
     "SimPO + T-REG": (74.5, 64.2),
 }
 TARGETS = {"first_error": "the true first wrong token", "critical_index": "the rollout estimate's critical token"}
+SHORT = {"first_error": "first wrong token", "critical_index": "rollout estimate"}
 INTRO = """T-REG ([arXiv 2412.02685](https://arxiv.org/abs/2412.02685), ACL 2025; [how it works](../treg.md)) in the ledger world: a
 base of 0.16 M parameters, pairs of its own right and wrong rollouts, token rewards by contrastive prompting of a model of the
 same size that has learned to rewrite drafts. Every seed has its own problems, rollouts, pairs, training order and test problems;
 all methods of a seed share them. Every method had the same grid of learning rates on validation problems with pairs of their own;
-the test problems were read once. The paper's measures are win rates of a judge on open questions; ours is accuracy."""
+the test problems were read once, but for those of "r̂ of a trained DPO" ([log](../log.md)). The paper's measures are win rates of a judge on open questions; ours is accuracy."""
 
 
 def page(runs: dict[str, Run]) -> str:
@@ -117,9 +118,9 @@ def figures(runs: dict[str, Run], folder: Path) -> None:
         targets = runs["token_credit"]["results"]["targets"]
         figure = Figure(figsize=(10, 6), layout="constrained")
         axes = figure.subplots(len(TARGETS), 2)
-        for row, (target, label) in zip(axes, TARGETS.items(), strict=True):
+        for row, target in zip(axes, TARGETS, strict=True):
             for axis, (key, name) in zip(row, (("auroc", "AUROC"), ("hit1", "hit@1")), strict=True):
                 entries = {n: entry[key] for n, entry in targets[target]["signals"].items()}
                 error_bars(axis, entries, scale=1)
-                axis.set(title=f"{name} · {label}", xlim=(-0.02, 1.02))
+                axis.set(title=f"{name} · {SHORT[target]}", xlim=(-0.02, 1.02))
         figure.savefig(folder / "treg_credit.png", dpi=110)
