@@ -98,16 +98,20 @@ def power_law(xs: Sequence[float], ys: Sequence[float]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------- the two scorers
 
 
+def model_shape(arguments: GrowthArguments) -> dict[str, Any]:
+    """The model's fields, which the benchmarks of both scorers name alike."""
+    return {
+        "hidden_size": arguments.hidden_size,
+        "intermediate_size": 4 * arguments.hidden_size,
+        "layers": arguments.layers,
+        "heads": arguments.heads,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+    }
+
+
 def contrast_work(vocab_size: int, arguments: GrowthArguments) -> MakeWork:
-    shape = contrast.ContrastBenchmarkArguments(
-        vocab_size=vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
+    shape = contrast.ContrastBenchmarkArguments(vocab_size=vocab_size, **model_shape(arguments))
     with tempfile.TemporaryDirectory() as folder:
         base, *adapters = contrast.make_models(Path(folder), shape)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=arguments.dtype).to(arguments.device)
@@ -121,15 +125,7 @@ def contrast_work(vocab_size: int, arguments: GrowthArguments) -> MakeWork:
 
 
 def token_reward_work(vocab_size: int, arguments: GrowthArguments) -> MakeWork:
-    shape = token_rewards.TokenRewardsBenchmarkArguments(
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        token_budget=arguments.token_budget,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
+    shape = token_rewards.TokenRewardsBenchmarkArguments(token_budget=arguments.token_budget, **model_shape(arguments))
     scorer = token_rewards.make_scorer(vocab_size, shape)
 
     def make(count: int, longest: int) -> Work:
@@ -197,14 +193,7 @@ def scorer_curves(name: str, arguments: GrowthArguments) -> list[dict[str, Any]]
 def make_stage(folder: Path, arguments: GrowthArguments) -> None:
     """A random model and a preferences stage of equally long pairs, so that all shards are the same work."""
     vocab_size = arguments.vocab_size
-    shape = token_rewards.TokenRewardsBenchmarkArguments(
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
+    shape = token_rewards.TokenRewardsBenchmarkArguments(**model_shape(arguments))
     tokenizer = made_up_tokenizer(vocab_size)
     token_rewards.make_scorer(vocab_size, shape).base.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

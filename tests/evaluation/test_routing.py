@@ -40,10 +40,8 @@ def write_run(folder, policy: str, accuracy: float, *, seed: int, count: int = 4
                 **changes,
             }
         )
-    manifest = run_job(
-        lambda b: b, Dataset.from_list(rows), folder, name="generate_routed", parameters={"policy": policy}
-    )
-    manifest["parameters"] |= {"threshold": 0.5}
+    parameters = {"policy": policy, "threshold": 0.5}
+    manifest = run_job(lambda b: b, Dataset.from_list(rows), folder, name="generate_routed", parameters=parameters)
     rate = sum(sum(row["written_by"]) for row in rows) / sum(len(row["written_by"]) for row in rows)
     manifest["routing"] = {"parameters": SIZES, "llm_rate": rate, "activated_parameters": 20.0, "full_cost": 50.0}
     write_manifest(folder, manifest)
