@@ -31,6 +31,7 @@ from tokalign.routing.vllm_plugin import choose_route_token, routed_overrides, r
 DRAW = random.Random(0)
 PROMPTS = [[DRAW.randrange(6, 60) for _ in range(DRAW.randrange(3, 60))] for _ in range(8)]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
+LONG = SamplingParams(temperature=0, max_tokens=200)  # whatever happens to it happens before its end
 
 
 def save_model(path: Path, padding: int, **options) -> str:
@@ -245,9 +246,10 @@ def test_routed_decoding_on_vllm(world):
     # The LLM's server dies mid-stream: with "slm" every completion goes on without it, with "error" it ends.
     async def kill():
         served.on_llm_outage = "error"
-        tasks = [asyncio.create_task(collect(one, GREEDY)) for one in (backend, served)]
+        tasks = [asyncio.create_task(collect(one, LONG)) for one in (backend, served)]
         while not backend.stats.llm_tokens > tokens_before or not served.stats.llm_tokens > served_before:
             await asyncio.sleep(0.001)
+        assert not any(task.done() for task in tasks)
         os.killpg(llm_server.pid, signal.SIGKILL)
         llm_server.wait()
         return await asyncio.gather(*tasks, return_exceptions=True)
