@@ -47,11 +47,12 @@ lint: install-test
 types: install-test
 	$(BIN)/mypy
 
+# Unit tests share the cores; each slow one has the machine for itself, as it starts processes and servers of its own.
 unit: install-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --dist loadfile --durations=5
 
-test: install-test lint types
-	$(BIN)/python -m pytest --durations=15
+test: install-test lint types unit
+	$(BIN)/python -m pytest -m slow --durations=15
 
 # make fuzz SECONDS=600   coverage-guided, a target after the other; tests/fuzz in `make test` is the short form
 fuzz: install-test
