@@ -71,7 +71,8 @@ class CriticalDPOLedgerArguments(ComparisonArguments):
     )
     rollouts: int = field(default=16, metadata={"help": "Rollouts a problem."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3], metadata={"help": "The grid, the same for every method."}
+        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        metadata={"help": "The grid, the same for every method."},
     )
     estimate_rows: int = field(default=20, metadata={"help": "Wrong answers a seed with a rollout estimate."})
     continuations: int = field(default=64, metadata={"help": "Continuations a prefix of the rollout estimate."})

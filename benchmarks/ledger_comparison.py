@@ -106,9 +106,10 @@ class SeedRun:
         name = self.methods[method].start
         if name is None:
             return self.base
-        merged = self.out / "merged" / name.replace(" ", "_")
+        rate = self.rates[name]
+        merged = self.out / "merged" / f"{name} {rate:g}".replace(" ", "_")
         if not (merged / "config.json").exists():
-            adapter = self.train(name, self.rates[name])
+            adapter = self.train(name, rate)
             model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.base), adapter)
             AutoTokenizer.from_pretrained(self.base).save_pretrained(merged)
             model.merge_and_unload().save_pretrained(merged)

@@ -99,7 +99,8 @@ class StructuredLedgerArguments:
     steps: int = field(default=30, metadata={"help": "Steps of GRPO."})
     completions: int = field(default=96, metadata={"help": "Completions a step of GRPO, in groups of eight."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "The grid, the same for every method."}
+        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        metadata={"help": "The grid, the same for every method."},
     )
     validation_problems: int = field(default=500, metadata={"help": "Problems of the grid."})
     test_problems: int = field(default=400, metadata={"help": "Test problems a seed."})

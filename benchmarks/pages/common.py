@@ -7,7 +7,7 @@ edits it by hand, and a test renders the committed files again and compares.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,32 @@ def claims_table(claims: Iterable[Mapping[str, Any]]) -> list[str]:
         chance = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
         rows.append([claim["claim"], claim["paper"], ours, chance, f"**{claim.get('verdict') or verdict(entry)}**"])
     return markdown_table(("claim of the paper", "there", "here (95 % interval)", "p", "verdict"), rows)
+
+
+def grid_section(validation: Mapping[str, Any], what: str, worth: Callable[[Mapping[str, float]], float]) -> list[str]:
+    """Every cell of the grid that the learning rates were chosen by, the chosen ones bold, and which are at its edge.
+
+    Args:
+        what: the figure of a cell, for the text. worth: that figure, a share, of a cell's measures.
+    """
+    cells = validation["grid"]
+    rates = list(next(iter(cells.values())))
+    rows = []
+    for method, by_rate in cells.items():
+        best = f"{validation['learning_rate'][method]:g}"
+        shown = {rate: f"{100 * worth(cell):.1f}" for rate, cell in by_rate.items()}
+        rows.append([method, *(f"**{shown[rate]}**" if rate == best else shown[rate] for rate in rates)])
+    lines = [
+        "## The grid",
+        "",
+        f"{what} on validation problems, one seed; the chosen rate in bold.",
+        "",
+        *markdown_table(("learning rate", *rates), rows),
+        "",
+    ]
+    if validation["at_edge"]:
+        lines += [f"At the edge of the grid, so perhaps not at their best: {'; '.join(validation['at_edge'])}.", ""]
+    return lines
 
 
 def error_bars(axis: Any, entries: Mapping[str, Mapping[str, Any]], *, scale: float = 100) -> None:

@@ -15,6 +15,7 @@ from pages.common import (
     Run,
     claims_table,
     error_bars,
+    grid_section,
     header,
     markdown_table,
     number,
@@ -104,9 +105,8 @@ def _table(results: dict[str, Any]) -> list[str]:
             for key in ("greedy", "sampled")
         ]
         lines += [*claims_table(claims), ""]
-    if edge := results["validation"]["at_edge"]:
-        lines += [f"At the edge of the grid, so perhaps not at their best: {', '.join(edge)}.", ""]
-    return [*lines, "![Accuracy](figures/compositions_accuracy.png)", ""]
+    lines += ["![Accuracy](figures/compositions_accuracy.png)", ""]
+    return lines + grid_section(results["validation"], "Greedy accuracy, per cent,", lambda cell: cell["greedy"])
 
 
 def _gap(entry: dict[str, Any]) -> str:

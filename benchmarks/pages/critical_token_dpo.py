@@ -7,7 +7,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pages.common import HOLDS, OPEN, Run, claims_table, error_bars, header, markdown_table, number, percent, verdict
+from pages.common import (
+    HOLDS,
+    OPEN,
+    Run,
+    claims_table,
+    error_bars,
+    grid_section,
+    header,
+    markdown_table,
+    number,
+    percent,
+    verdict,
+)
 
 NEEDS = ("critical_dpo_ledger", "token_credit")
 OURS = "critical-token DPO"
@@ -47,10 +59,10 @@ def page(runs: dict[str, Run]) -> str:
         "",
         *claims_table(_order(results)),
         "",
-        *_edge(results),
         "![Accuracy](figures/critical_token_dpo_accuracy.png)",
         "",
     ]
+    lines += grid_section(results["validation"], "Greedy accuracy, per cent,", lambda cell: cell["greedy"])
     lines += _dynamics(results) + _pass_at_k(results) + _cost(results)
     if "token_credit" in runs:
         lines += _detection(runs["token_credit"]["results"])
@@ -71,13 +83,6 @@ def _order(results: dict[str, Any]) -> list[dict[str, Any]]:
             paper = "–"
         claims.append({"claim": f"{better} > {worse}", "paper": paper, "entry": entry["greedy"], "unit": "points"})
     return claims
-
-
-def _edge(results: dict[str, Any]) -> list[str]:
-    edge = results["validation"]["at_edge"]
-    if not edge:
-        return []
-    return [f"At the edge of the grid, so perhaps not at their best: {', '.join(edge)}.", ""]
 
 
 def _dynamics(results: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pages.common import Run, claims_table, error_bars, header, markdown_table, percent, verdict
+from pages.common import Run, claims_table, error_bars, grid_section, header, markdown_table, percent, verdict
 from tokalign.view.curriculum import COLOURS, COMPONENTS, DASHED
 
 NEEDS = ("structured_ledger",)
@@ -46,7 +46,12 @@ from an SFT model starts from the tuned one."""
 def page(runs: dict[str, Run]) -> str:
     results = runs["structured_ledger"]["results"]
     lines = header("Structured GRPO", INTRO, runs)
-    lines += _methods(results) + _ablation(results) + _curriculum(results) + _transfer(results) + _grid(results)
+    lines += _methods(results) + _ablation(results) + _curriculum(results) + _transfer(results)
+    lines += grid_section(
+        results["validation"],
+        "Structure × content F1 (shares multiplied), per cent,",
+        lambda cell: cell["structure"] * cell["content_f1"],
+    )
     return "\n".join(lines)
 
 
@@ -216,28 +221,6 @@ def _transfer(results: dict[str, Any]) -> list[str]:
         "![Transfer](figures/structured_grpo_transfer.png)",
         "",
     ]
-
-
-def _grid(results: dict[str, Any]) -> list[str]:
-    validation = results["validation"]
-    rates = [f"{rate:g}" for rate in results["arguments"]["learning_rates"]]
-    rows = []
-    for method, cells in validation["grid"].items():
-        worth = {rate: 100 * cells[rate]["structure"] * cells[rate]["content_f1"] for rate in rates}
-        best = f"{validation['learning_rate'][method]:g}"
-        rows.append([method, *(f"**{worth[r]:.1f}**" if r == best else f"{worth[r]:.1f}" for r in rates)])
-    lines = [
-        "## The grid",
-        "",
-        f"Structure × content F1 (shares multiplied, per cent) on {results['arguments']['validation_problems']} validation problems; the chosen"
-        " rate in bold.",
-        "",
-        *markdown_table(("learning rate", *rates), rows),
-        "",
-    ]
-    if validation["at_edge"]:
-        lines += [f"At the edge of the grid, so perhaps not at their best: {'; '.join(validation['at_edge'])}.", ""]
-    return lines
 
 
 def figures(runs: dict[str, Run], folder: Path) -> None:

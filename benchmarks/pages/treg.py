@@ -7,7 +7,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pages.common import OPEN, Run, claims_table, error_bars, header, markdown_table, number, percent, verdict
+from pages.common import (
+    OPEN,
+    Run,
+    claims_table,
+    error_bars,
+    grid_section,
+    header,
+    markdown_table,
+    number,
+    percent,
+    verdict,
+)
 
 NEEDS = ("treg_ledger", "token_credit")
 PAPER = {  # AlpacaEval 2 LC, Arena-Hard; SimPO's rows are Gemma-2-9B's
@@ -69,10 +80,8 @@ def _ablation(results: dict[str, Any]) -> list[str]:
     ]
     if open_ones:
         lines += [f"Where it cannot be told, an effect above {100 * widest:.1f} points would have been seen.", ""]
-    edge = results["validation"]["at_edge"]
-    if edge:
-        lines += [f"At the edge of the grid, so perhaps not at their best: {', '.join(edge)}.", ""]
-    return [*lines, "![Accuracy](figures/treg_ablation.png)", ""]
+    lines += ["![Accuracy](figures/treg_ablation.png)", ""]
+    return lines + grid_section(results["validation"], "Greedy accuracy, per cent,", lambda cell: cell["greedy"])
 
 
 def _credit(results: dict[str, Any]) -> list[str]:

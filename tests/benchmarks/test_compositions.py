@@ -98,7 +98,11 @@ def results() -> dict:
     pairs = [(name, other) for name in METHODS for other in (DPO, REFERENCE) if name != other]
     return {
         "arguments": {"seeds": 3, "test_problems": 600},
-        "validation": {"learning_rate": dict.fromkeys(METHODS, 1e-3), "at_edge": ["entropy"]},
+        "validation": {
+            "grid": {key: {"0.0003": {"greedy": 0.5}, "0.001": {"greedy": 0.6}} for key in METHODS},
+            "learning_rate": dict.fromkeys(METHODS, 1e-3),
+            "at_edge": ["entropy"],
+        },
         "pairs": [199, 200, 200],
         "agreed": AGREED,
         "methods": summary(by_method),
