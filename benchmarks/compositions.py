@@ -87,7 +87,8 @@ class CompositionsArguments(ComparisonArguments):
     pairs: int = field(default=160, metadata={"help": "Pairs a seed that every method trains on."})
     continuations: int = field(default=8, metadata={"help": "Continuations a prefix of the rollout estimate."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "The grid, the same for every method."}
+        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3],
+        metadata={"help": "The grid, the same for every method."},
     )
 
 
