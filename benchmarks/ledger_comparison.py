@@ -115,10 +115,16 @@ class SeedRun:
             model.merge_and_unload().save_pretrained(merged)
         return str(merged)
 
+    def name(self, method: str, rate: float) -> str:
+        """Of the folders of a method at a learning rate; another start is another folder."""
+        start = self.methods[method].start
+        after = "" if start is None else f" after {self.rates[start]:g}"
+        return f"{method} {rate:g}{after}".replace(" ", "_")
+
     def train(self, method: str, rate: float) -> Path:
         """Adapter of a method at a learning rate."""
         chosen = self.methods[method]
-        output = self.out / "models" / f"{method} {rate:g}".replace(" ", "_")
+        output = self.out / "models" / self.name(method, rate)
         self.stages.train(
             *(f"train {output.name}", chosen.recipe, output, "--config", f"{LEDGER}/{chosen.config}.yaml"),
             *("--model_name_or_path", self.start(method), "--dataset_name", self.dataset(chosen.dataset)),
@@ -129,7 +135,7 @@ class SeedRun:
     def figures(self, method: str, rate: float | None, *options: Any) -> dict[str, Any]:
         """Greedy and sampled accuracy on the held-out problems (`rate` None: of the base), and all that
         scripts/evaluate.py writes with `options`."""
-        name = "base" if rate is None else f"{method} {rate:g}".replace(" ", "_")
+        name = "base" if rate is None else self.name(method, rate)
         adapter: tuple[Any, ...] = () if rate is None else ("--adapter", self.train(method, rate))
         model = self.base if rate is None else self.start(method)
         self.stages.run(
