@@ -53,7 +53,7 @@ class ComparisonArguments:
     problems: int = field(default=1000, metadata={"help": "Training problems a seed."})
     rollouts: int = field(default=8, metadata={"help": "Rollouts a problem."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-4, 3e-4, 1e-3], metadata={"help": "The grid, the same for every method."}
+        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3], metadata={"help": "The grid, the same for every method."}
     )
     validation_problems: int = field(default=500, metadata={"help": "Problems of the grid."})
     test_problems: int = field(default=600, metadata={"help": "Test problems a seed."})
