@@ -45,7 +45,8 @@ METHODS = {
     "RPO": Method("rpo"),
     OURS: Method("critical_dpo", dataset="scored"),
 }
-CLAIMS = (  # better, worse, the paper's table (GSM8K avg, MATH500 avg) as differences in points
+EQUAL = f"{OURS} at DPO's rate"  # not tuned: how log-probs move depends on the rate, and the tuned ones differ
+CLAIMS = (  # better, worse
     (OURS, "RPO"),
     (OURS, "DPO"),
     (OURS, "SFT→DPO"),
@@ -57,6 +58,7 @@ CLAIMS = (  # better, worse, the paper's table (GSM8K avg, MATH500 avg) as diffe
     ("SFT→DPO", "SFT"),
     ("SFT→TDPO", "SFT→DPO"),
     (OURS, "TDPO"),
+    (EQUAL, "DPO"),
 )
 CURVES = ("DPO", "TDPO", "RPO", OURS)  # methods that start from the base on the same pairs in the same order
 
@@ -71,7 +73,7 @@ class CriticalDPOLedgerArguments(ComparisonArguments):
     )
     rollouts: int = field(default=16, metadata={"help": "Rollouts a problem."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
         metadata={"help": "The grid, the same for every method."},
     )
     estimate_rows: int = field(default=20, metadata={"help": "Wrong answers a seed with a rollout estimate."})
@@ -142,13 +144,14 @@ def main(args: CriticalDPOLedgerArguments) -> dict[str, Any]:
     args.base = args.base or str(trained_model("ledger-slm"))
     comparison = Comparison(args, METHODS, {"positive": positive, "scored": scored})
     comparison.choose_rates()
-    by_method: dict[str, list[dict[str, Any]]] = {m: [] for m in ("base", *METHODS)}
+    by_method: dict[str, list[dict[str, Any]]] = {m: [] for m in ("base", *METHODS, EQUAL)}
+    rates = comparison.rates | {EQUAL: comparison.rates["DPO"]}
     estimates, dynamics = [], []
     for number in range(args.seeds):
         run = comparison.seed(number)
         logps = ("--preferences", run.dataset("pairs"))
         for method in by_method:
-            figures = run.figures(method, comparison.rates.get(method), *logps)
+            figures = run.figures(OURS if method == EQUAL else method, rates.get(method), *logps)
             sides = {side: figures["logps"][side]["mean"] for side in ("chosen", "rejected")}
             start = by_method["base"][number] if method != "base" else {f"{s}_logp": sides[s] for s in sides}
             by_method[method].append(
