@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from pages.common import FAILS, HOLDS, Run, duration, header, markdown_table
 
@@ -150,9 +151,17 @@ def figures(runs: dict[str, Run], folder: Path) -> None:
             sign, goal = ratio["goal"]
             value = max(ratio["value"], goal / 1000)  # a logarithm needs something
             axis.barh(place, value / goal if sign == "≥" else goal / value, color="C0" if ratio["met"] else "C3")
-            axis.text(0.02, place, f"{COLUMNS[name]} · {ratio['name']}", va="center", fontsize=7)
+            label = f"{COLUMNS[name]} · {ratio['name']} ({ratio['detail']})"
+            axis.text(0.02, place, label, va="center", fontsize=7)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(xscale="log", xlim=(0.019, None), yticks=[], ylim=(len(judged) - 0.5, -0.5))
+        axis.set(
+            xscale="log",
+            xlim=(0.019, None),
+            xticks=[0.1, 0.5, 1, 2, 5],
+            xticklabels=["0.1", "0.5", "1", "2", "5"],
+            yticks=[],
+            ylim=(len(judged) - 0.5, -0.5),
+        )
         axis.set(xlabel="times as good as the goal (red: missed)")
         figure.savefig(folder / "speed_ratios.png", dpi=110)
     if _curves(runs, ("tokens", "rows", "vocabulary", "processes")):
@@ -184,6 +193,10 @@ def _draw_growth(runs: dict[str, Run], path: Path) -> None:
                 label = f"{COLUMNS[name]}, {curve['what']}: {curve['exponents'][key]['exponent']:.2f}"
                 axis.plot(xs, ys, "o-", label=label)
             axis.set(xscale="log", yscale="log", xlabel=over)
+            sizes = sorted({point["x"] for _, curve in _curves(runs, (over,)) for point in curve["points"]})
+            axis.xaxis.set_minor_locator(NullLocator())  # else their labels run into each other
+            if over != "tokens":  # where the curves have sizes in common
+                axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
             axis.set(ylabel="seconds" if key == "seconds" else "extra peak memory, MiB")
             if axis.lines:
                 axis.legend(fontsize=7, title="exponent", title_fontsize=7)
