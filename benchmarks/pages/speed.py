@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from pages.common import FAILS, HOLDS, Run, duration, header, markdown_table
 
@@ -195,7 +195,10 @@ def _draw_growth(runs: dict[str, Run], path: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel=over)
             sizes = sorted({point["x"] for _, curve in _curves(runs, (over,)) for point in curve["points"]})
             axis.xaxis.set_minor_locator(NullLocator())  # else their labels run into each other
-            if over != "tokens":  # where the curves have sizes in common
+            if over == "tokens":  # the curves have no sizes in common
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter("{x:,.0f}")
+            else:
                 axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
             axis.set(ylabel="seconds" if key == "seconds" else "extra peak memory, MiB")
             if axis.lines:
