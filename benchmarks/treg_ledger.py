@@ -61,14 +61,15 @@ def main(args: TRegLedgerArguments) -> dict[str, Any]:
         return score_token_rewards(run.stages, run.out, str(args.eval_model), run.dataset("pairs"))
 
     def implicit(run: SeedRun) -> Path:
-        """Token rewards of a DPO model of this seed, trained at the middle of the grid."""
-        adapter = run.train("DPO", args.learning_rates[len(args.learning_rates) // 2])
+        """Token rewards of a DPO model of this seed, trained at the rate that the grid chose for it."""
+        rate = comparison.rates["DPO"]
+        adapter, folder = run.train("DPO", rate), run.out / f"implicit_{rate:g}"
         run.stages.run(
             *("implicit rewards", "scripts/score_likelihood.py", "--model", run.base, "--adapter", adapter),
             *("--signals", "implicit_reward", "--dataset", run.dataset("rewarded")),
-            *("--output_dir", run.out / "implicit"),
+            *("--output_dir", folder),
         )
-        return run.out / "implicit"
+        return folder
 
     methods = {name: METHODS[name] for name in args.methods}
     comparison = Comparison(args, methods, {"rewarded": rewarded, "implicit": implicit})
