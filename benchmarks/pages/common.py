@@ -107,7 +107,7 @@ def claims_table(claims: Iterable[Mapping[str, Any]]) -> list[str]:
         p = entry.get("p")
         chance = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
         rows.append([claim["claim"], claim["paper"], ours, chance, f"**{claim.get('verdict') or verdict(entry)}**"])
-    return markdown_table(("claim of the paper", "there", "here (95 % interval)", "p", "verdict"), rows)
+    return markdown_table(("claim", "in the paper", "here (95 % interval)", "p", "verdict"), rows)
 
 
 def grid_section(validation: Mapping[str, Any], what: str, worth: Callable[[Mapping[str, float]], float]) -> list[str]:

@@ -36,7 +36,7 @@ TABLE_3 = {  # averages over three models: GSM8K, MATH500
 INTRO = """Critical-token DPO ([arXiv 2411.19943](https://arxiv.org/abs/2411.19943), ICML 2025; [how it works](../critical_token_dpo.md))
 in the ledger world: a base of 0.16 M parameters, its own rollouts, pairs and contrastive scores. Every seed has its own problems,
 rollouts, pairs, adapters, training order and test problems; all methods of a seed share them. Every method had the same grid of
-learning rates on validation problems with pairs of their own; the test problems were read once."""
+learning rates on validation problems with pairs of their own; the test problems chose nothing ([log](../log.md): some were read twice)."""
 
 
 def page(runs: dict[str, Run]) -> str:
@@ -183,7 +183,7 @@ def _cost(results: dict[str, Any]) -> list[str]:
         "## Cost of the contrast",
         "",
         "Tokens through the model for every scored token, and forward passes for every answer (a generated token is one). Training the"
-        " two adapters is not counted. Our answers have about 30 tokens; the ratio falls with the square of the length.",
+        " two adapters is not counted. Our answers have about 30 tokens; the ratio of tokens falls with the length, that of passes with its square.",
         "",
         *markdown_table(("", "tokens a scored token", "forward passes an answer"), rows),
         "",
@@ -214,8 +214,9 @@ def _detection(results: dict[str, Any]) -> list[str]:
     return [
         "## Does the score find the error?",
         "",
-        f"Against the true first wrong token of {sum(part['solutions']):,} wrong solutions: AUROC and hit@1 (chance 0.5 and about 0.03). The"
-        f" contrastive score is {word} the plain log-prob of the base, which costs half as much.",
+        f"Against the true first wrong token of {sum(part['solutions']):,} wrong solutions: AUROC and hit@1, the share of them whose lowest"
+        f" score is at that token (chance 0.5 and about 0.03). By AUROC the contrastive score is {word} the plain log-prob of the base"
+        f" ({number(plain, 3, '+')}), which costs half as much.",
         "",
         *markdown_table(("signal", "AUROC", "hit@1", "tokens a scored token"), rows),
         "",

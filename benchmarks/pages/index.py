@@ -28,5 +28,14 @@ def index(pages: Mapping[str, str]) -> str:
         "twenty claims that are false, one may seem to hold or to fail. These are models of 0.16 to 3 million parameters in a",
         "made-up world: whether an order is the same at 8B is for the recipes to show.",
         "",
+        "## Words",
+        "",
+        "- *Ledger world*: generated word problems about a few numbers, solved in steps, whose first wrong token is known exactly",
+        "  ([tokalign/data/ledger.py](../../tokalign/data/ledger.py)). *Greedy* and *sampled*: at temperature 0 and 1.",
+        "- *SFT→DPO*: DPO that starts from the SFT model. *RPO*: DPO with the log-likelihood of the chosen answer added. *TDPO*: token-level",
+        "  DPO with a KL term. *y_w*: the chosen answer. *w*: T-REG's weight of a pair. *r̂*: its token reward.",
+        "- *pass@k*: at least one of k answers is right. *hit@1*: the token with the lowest score is the one looked for.",
+        "- *LLM tokens*: the share of an answer's tokens that the large model wrote. *Query-level*: a whole problem goes to one model.",
+        "",
     ]
     return "\n".join(lines)

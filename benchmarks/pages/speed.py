@@ -23,7 +23,8 @@ of memory are those of processes of their own where a step is measured and of on
 RATIOS = """## Ratios
 
 Value, and in brackets what it was measured on. A row without a goal is a figure that was wanted, not judged: routed decoding has
-its goal of 2.8 only where the large model's step takes ten times the small one's."""
+its goal of 2.8 only where the large model's step takes ten times the small one's. Bare forward passes run the vocabulary head at every
+position, ours where a completion is: so contrastive scoring's overhead can be below 1, and token rewards' share of the limit above."""
 GROWTH = """## Growth
 
 The exponent e of y = c · x^e, by least squares on logarithms (95 % interval from three sizes on): 1 is linear, 0 is flat. Only what is

@@ -71,7 +71,7 @@ def _ablation(results: dict[str, Any]) -> list[str]:
         "## The ablation",
         "",
         f"Per cent of {arguments['test_problems']} test problems a seed, mean over {arguments['seeds']} seeds (95 % interval by Student's"
-        " t). The paper's columns are AlpacaEval 2 LC / Arena-Hard.",
+        " t). The paper's columns are AlpacaEval 2 LC / Arena-Hard, of Gemma-2-9B in the SimPO rows and of Llama-3-8B in the others.",
         "",
         *markdown_table(("", "paper", "learning rate", "greedy", "sampled"), rows),
         "",
@@ -79,7 +79,10 @@ def _ablation(results: dict[str, Any]) -> list[str]:
         "",
     ]
     if open_ones:
-        lines += [f"Where it cannot be told, an effect above {100 * widest:.1f} points would have been seen.", ""]
+        lines += [
+            f"Where it cannot be told, the intervals leave room for at most {100 * widest:.1f} points in the claim's direction.",
+            "",
+        ]
     lines += ["![Accuracy](figures/treg_ablation.png)", ""]
     return lines + grid_section(results["validation"], "Greedy accuracy, per cent,", lambda cell: cell["greedy"])
 
