@@ -230,10 +230,14 @@ def _close(schema: Any) -> Any:
         else:
             made[word] = item if word in DATA else _close(item)
     keyed = schema.get("type") == "object" and ("properties" in schema or "patternProperties" in schema)
+    properties, required = made.get("properties", {}), schema.get("required", [])
+    # the metaschema sees to these types, but for what stands under a keyword that it does not know
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return made
     if keyed and "additionalProperties" not in schema:
         made["additionalProperties"] = False
-        unnamed: dict[str, Any] = {name: {} for name in schema.get("required", ())}
-        made["properties"] = unnamed | made.get("properties", {})  # a required key is never invented
+        unnamed: dict[str, Any] = {name: {} for name in required if isinstance(name, str)}
+        made["properties"] = unnamed | properties  # a required key is never invented
     return made
 
 
