@@ -207,6 +207,8 @@ def _transfer(results: dict[str, Any]) -> list[str]:
                     "unit": "points",
                 }
             )
+    entry = _difference(results["transfer"], "GRPO", LITERAL)["structure"]
+    claims.append({"claim": f"structure: GRPO > {LITERAL}", "paper": "–", "entry": entry, "unit": "points"})
     return [
         "## Transfer to another schema",
         "",

@@ -9,7 +9,7 @@ import re
 import pytest
 from ledger_comparison import ComparisonArguments, difference, summary
 from ledger_stages import ROOT, over_seeds, paired
-from pages.common import claims_table, load_runs, markdown_table, number, percent, verdict
+from pages.common import claims_table, grid_section, load_runs, markdown_table, number, percent, verdict
 from pages.index import index
 from scipy import stats
 from suite import EXPERIMENTS, PAGES, without_paths
@@ -57,6 +57,22 @@ def test_the_verdict_follows_the_interval(ci95, word) -> None:
     assert verdict(entry) == word
     (_, _, row) = claims_table([{"claim": "a > b", "paper": "+1.0", "entry": entry, "unit": "points"}])
     assert f"**{word}**" in row and "+1.0" in row and "0.200" in row
+
+
+def test_the_grid_shows_what_was_chosen_and_what_stands_at_its_edge() -> None:
+    grid = {"a": {"0.1": {"greedy": 0.5}, "1": {"greedy": 0.25}}, "b": {"0.1": {"greedy": 0.0}, "1": {"greedy": 0.1}}}
+    validation = {"grid": grid, "learning_rate": {"a": 0.1, "b": 1.0}, "at_edge": ["b"]}
+    lines = grid_section(validation, "Greedy,", lambda cell: cell["greedy"])
+    assert lines[4:8] == [
+        "| learning rate | 0.1 | 1 |",
+        "| --- | --- | --- |",
+        "| a | **50.0** | 25.0 |",
+        "| b | 0.0 | **10.0** |",
+    ]
+    assert lines[-2].endswith("best: b.")
+    assert not any(
+        "edge" in line for line in grid_section(validation | {"at_edge": []}, "Greedy,", lambda c: c["greedy"])
+    )
 
 
 def test_two_seeds_tell_nothing() -> None:
