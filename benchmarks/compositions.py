@@ -29,9 +29,6 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, weights_hash
-from tokalign.data.ledger_models import trained_model
-from tokalign.jobs import run_job
 from tokalign.routing.calibration import score_dataset
 from tokalign.routing.features import DIVERGENT, RouterDataset
 from tokalign.routing.labels import SPLITS, add_slm_choices, split_indices
@@ -39,6 +36,9 @@ from tokalign.routing.model import TokenRouter
 from tokalign.signals.agreement import report
 from tokalign.signals.divergence import DivergenceScorer
 from tokalign.signals.rollout import derived_seed
+from tokalign.stage.contract import load_stage, weights_hash
+from tokalign.stage.jobs import run_job
+from tokalign.worlds.ledger_models import trained_model
 
 TREG = "recipes/treg.py"
 REFERENCE, DPO = "contrastive score", "none (plain DPO)"

@@ -28,8 +28,8 @@ from ledger_comparison import (
 from ledger_stages import LEDGER, MAX_TOKENS, over_seeds, write_json
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage
-from tokalign.data.ledger_models import trained_model
+from tokalign.stage.contract import load_stage
+from tokalign.worlds.ledger_models import trained_model
 
 # ledger_stages has put scripts/ on the path
 from quickstart import logp_curve  # isort: skip

@@ -17,11 +17,11 @@ from faults import Job, finish, start
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
-from tokalign.data import ledger
-from tokalign.data.contract import load_stage
-from tokalign.data.ledger_models import model_config
-from tokalign.data.prompts import render_prompt
-from tokalign.jobs import run_job
+from tokalign.prompts import render_prompt
+from tokalign.stage.contract import load_stage
+from tokalign.stage.jobs import run_job
+from tokalign.worlds import ledger
+from tokalign.worlds.ledger_models import model_config
 
 PROBLEMS = 64
 MAX_TOKENS = "16"

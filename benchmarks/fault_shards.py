@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from tokalign.data.contract import ContractError, load_stage, read_manifest, shard_name
-from tokalign.data.shards import counts_of, job_hash, shard_problem
-from tokalign.jobs import run_job
+from tokalign.stage.contract import ContractError, load_stage, read_manifest, shard_name
+from tokalign.stage.jobs import run_job
+from tokalign.stage.shards import counts_of, job_hash, shard_problem
 
 SHARDS, ROWS = 3, 64  # and rows a shard
 

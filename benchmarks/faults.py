@@ -27,14 +27,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tokalign.data.contract import MANIFEST, read_manifest, shard_name
+from tokalign.stage.contract import MANIFEST, read_manifest, shard_name
 
 ROOT = Path(__file__).resolve().parents[1]
 # What scripts and recipes import, so that a fork finds it there.
 PRELOAD = (
     *("torch", "transformers", "datasets", "peft", "trl", "openai", "matplotlib.figure", "scipy.stats"),
     *("transformers.models.llama.modeling_llama", "trl.trainer.dpo_trainer", "safetensors.numpy"),
-    *("tokalign.jobs", "tokalign.evaluation", "tokalign.generation.transformers_engine", "tokalign.trainers"),
+    *("tokalign.stage.jobs", "tokalign.evaluation", "tokalign.generation.transformers_engine", "tokalign.trainers"),
     *("tokalign.rewards", "tokalign.routing.generator", "tokalign.signals.scorer", "tokalign.signals.label_report"),
 )
 FORKS = multiprocessing.get_context("forkserver")

@@ -38,9 +38,9 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
-from tokalign.data.shards import counts_of
-from tokalign.jobs import run_job
 from tokalign.signals import ContrastiveScorer
+from tokalign.stage.jobs import run_job
+from tokalign.stage.shards import counts_of
 
 PAGE = 4096  # bytes; resident memory cannot be told finer
 

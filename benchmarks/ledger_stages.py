@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy import stats
 
-from tokalign.data.ledger_models import trained_model
+from tokalign.worlds.ledger_models import trained_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -29,15 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage
-from tokalign.data.ledger_models import trained_model
-from tokalign.data.prompts import render_prompt
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.generation.protocol import SamplingParams
+from tokalign.prompts import render_prompt
 from tokalign.routing.generator import RoutedGenerator
 from tokalign.routing.model import TokenRouter
 from tokalign.routing.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.served_rate import served_threshold
+from tokalign.stage.contract import load_stage
+from tokalign.worlds.ledger_models import trained_model
 
 NEURAL = "neural router"
 ROUTERS = {

@@ -28,13 +28,13 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, weights_hash
-from tokalign.data.prompts import render_prompt
 from tokalign.evaluation.run import problem_seed
 from tokalign.generation.protocol import EngineArguments, SamplingParams, load_engine
-from tokalign.jobs import Dropped, run_job
+from tokalign.prompts import render_prompt
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured import WEIGHTS
+from tokalign.stage.contract import load_stage, weights_hash
+from tokalign.stage.jobs import Dropped, run_job
 from tokalign.view.curriculum import curriculum, first_step
 
 # ledger_stages has put scripts/ on the path

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
-from tokalign.data.ledger import JSON_SCHEMA
 from tokalign.rewards import StructuredReward, schemas, validators
 from tokalign.rewards.documents import FORMATS
+from tokalign.worlds.ledger import JSON_SCHEMA
 
 SCHEMA: dict[str, Any] = {  # of the hostile documents
     "type": "object",

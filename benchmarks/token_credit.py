@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage
 from tokalign.signals.agreement import report
+from tokalign.stage.contract import load_stage
 
 
 class Signal(NamedTuple):

@@ -30,9 +30,9 @@ from typing import Any
 import jsonschema_rs
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError
 from tokalign.data.structured import assistant, json_text, write_structured
-from tokalign.jobs import Dropped
+from tokalign.stage.contract import ContractError
+from tokalign.stage.jobs import Dropped
 
 FILES = ("simple_python.jsonl", "simple_python_answers.jsonl")
 TYPES = {"dict": "object", "float": "number", "tuple": "array"}

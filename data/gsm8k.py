@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError
 from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
-from tokalign.jobs import Dropped
 from tokalign.rewards import extract_answer
+from tokalign.stage.contract import ContractError
+from tokalign.stage.jobs import Dropped
 
 _MARK = re.compile(r"<<[^<>]*>>")
 

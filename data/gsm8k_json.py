@@ -22,7 +22,7 @@ from trl import TrlParser
 
 from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
 from tokalign.data.structured import SchemaPromptArguments, ask, assistant, json_text, user
-from tokalign.jobs import Dropped
+from tokalign.stage.jobs import Dropped
 
 SCHEMA = {
     "type": "object",

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from trl import TrlParser
 
 from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
-from tokalign.jobs import Dropped
 from tokalign.rewards import extract_answer
+from tokalign.stage.jobs import Dropped
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Build the ledger world (tokalign/data/ledger.py): problems, worked solutions for SFT, tokenizer, untrained models.
+"""Build the ledger world (tokalign/worlds/ledger.py): problems, worked solutions for SFT, tokenizer, untrained models.
 
     python data/ledger.py --output_dir runs/ledger
 
@@ -19,11 +19,11 @@ from pathlib import Path
 from datasets import Dataset
 from trl import TrlParser
 
-from tokalign.data import ledger
 from tokalign.data.card import write_dataset_card
-from tokalign.data.ledger_models import PRESETS, write_untrained
 from tokalign.data.structured import assistant, json_text, user
-from tokalign.jobs import run_job
+from tokalign.stage.jobs import run_job
+from tokalign.worlds import ledger
+from tokalign.worlds.ledger_models import PRESETS, write_untrained
 
 STRUCTURED = {  # columns of structured problems that others have not, or have with another content
     "answer": "the right document, as JSON text",
@@ -66,7 +66,7 @@ class LedgerArguments:
     )
     sloppy_share: float = field(
         default=0.0,
-        metadata={"help": "Share of SFT rows in JSON that have a fault of structure (tokalign/data/ledger.py)."},
+        metadata={"help": "Share of SFT rows in JSON that have a fault of structure (tokalign/worlds/ledger.py)."},
     )
 
 

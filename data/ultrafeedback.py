@@ -19,9 +19,9 @@ from pathlib import Path
 from datasets import Dataset, Value, load_dataset
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError
 from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
-from tokalign.jobs import Dropped
+from tokalign.stage.contract import ContractError
+from tokalign.stage.jobs import Dropped
 
 QUESTION = ("prompt", "instruction")
 REPEATED = "repeated prompt"

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError, content_hash, load_stage
 from tokalign.data.pairing import (
     BestWorstOptions,
     PairingOptions,
@@ -33,8 +32,9 @@ from tokalign.data.pairing import (
     positive_rows,
     preference_pairs,
 )
-from tokalign.jobs import Dropped, Kept, process_state, run_job
 from tokalign.rewards import extract_answer
+from tokalign.stage.contract import ContractError, content_hash, load_stage
+from tokalign.stage.jobs import Dropped, Kept, process_state, run_job
 
 READ = ("id", "prompt", "answer", "prompt_ids", "completion_ids", "completion", "finish_reason")
 COLUMNS = {"frequency": (*READ, "correct", "extracted"), "best_worst": (*READ, "reward")}

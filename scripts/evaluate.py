@@ -19,12 +19,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, weights_hash
 from tokalign.evaluation.logps import completion_logps
 from tokalign.evaluation.run import compare_runs, evaluate, write_metrics
 from tokalign.generation.protocol import EngineArguments, load_engine
-from tokalign.jobs import process_state
 from tokalign.rewards import answers_match, extract_answer
+from tokalign.stage.contract import load_stage, weights_hash
+from tokalign.stage.jobs import process_state
 
 
 @dataclass

@@ -16,8 +16,8 @@ from typing import Any
 
 from trl import TrlParser
 
-from tokalign.data.contract import write_text_atomically
 from tokalign.evaluation.routing import plot_routing, print_routing, query_level, run_summary
+from tokalign.stage.contract import write_text_atomically
 
 
 @dataclass

@@ -22,13 +22,13 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, weights_hash, write_text_atomically
 from tokalign.evaluation.run import write_metrics
 from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, plot
 from tokalign.generation.protocol import EngineArguments, load_engine
-from tokalign.jobs import process_state
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.schemas import load_schema
+from tokalign.stage.contract import load_stage, weights_hash, write_text_atomically
+from tokalign.stage.jobs import process_state
 
 NAMES = {
     "validity": "valid documents",

@@ -20,14 +20,14 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, shard_name, weights_hash, write_manifest
 from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.generation.rollouts import sampler
-from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.routing.backend import RoutedStats
 from tokalign.routing.costs import activated_parameters, full_cost
 from tokalign.routing.generator import RoutedCompletion, RoutedGenerator
 from tokalign.routing.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RandomPolicy, RouterPolicy, RoutingPolicy
+from tokalign.stage.contract import load_stage, shard_name, weights_hash, write_manifest
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 WORK = ("handoffs", "slm_positions", "llm_positions")
 

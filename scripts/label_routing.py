@@ -34,18 +34,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from tokalign.data.contract import (
-    ContractError,
-    content_hash,
-    load_stage,
-    read_manifest,
-    tokenizer_hash,
-    weights_hash,
-    write_text_atomically,
-)
 from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
 from tokalign.generation.rollouts import sampler
-from tokalign.jobs import Dropped, end_processes, process_state, run_job
 from tokalign.routing.backend import check_pair
 from tokalign.routing.labels import (
     SPLITS,
@@ -76,6 +66,16 @@ from tokalign.signals.verdicts import (
     load_judge_template,
     server_judge,
 )
+from tokalign.stage.contract import (
+    ContractError,
+    content_hash,
+    load_stage,
+    read_manifest,
+    tokenizer_hash,
+    weights_hash,
+    write_text_atomically,
+)
+from tokalign.stage.jobs import Dropped, end_processes, process_state, run_job
 
 STAGES = ("answers", "prefill", "branches", "labels")
 

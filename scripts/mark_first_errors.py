@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError, load_stage
-from tokalign.data.ledger import Problem, first_error
-from tokalign.jobs import run_job
+from tokalign.stage.contract import ContractError, load_stage
+from tokalign.stage.jobs import run_job
+from tokalign.worlds.ledger import Problem, first_error
 
 
 @dataclass

@@ -39,12 +39,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, read_manifest
-from tokalign.data.ledger_models import trained_model
 from tokalign.evaluation.run import compare_runs
+from tokalign.stage.contract import load_stage, read_manifest
 from tokalign.trainers.checkpoints import last_whole_checkpoint
 from tokalign.view.heatmap import token_heatmap
 from tokalign.view.report import build_report
+from tokalign.worlds.ledger_models import trained_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = "recipes/ledger"

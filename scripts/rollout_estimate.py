@@ -20,9 +20,7 @@ from typing import Any
 
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError, load_stage, read_manifest, weights_hash, write_manifest
 from tokalign.generation.protocol import EngineArguments, load_engine
-from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.signals.rollout import (
     critical_position,
@@ -32,6 +30,8 @@ from tokalign.signals.rollout import (
     plot_pass_at_k,
     rollout_estimate,
 )
+from tokalign.stage.contract import ContractError, load_stage, read_manifest, weights_hash, write_manifest
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 
 @dataclass

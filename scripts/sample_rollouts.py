@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, weights_hash
 from tokalign.generation.protocol import EngineArguments, SamplingParams, load_engine
 from tokalign.generation.rollouts import sampler
-from tokalign.jobs import process_state, run_job
+from tokalign.stage.contract import load_stage, weights_hash
+from tokalign.stage.jobs import process_state, run_job
 
 
 @dataclass

@@ -19,9 +19,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage, read_manifest, weights_hash, write_manifest
-from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.signals import ContrastiveScorer
+from tokalign.stage.contract import load_stage, read_manifest, weights_hash, write_manifest
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 SIDES = ("chosen", "rejected")
 

@@ -18,10 +18,10 @@ from typing import Any
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import weights_hash
-from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.signals import LikelihoodScorer
 from tokalign.signals.stage import SIDES, load_pairs, report_rate
+from tokalign.stage.contract import weights_hash
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 
 @dataclass

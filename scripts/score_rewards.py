@@ -31,9 +31,9 @@ from typing import Any
 import pyarrow.compute as pc
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError, load_stage, weights_hash
-from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.rewards.reward_model import RewardModel
+from tokalign.stage.contract import ContractError, load_stage, weights_hash
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 NOT_VERIFIED = "not verified: `correct` is null"
 NOT_JUDGED = "the reward function gave None"

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import weights_hash
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
-from tokalign.jobs import Dropped, process_state, run_job
 from tokalign.signals import PromptingScorer
 from tokalign.signals.stage import SIDES, load_pairs, report_rate
+from tokalign.stage.contract import weights_hash
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 
 @dataclass

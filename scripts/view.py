@@ -10,8 +10,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import load_stage
 from tokalign.rewards import extract_answer
+from tokalign.stage.contract import load_stage
 from tokalign.view import token_heatmap
 
 

@@ -27,11 +27,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.data.contract import ContractError, load_stage, weights_hash, write_text_atomically
-from tokalign.data.prompts import render_prompt
 from tokalign.evaluation.run import problem_seed
 from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
-from tokalign.jobs import Dropped, process_state, run_job
+from tokalign.prompts import render_prompt
+from tokalign.stage.contract import ContractError, load_stage, weights_hash, write_text_atomically
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 TOO_LONG = "question longer than the model can hold"
 KEYS = {

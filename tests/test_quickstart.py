@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tokalign.data.contract import load_stage
-from tokalign.data.ledger_models import trained_model
+from tokalign.stage.contract import load_stage
+from tokalign.worlds.ledger_models import trained_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TOKALIGN_SHARED_DATA", ROOT.parent / "shared" / "data"))

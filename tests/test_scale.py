@@ -29,9 +29,9 @@ from trl import TrlParser
 
 from tests.launch.support import ROOT, free_port, launch_environment, write_preferences
 from tests.test_recipes import load_script
-from tokalign.data.contract import load_stage
-from tokalign.data.shards import counts_of
 from tokalign.routing.features import write_features
+from tokalign.stage.contract import load_stage
+from tokalign.stage.shards import counts_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

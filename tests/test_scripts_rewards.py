@@ -20,10 +20,10 @@ from trl import TrlParser
 from scripts import build_pairs, sample_rollouts, score_rewards, write_answers
 from tests.rewards.test_reward_model import save_reward_model
 from tests.test_scripts_sampling import Scripted
-from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest
 from tokalign.generation.protocol import EngineArguments
-from tokalign.jobs import JobError
 from tokalign.rewards.reward_model import RewardModel
+from tokalign.stage.contract import ContractError, check_preferences, load_stage, read_manifest
+from tokalign.stage.jobs import JobError
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["Yes.", "No, not at all.", "Perhaps.", "I do not know what you mean."]

@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import label_routing
 from tests.support import save_tiny, tiny_model, tiny_tokenizer
-from tokalign.data.contract import ContractError, load_stage, read_manifest, tokenizer_hash
-from tokalign.data.prompts import render_prompt
 from tokalign.generation import rollouts
 from tokalign.generation.protocol import Completion, EngineArguments, load_engine
-from tokalign.jobs import JobError, run_job
+from tokalign.prompts import render_prompt
 from tokalign.routing import labels
 from tokalign.routing.features import open_features
 from tokalign.signals.divergence import sentence_rule
 from tokalign.signals.verdicts import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
+from tokalign.stage.contract import ContractError, load_stage, read_manifest, tokenizer_hash
+from tokalign.stage.jobs import JobError, run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 END, MAX_TOKENS, STOP = 1, 40, ["e", "7"]

@@ -10,11 +10,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest, tokenizer_hash
-from tokalign.data.prompts import render_prompt
 from tokalign.generation.protocol import Completion, EngineArguments
 from tokalign.generation.rollouts import row_seed
-from tokalign.jobs import JobError
+from tokalign.prompts import render_prompt
+from tokalign.stage.contract import ContractError, check_preferences, load_stage, read_manifest, tokenizer_hash
+from tokalign.stage.jobs import JobError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

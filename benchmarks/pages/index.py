@@ -31,7 +31,7 @@ def index(pages: Mapping[str, str]) -> str:
         "## Words",
         "",
         "- *Ledger world*: generated word problems about a few numbers, solved in steps, whose first wrong token is known exactly",
-        "  ([tokalign/data/ledger.py](../../tokalign/data/ledger.py)). *Greedy* and *sampled*: at temperature 0 and 1.",
+        "  ([tokalign/worlds/ledger.py](../../tokalign/worlds/ledger.py)). *Greedy* and *sampled*: at temperature 0 and 1.",
         "- *SFT→DPO*: DPO that starts from the SFT model. *RPO*: DPO with the log-likelihood of the chosen answer added. *TDPO*: token-level",
         "  DPO with a KL term. *y_w*: the chosen answer. *w*: T-REG's weight of a pair. *r̂*: its token reward.",
         "- *pass@k*: at least one of k answers is right. *hit@1*: the token with the lowest score is the one looked for.",

@@ -12,9 +12,9 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from tokalign.data.contract import ContractError, load_stage, read_manifest
-from tokalign.jobs import JobError
 from tokalign.rewards import answers_match
+from tokalign.stage.contract import ContractError, load_stage, read_manifest
+from tokalign.stage.jobs import JobError
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("TOKALIGN_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -7,7 +7,6 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokalign.data.contract import ContractError
 from tokalign.data.pairing import (
     BestWorstOptions,
     PairingOptions,
@@ -20,6 +19,7 @@ from tokalign.data.pairing import (
     positive_rows,
     preference_pairs,
 )
+from tokalign.stage.contract import ContractError
 
 
 def rollout(k: int, extracted: str | None, correct: bool = False, **changes) -> dict:

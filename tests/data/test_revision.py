@@ -11,10 +11,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import tiny_tokenizer
-from tokalign.data import ledger
-from tokalign.data.contract import ContractError
-from tokalign.data.prompts import render_prompt
 from tokalign.data.revision import BUILT_IN, RevisionTemplates, load_templates, revision_prompt_ids, templates_hash
+from tokalign.prompts import render_prompt
+from tokalign.stage.contract import ContractError
+from tokalign.worlds import ledger
 
 PLAIN = RevisionTemplates("plain", "Q {prompt} A {completion} good.", "Q {prompt} A {completion} bad.")
 

@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 
 from scripts import evaluate_routing
-from tokalign.data.contract import ContractError, write_manifest
 from tokalign.evaluation.routing import query_level, run_summary
-from tokalign.jobs import run_job
+from tokalign.stage.contract import ContractError, write_manifest
+from tokalign.stage.jobs import run_job
 
 SIZES = {"slm": 10, "llm": 100, "router": 1}
 

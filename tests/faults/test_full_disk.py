@@ -11,16 +11,16 @@ import textwrap
 import numpy as np
 import pytest
 
-from tokalign.data.contract import load_stage, write_text_atomically
-from tokalign.jobs import JobError, run_job
 from tokalign.routing.features import write_features
+from tokalign.stage.contract import load_stage, write_text_atomically
+from tokalign.stage.jobs import JobError, run_job
 
 LARGEST = 40_000  # bytes; a shard of the job has some 70,000, random text that does not compress
 SCRIPT = textwrap.dedent(
     """
     import random, sys
     from datasets import Dataset
-    from tokalign.jobs import run_job
+    from tokalign.stage.jobs import run_job
 
     def work(rows):
         for row in rows:

@@ -14,11 +14,11 @@ import pytest
 from scripts.sample_rollouts import SampleRolloutsArguments
 from scripts.sample_rollouts import main as sample_rollouts
 from tests.generation.test_openai_engine import PROMPTS, check_answers, engine_at, good, serving
-from tokalign.data.contract import load_stage, read_manifest
 from tokalign.generation import EngineArguments, SamplingParams, openai_engine
-from tokalign.jobs import JobError
 from tokalign.routing.backend import LLMUnavailable
 from tokalign.routing.vllm_servers import ServedLLM
+from tokalign.stage.contract import load_stage, read_manifest
+from tokalign.stage.jobs import JobError
 
 
 @pytest.fixture(autouse=True)

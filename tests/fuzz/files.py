@@ -24,7 +24,12 @@ from huggingface_hub.errors import StrictDataclassError
 
 from tests.fuzz.properties import is_number, refusals
 from tests.support import tiny_tokenizer
-from tokalign.data.contract import (
+from tokalign.data.revision import load_templates
+from tokalign.routing.card import write_model_card
+from tokalign.routing.features import TENSORS, RouterDataset, open_features, write_features
+from tokalign.routing.model import TokenRouter, TokenRouterConfig
+from tokalign.signals.verdicts import load_judge_template
+from tokalign.stage.contract import (
     MANIFEST,
     ContractError,
     check_preferences,
@@ -33,11 +38,6 @@ from tokalign.data.contract import (
     read_manifest,
     shard_name,
 )
-from tokalign.data.revision import load_templates
-from tokalign.routing.card import write_model_card
-from tokalign.routing.features import TENSORS, RouterDataset, open_features, write_features
-from tokalign.routing.model import TokenRouter, TokenRouterConfig
-from tokalign.signals.verdicts import load_judge_template
 
 POSITIONS = 6  # of the features that lie beside fuzzed labels
 SIGNALS = ("contrast", "token_reward")

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import ALPHABET, SPECIAL_TOKENS, tiny_model, tiny_tokenizer
-from tokalign.data.ledger import JSON_SCHEMA, build_tokenizer
 from tokalign.generation import EngineArguments, SamplingParams, continue_from_prefixes, load_engine
 from tokalign.generation.constrained import Grammars, is_byte_encoded, needs_leading_space, spelled_out, spellings
 from tokalign.generation.protocol import generate_with_early_bans
 from tokalign.generation.transformers_engine import TransformersEngine
+from tokalign.worlds.ledger import JSON_SCHEMA, build_tokenizer
 
 LEDGER = json.dumps(JSON_SCHEMA)
 PERSON = json.dumps(

@@ -22,10 +22,10 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, Trainer, set_seed
 
 from tests.trainers import structured
-from tokalign.data.contract import load_stage
 from tokalign.generation.vllm_cpu import prepare_colocated_vllm
-from tokalign.jobs import end_processes
 from tokalign.routing.features import RouterDataset
+from tokalign.stage.contract import load_stage
+from tokalign.stage.jobs import end_processes
 from tokalign.trainers import (
     CriticalTokenDPOConfig,
     CriticalTokenDPOTrainer,

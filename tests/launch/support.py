@@ -20,7 +20,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tokalign.data.contract import shard_name, tokenizer_hash, write_manifest
+from tokalign.stage.contract import shard_name, tokenizer_hash, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from tokalign.data.contract import shard_name, write_manifest
 from tokalign.routing.features import write_features
+from tokalign.stage.contract import shard_name, write_manifest
 
 
 def write_labels(

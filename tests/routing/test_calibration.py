@@ -16,11 +16,11 @@ import torch
 
 from tests.routing.labels import write_labels
 from tests.support import tiny_model
-from tokalign.data.contract import weights_hash
 from tokalign.routing import metrics
 from tokalign.routing.calibration import calibrate, calibrate_router, measure, report_on, score_dataset
 from tokalign.routing.features import RouterDataset
 from tokalign.routing.model import TokenRouter, TokenRouterConfig
+from tokalign.stage.contract import weights_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.routing.labels import records_of, write_labels
-from tokalign.data.contract import ContractError
 from tokalign.routing.features import RouterDataset, WindowSampler, open_features, write_features
+from tokalign.stage.contract import ContractError
 
 
 def arrays(n: int = 6, d: int = 4, k: int = 3) -> dict[str, np.ndarray]:

@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.support import save_tiny
-from tokalign.data.contract import load_stage, read_manifest
-from tokalign.jobs import JobError
 from tokalign.routing.backend import RoutedStats
 from tokalign.routing.costs import activated_parameters, full_cost
+from tokalign.stage.contract import load_stage, read_manifest
+from tokalign.stage.jobs import JobError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate_routed.py"
 

@@ -46,8 +46,8 @@ def save_model(path: Path, padding: int, **options) -> str:
 
 
 def save_router(path: Path, slm: str) -> str:
-    from tokalign.data.contract import tokenizer_hash, weights_hash
     from tokalign.routing.model import TokenRouter, TokenRouterConfig
+    from tokalign.stage.contract import tokenizer_hash, weights_hash
 
     torch.manual_seed(3)
     vocab = len(tiny_tokenizer()) + 8

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from scripts import score_likelihood
 from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
-from tokalign.data.contract import check_preferences, load_stage, read_manifest
-from tokalign.jobs import JobError, run_job
 from tokalign.signals import LikelihoodScorer
+from tokalign.stage.contract import check_preferences, load_stage, read_manifest
+from tokalign.stage.jobs import JobError, run_job
 
 SIGNALS = ("logprob", "entropy", "implicit_reward")
 

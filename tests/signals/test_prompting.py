@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts import score_token_rewards
 from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
-from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
-from tokalign.jobs import JobError, run_job
 from tokalign.signals import PromptingScorer, token_reward
+from tokalign.stage.contract import ContractError, check_preferences, load_stage, read_manifest
+from tokalign.stage.jobs import JobError, run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = ("chosen", "rejected")

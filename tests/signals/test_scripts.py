@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from scripts import compare_signals, rollout_estimate, score_contrast
 from tests.signals.support import save_adapter
-from tokalign.data.contract import ContractError, check_preferences, load_stage, read_manifest
 from tokalign.generation.protocol import EngineArguments
-from tokalign.jobs import JobError, run_job
 from tokalign.signals import ContrastiveScorer
+from tokalign.stage.contract import ContractError, check_preferences, load_stage, read_manifest
+from tokalign.stage.jobs import JobError, run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from tests.support import tiny_tokenizer
-from tokalign.data.contract import ContractError
 from tokalign.generation.protocol import Completion
 from tokalign.signals.divergence import DIVERGENT, INVALID, NEUTRAL
 from tokalign.signals.verdicts import (
@@ -28,6 +27,7 @@ from tokalign.signals.verdicts import (
     question_text,
     server_judge,
 )
+from tokalign.stage.contract import ContractError
 
 TEMPLATE = JudgeTemplate("test", "be strict", "Q {question} C {context} 1 {first} 2 {second}", "SAME", "DIFFERENT")
 

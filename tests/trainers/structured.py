@@ -14,9 +14,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tokalign.data import ledger
-from tokalign.data.ledger_models import model_config
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
+from tokalign.worlds import ledger
+from tokalign.worlds.ledger_models import model_config
 
 CONFIG = ledger.LedgerConfig(min_events=2, max_events=2, max_start=9, max_change=9, max_number=40)
 KINDS = ("right", "wrong answer", "no answer", "text after")  # a group

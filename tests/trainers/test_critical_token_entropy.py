@@ -19,9 +19,9 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from tests.launch.support import launch
 from tests.trainers.preferences import LORA, as_text, make_trainer, preference_rows, settings
-from tokalign.data.batching import batches_by_length
-from tokalign.data.contract import ContractError, load_stage, shard_name, write_manifest
-from tokalign.jobs import end_processes
+from tokalign.stage.batching import batches_by_length
+from tokalign.stage.contract import ContractError, load_stage, shard_name, write_manifest
+from tokalign.stage.jobs import end_processes
 from tokalign.trainers import (
     CriticalTokenDPOConfig,
     CriticalTokenDPOTrainer,

@@ -20,11 +20,11 @@ from trl import TrlParser
 
 from tests.routing.labels import write_labels
 from tests.support import tiny_model
-from tokalign.data.contract import ContractError, weights_hash
 from tokalign.routing.calibration import report_on, score_dataset
 from tokalign.routing.features import RouterDataset
 from tokalign.routing.metrics import Ranking, area_under_roc, average_precision
 from tokalign.routing.model import TokenRouter
+from tokalign.stage.contract import ContractError, weights_hash
 from tokalign.trainers.router import RouterConfig, RouterTrainer, new_router
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "router.py"

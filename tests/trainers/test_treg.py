@@ -23,8 +23,8 @@ from tests.trainers.preferences import (
     settings,
     token_logps,
 )
-from tokalign.data.contract import ContractError
 from tokalign.data.revision import load_templates, revision_prompt_ids
+from tokalign.stage.contract import ContractError
 from tokalign.trainers import TRegConfig, TRegTrainer
 
 SIDES = ("chosen", "rejected")

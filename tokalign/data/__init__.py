@@ -1,1 +1,1 @@
-"""Datasets: the column contract and its checks, preference pairs, and the made-up ledger world."""
+"""From any source to rows of the contract: problems, pairs, structured rows, the builders of datasets."""

@@ -20,8 +20,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_con
 from datasets.exceptions import DatasetNotFoundError
 
 from tokalign.data.card import write_dataset_card
-from tokalign.data.contract import ContractError
-from tokalign.jobs import Dropped, process_state, run_job
+from tokalign.stage.contract import ContractError
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 _COLUMNS = {
     "id": "source, split and row",

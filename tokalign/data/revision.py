@@ -21,9 +21,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.contract import ContractError
-from tokalign.data.prompts import render_prompt
-from tokalign.data.templates import read_template
+from tokalign.prompts import read_template, render_prompt
+from tokalign.stage.contract import ContractError
 
 BUILT_IN = Path(__file__).parent / "revision_templates"
 FIELDS = ("prompt", "completion")

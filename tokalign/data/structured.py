@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from tokalign.data.card import write_dataset_card
-from tokalign.jobs import Dropped, process_state, run_job
+from tokalign.stage.jobs import Dropped, process_state, run_job
 
 COLUMNS = {
     "id": "names the row",

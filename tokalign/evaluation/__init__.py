@@ -1,1 +1,1 @@
-"""What a model is worth: verified accuracy with intervals, pass@k, paired comparisons, log-probs of completions."""
+"""What a model is worth: verified accuracy, pass@k, structure, routed decoding, log-probs of completions."""

@@ -15,10 +15,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.contract import check_preferences, load_stage, weights_hash
-from tokalign.evaluation.metrics import mean_interval
-from tokalign.jobs import run_job
 from tokalign.signals.scorer import CompletionScorer
+from tokalign.stage.contract import check_preferences, load_stage, weights_hash
+from tokalign.stage.jobs import run_job
+from tokalign.statistics import mean_interval
 
 SIDES = ("chosen", "rejected")
 

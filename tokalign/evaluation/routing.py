@@ -15,8 +15,8 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from tokalign.data.contract import ContractError, load_stage, manifest_of
-from tokalign.evaluation.metrics import accuracy, paired_bootstrap
+from tokalign.stage.contract import ContractError, load_stage, manifest_of
+from tokalign.statistics import accuracy, paired_bootstrap
 
 
 def load_run(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:

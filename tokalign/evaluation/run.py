@@ -1,8 +1,8 @@
 """Verified accuracy of a model on a problems stage, and the comparison of two such runs problem by problem.
 
 Greedy decoding gives one outcome a problem; `samples` completions at a temperature give the sampled accuracy and pass@k
-(arXiv 2107.03374). The rows of a run are a stage like any other (`tokalign.jobs`): a killed evaluation resumes, and two
-runs can be compared long after their models are gone.
+(arXiv 2107.03374). The rows of a run are a stage like any other (`tokalign.stage.jobs`): a killed evaluation resumes,
+and two runs can be compared long after their models are gone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.contract import ContractError, load_stage, read_manifest
-from tokalign.data.prompts import render_prompt
-from tokalign.evaluation.metrics import accuracy, paired_bootstrap, pass_at_k_report, sampled_accuracy
 from tokalign.generation.protocol import Engine, SamplingParams
-from tokalign.jobs import run_job
+from tokalign.prompts import render_prompt
+from tokalign.stage.contract import ContractError, load_stage, read_manifest
+from tokalign.stage.jobs import run_job
+from tokalign.statistics import accuracy, paired_bootstrap, pass_at_k_report, sampled_accuracy
 
 METRICS = "metrics.json"
 Extract = Callable[[str], str | None]

@@ -32,17 +32,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.contract import ContractError, load_stage, read_manifest
-from tokalign.evaluation.metrics import accuracy, mean_interval, paired_bootstrap, share_interval
 from tokalign.evaluation.run import problem_seed, prompt_ids
 from tokalign.generation.protocol import Completion, Engine, SamplingParams
-from tokalign.jobs import run_job
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.content import equal, leaf_f1
 from tokalign.rewards.documents import decode_json
 from tokalign.rewards.grading import TooManyValues
 from tokalign.rewards.schemas import SchemaError, compile_text
 from tokalign.rewards.structured import COMPONENTS
+from tokalign.stage.contract import ContractError, load_stage, read_manifest
+from tokalign.stage.jobs import run_job
+from tokalign.statistics import accuracy, mean_interval, paired_bootstrap, share_interval
 
 TIMING = "timing"  # folder of one file a process start
 OUTCOMES = ("validity", "structure", "compliance", "exact_match", "hallucinated", "truncated")  # 0 or 1 a problem

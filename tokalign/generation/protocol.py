@@ -18,8 +18,8 @@ from typing import Literal, Protocol, runtime_checkable
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.contract import weights_hash
 from tokalign.generation.sampling import GREEDY_BELOW
+from tokalign.stage.contract import weights_hash
 
 Ids = Sequence[int]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tokalign.data.prompts import render_prompt
 from tokalign.generation.protocol import Engine, SamplingParams
-from tokalign.jobs import Dropped
+from tokalign.prompts import render_prompt
 from tokalign.rewards import answers_match, extract_answer
+from tokalign.stage.jobs import Dropped
 
 TOO_LONG = "prompt longer than max_prompt_length"
 

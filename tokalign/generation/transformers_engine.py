@@ -44,7 +44,7 @@ from tokalign.generation.protocol import (
     prefixes_of,
     repeat_greedy,
 )
-from tokalign.jobs import model_device
+from tokalign.stage.jobs import model_device
 
 # Rows leave, and waiting ones join, once this share of the batch has finished or is free: each change copies the cache.
 COMPACT_SHARE = 1 / 8

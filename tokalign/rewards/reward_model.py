@@ -18,8 +18,8 @@ from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
-from tokalign.data.batching import batches_by_length
-from tokalign.jobs import model_device
+from tokalign.stage.batching import batches_by_length
+from tokalign.stage.jobs import model_device
 
 Messages = list[dict[str, str]]
 

@@ -14,8 +14,8 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.contract import tokenizer_hash
 from tokalign.generation.protocol import Ids, SamplingParams
+from tokalign.stage.contract import tokenizer_hash
 
 
 class LLMUnavailable(ConnectionError):

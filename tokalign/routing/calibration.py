@@ -23,10 +23,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from tokalign.data.contract import MANIFEST, write_text_atomically
 from tokalign.routing.features import DIVERGENT, RouterDataset
 from tokalign.routing.metrics import check_tokens, interval, plot_reports, router_report
 from tokalign.routing.model import TokenRouter
+from tokalign.stage.contract import MANIFEST, write_text_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tokalign.generation.batch import SAMPLED_LOGITS
 from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_prompts, params_of_each
 from tokalign.generation.sampling import sample, uniforms, wide_dtype
-from tokalign.jobs import model_device
 from tokalign.routing.backend import RoutedStats, RoutedToken, check_pair
 from tokalign.routing.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.slots import CachedModel, check_model
+from tokalign.stage.jobs import model_device
 
 
 @dataclass

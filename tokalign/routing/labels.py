@@ -1,7 +1,8 @@
 """Routing labels, row by row: what each stage of scripts/label_routing.py does to one shard (R2R, arXiv 2505.21600).
 
-Functions and small classes from a list of rows to a list of items for `tokalign.jobs.run_job`. None depends on which
-rows share a shard. The models' work is in `tokalign.signals.divergence`, the verdicts in `tokalign.signals.verdicts`.
+Functions and small classes from a list of rows to a list of items for `tokalign.stage.jobs.run_job`. None depends on
+which rows share a shard. The models' work is in `tokalign.signals.divergence`, the verdicts in
+`tokalign.signals.verdicts`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.jobs import Dropped, Item, Kept
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.features import write_features
 from tokalign.signals.divergence import (
@@ -43,6 +43,7 @@ from tokalign.signals.verdicts import (
     outcome_verdict,
     question_text,
 )
+from tokalign.stage.jobs import Dropped, Item, Kept
 
 SPLITS = ("train", "calibration", "test")
 UNFINISHED = "the answer did not end within max_tokens"

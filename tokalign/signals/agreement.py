@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from tokalign.evaluation.metrics import share_interval
+from tokalign.statistics import share_interval
 
 CHANCE = "chance"  # the baseline that every report holds
 

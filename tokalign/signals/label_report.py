@@ -12,9 +12,9 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from tokalign.data.contract import load_stage, read_manifest
 from tokalign.signals.divergence import DIVERGENT, IDENTICAL, LABELS, NEUTRAL
 from tokalign.signals.verdicts import DISAGREE, NO_VERDICT
+from tokalign.stage.contract import load_stage, read_manifest
 
 BINS = 20  # of the relative position in an answer
 _COLOURS = {"identical": "#999999", "neutral": "#56B4E9", "divergent": "#D55E00", "invalid": "#000000"}

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokalign.evaluation.metrics import pass_at_k_report
 from tokalign.generation.protocol import Completion, Engine, SamplingParams, continue_from_prefixes
+from tokalign.statistics import pass_at_k_report
 
 Verify = Callable[[list[int]], bool]  # ids of a whole completion -> does it end in the right answer?
 

@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.contract import ContractError
-from tokalign.data.prompts import render_prompt
-from tokalign.data.templates import read_template
 from tokalign.generation.protocol import Engine, SamplingParams
+from tokalign.prompts import read_template, render_prompt
 from tokalign.signals.divergence import DIVERGENT, INVALID, NEUTRAL
+from tokalign.stage.contract import ContractError
 
 BUILT_IN = Path(__file__).parent / "judge_templates"
 FIELDS = ("question", "context", "first", "second")

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
-from tokalign.data.contract import ContractError, manifest_of
 from tokalign.losses import critical_token_dpo_loss
+from tokalign.stage.contract import ContractError, manifest_of
 from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer, trl_inputs
 
 WEIGHTED = {"rejected": ("rejected",), "chosen": ("chosen",), "both": ("chosen", "rejected"), "none": ()}
@@ -127,7 +127,7 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
     Example:
 
     ```python
-    >>> from tokalign.data.contract import load_stage
+    >>> from tokalign.stage.contract import load_stage
     >>> from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
     >>> trainer = CriticalTokenDPOTrainer(

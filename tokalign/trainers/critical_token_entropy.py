@@ -28,8 +28,8 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from tokalign.data.batching import batches_by_length
-from tokalign.data.contract import ContractError, content_hash, manifest_of, tokenizer_hash, write_text_atomically
+from tokalign.stage.batching import batches_by_length
+from tokalign.stage.contract import ContractError, content_hash, manifest_of, tokenizer_hash, write_text_atomically
 
 BRANCH_WORDS = ("Wait", "Alternatively")
 NAME = "critical_token_entropy"  # of the logged value, the file beside the checkpoints, and the entry in their state

@@ -22,12 +22,12 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from tokalign.data.contract import ContractError, weights_hash
 from tokalign.routing.calibration import check_dataset, router_inputs
 from tokalign.routing.card import write_model_card
 from tokalign.routing.features import DIVERGENT, RouterDataset, WindowSampler
 from tokalign.routing.metrics import Ranking, area_under_roc, average_precision, recall_at
 from tokalign.routing.model import TokenRouter, TokenRouterConfig, embedding_shape
+from tokalign.stage.contract import ContractError, weights_hash
 
 
 @dataclass

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 
-from tokalign.data.contract import ContractError
 from tokalign.generation.constrained import is_byte_encoded
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.documents import Limits
+from tokalign.stage.contract import ContractError
 
 logger = get_logger(__name__)
 ROLLOUTS = ("transformers", "vllm-colocate", "vllm-server")

@@ -34,7 +34,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
-from tokalign.data.contract import STAGES, ContractError, check_preferences, manifest_of, tokenizer_hash
+from tokalign.stage.contract import STAGES, ContractError, check_preferences, manifest_of, tokenizer_hash
 
 logger = get_logger(__name__)
 

@@ -38,10 +38,10 @@ from transformers import AutoConfig
 from trl import DPOConfig
 from trl.trainer.utils import global_then_local_main_first, pad
 
-from tokalign.data.contract import ContractError
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
 from tokalign.losses import pair_weight, sequence_rewards, token_reward_regularizer
 from tokalign.signals.prompting import token_reward
+from tokalign.stage.contract import ContractError
 from tokalign.trainers.token_preference import (
     REVISION,
     SIDES,
@@ -227,7 +227,7 @@ class TRegTrainer(TokenPreferenceTrainer):
     Example:
 
     ```python
-    >>> from tokalign.data.contract import load_stage
+    >>> from tokalign.stage.contract import load_stage
     >>> from tokalign.trainers import TRegConfig, TRegTrainer
 
     >>> trainer = TRegTrainer(

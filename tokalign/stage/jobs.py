@@ -36,7 +36,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import tokalign
-from tokalign.data.contract import (
+from tokalign.stage.contract import (
     MANIFEST,
     content_hash,
     fsync_folder,
@@ -47,7 +47,7 @@ from tokalign.data.contract import (
     tokenizer_hash,
     write_manifest,
 )
-from tokalign.data.shards import counts_of, job_hash, sealed, shard_problem
+from tokalign.stage.shards import counts_of, job_hash, sealed, shard_problem
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, the user's quota, the process's largest file
 _LOCK = ".lock"
@@ -90,7 +90,7 @@ def process_state() -> PartialState:
     if state.num_processes != launched:
         raise JobError(
             f"{launched} processes were launched but accelerate sees {state.num_processes}; call "
-            "`tokalign.jobs.process_state()` before loading models."
+            "`tokalign.stage.jobs.process_state()` before loading models."
         )
     return state
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.support import ALPHABET, tiny_tokenizer
-from tokalign.data.contract import (
+from tokalign.stage.contract import (
     ContractError,
     check_preferences,
     content_hash,
@@ -23,7 +23,7 @@ from tokalign.data.contract import (
     weights_hash,
     write_manifest,
 )
-from tokalign.jobs import run_job
+from tokalign.stage.jobs import run_job
 
 
 def preferences(tokenizer, count: int = 5) -> list[dict]:
@@ -54,7 +54,7 @@ def test_tokenizer_hash_survives_saving_processes_and_what_trainers_change(tiny_
     assert tokenizer_hash(loaded) == own
     loaded.save_pretrained(tmp_path)
     code = (
-        "import sys; from transformers import AutoTokenizer; from tokalign.data.contract import tokenizer_hash; "
+        "import sys; from transformers import AutoTokenizer; from tokalign.stage.contract import tokenizer_hash; "
         "print(tokenizer_hash(AutoTokenizer.from_pretrained(sys.argv[1])))"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -2,8 +2,8 @@
 
 Ids are what the model saw; text is for people. No stage decodes and re-tokenises, and a signal is a list of floats
 as long as the ids it belongs to. Every stage is a folder of parquet shards beside a `manifest.json` that says which
-tokenizer, weights, parameters and package version made it (written by `tokalign.jobs.run_job`); a dataset from the
-hub without a manifest is accepted, and then only its rows are checked. See `docs/data_contract.md`.
+tokenizer, weights, parameters and package version made it (written by `tokalign.stage.jobs.run_job`); a dataset from
+the hub without a manifest is accepted, and then only its rows are checked. See `docs/data_contract.md`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.data.shards import CHECKED, job_hash, page_problem, shard_problem
+from tokalign.stage.shards import CHECKED, job_hash, page_problem, shard_problem
 
 MANIFEST = "manifest.json"
 STAGES: dict[str, tuple[str, ...]] = {

@@ -62,8 +62,8 @@ def cache_key(preset: str, world: list[str]) -> str:
         f"recipes/ledger/{preset.replace('ledger', 'base').replace('-', '_')}.yaml",
         "recipes/sft.py",
         "data/ledger.py",
-        "tokalign/data/ledger.py",
-        "tokalign/data/ledger_models.py",
+        "tokalign/worlds/ledger.py",
+        "tokalign/worlds/ledger_models.py",
     ):
         digest.update((REPOSITORY / file).read_bytes())
     return f"{preset}-{digest.hexdigest()[:16]}"

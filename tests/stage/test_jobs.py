@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
 
-from tokalign.data.contract import load_stage, manifest_of, read_manifest
-from tokalign.jobs import Dropped, JobError, Kept, run_job
+from tokalign.stage.contract import load_stage, manifest_of, read_manifest
+from tokalign.stage.jobs import Dropped, JobError, Kept, run_job
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # What every launch of the kill and the two-process tests runs; `delay` stretches it so that a kill strikes the work.
 SCRIPT = textwrap.dedent(
     """
     import sys, time
     from datasets import Dataset
-    from tokalign.jobs import Dropped, Kept, run_job
+    from tokalign.stage.jobs import Dropped, Kept, run_job
 
     def work(rows):
         for row in rows:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokalign.evaluation import metrics
-from tokalign.evaluation.metrics import (
+from tokalign import statistics as metrics
+from tokalign.statistics import (
     accuracy,
     mcnemar,
     mean_interval,

@@ -1,4 +1,5 @@
-"""Prompt templates as data: a JSON object by the name of one that ships with the package, or from a user's file."""
+"""How a prompt becomes token ids: one rule for rollouts, training and evaluation, so that a model is tested on the
+prompts it was trained on; and prompt templates as data, a JSON object that ships with the package or is a user's."""
 
 from __future__ import annotations
 
@@ -6,7 +7,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokalign.data.contract import ContractError
+from transformers import PreTrainedTokenizerBase
+
+from tokalign.stage.contract import ContractError
+
+
+def render_prompt(
+    prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt_format: str = "chat"
+) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        prompt: a string or messages.
+        prompt_format: "chat" renders messages, or a string as the user's message, by the chat template with the
+            generation prompt; "raw" encodes a string as it is.
+
+    Raises:
+        ContractError: messages with "raw", or "chat" with a tokenizer that has no chat template.
+    """
+    if prompt_format == "raw" and isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if prompt_format != "chat":
+        raise ContractError(f"`prompt` holds messages, which `{prompt_format}` cannot render: use `chat`.")
+    if tokenizer.chat_template is None:
+        raise ContractError("This tokenizer has no chat template: use prompt_format `raw`, or an instruct model.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 def read_template(name_or_path: str | Path, built_in: Path, *, absent: str, parts: str) -> tuple[str, dict[str, Any]]:

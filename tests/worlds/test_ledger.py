@@ -9,9 +9,17 @@ import jsonschema_rs
 import pytest
 
 from tests.data.test_builders import builder
-from tokalign.data import ledger
-from tokalign.data.contract import load_stage, read_manifest
-from tokalign.data.ledger import LedgerConfig, Problem, build_tokenizer, first_error, problems, solution, wrong_solution
+from tokalign.stage.contract import load_stage, read_manifest
+from tokalign.worlds import ledger
+from tokalign.worlds.ledger import (
+    LedgerConfig,
+    Problem,
+    build_tokenizer,
+    first_error,
+    problems,
+    solution,
+    wrong_solution,
+)
 
 
 @pytest.fixture(scope="module", params=["whole", "split"])
