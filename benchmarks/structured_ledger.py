@@ -32,7 +32,7 @@ from tokalign.evaluation.run import problem_seed
 from tokalign.generation.protocol import EngineArguments, SamplingParams, load_engine
 from tokalign.prompts import render_prompt
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.structured import WEIGHTS
+from tokalign.rewards.structured.reward import WEIGHTS
 from tokalign.stage.contract import load_stage, weights_hash
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.view.curriculum import curriculum, first_step

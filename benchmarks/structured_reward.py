@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
-from tokalign.rewards import StructuredReward, schemas, validators
-from tokalign.rewards.documents import FORMATS
+from tokalign.rewards import StructuredReward
+from tokalign.rewards.structured import schemas, validators
+from tokalign.rewards.structured.documents.reading import FORMATS
 from tokalign.worlds.ledger import JSON_SCHEMA
 
 SCHEMA: dict[str, Any] = {  # of the hostile documents

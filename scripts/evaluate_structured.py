@@ -26,7 +26,7 @@ from tokalign.evaluation.run import write_metrics
 from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, plot
 from tokalign.generation.protocol import EngineArguments, load_engine
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.schemas import load_schema
+from tokalign.rewards.structured.schemas import load_schema
 from tokalign.stage.contract import load_stage, weights_hash, write_text_atomically
 from tokalign.stage.jobs import process_state
 

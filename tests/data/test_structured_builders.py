@@ -14,7 +14,7 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from tests.data.test_builders import DATA, builder, needs_data, write
-from tokalign.rewards.content import allowed_agreement
+from tokalign.rewards.structured.content import allowed_agreement
 from tokalign.stage.contract import ContractError, load_stage, read_manifest
 
 gsm8k, gsm8k_json, bfcl, cooking = builder("gsm8k"), builder("gsm8k_json"), builder("bfcl"), builder("cooking")

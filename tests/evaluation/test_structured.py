@@ -13,7 +13,7 @@ from tests.support import ALPHABET, tiny_model, tiny_tokenizer
 from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, latency_of, plot
 from tokalign.generation.protocol import Completion
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.content import leaf_f1
+from tokalign.rewards.structured.content import leaf_f1
 from tokalign.stage.contract import ContractError, load_stage
 
 TOKENIZER = tiny_tokenizer(ALPHABET + "{}[]_\\")

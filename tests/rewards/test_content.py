@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rewards.ordering import searching
-from tokalign.rewards.content import agreement, allowed_agreement, equal, leaf_f1, token_f1
+from tokalign.rewards.structured.content import agreement, allowed_agreement, equal, leaf_f1, token_f1
 
 values = st.recursive(
     st.one_of(
@@ -107,7 +107,7 @@ def test_agreement_by_words():
 def test_the_last_bit_is_the_same_in_every_process():
     """Strings hash otherwise in every process, and sums of floats depend on their order."""
     code = (
-        "from tokalign.rewards.content import agreement\n"
+        "from tokalign.rewards.structured.content import agreement\n"
         "value = {f'key{i}': {'a': 1, **{str(j): j for j in range(i)}} for i in range(60)}\n"
         "print(repr(agreement(value, {key: {'a': 1} for key in value})))"
     )

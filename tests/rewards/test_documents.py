@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from benchmarks.structured_reward import GOOD, SCHEMA, hostile, large
 from tests.rewards.ordering import searching
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.documents import FORMATS, MISSING, Limits, read_document, text_of
-from tokalign.rewards.schemas import compile_schema
+from tokalign.rewards.structured.documents.reading import FORMATS, MISSING, Limits, read_document, text_of
+from tokalign.rewards.structured.schemas import compile_schema
 
 
 def plain(completion, output_format="json", **options):

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokalign.rewards import answers_match, extract_answer, math_equivalence
-from tokalign.rewards.answer_forms import read_form
+from tokalign.rewards import answers_match, extract_answer
+from tokalign.rewards.answers import equivalence as math_equivalence
+from tokalign.rewards.answers.forms import read_form
 
 DATA = Path(os.environ.get("TOKALIGN_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(

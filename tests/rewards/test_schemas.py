@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from tests.rewards.ordering import fault, schemas, searching, valid
-from tokalign.rewards import schemas as module
-from tokalign.rewards.grading import BOUND, PRESENT, TooManyValues
-from tokalign.rewards.schemas import CompiledSchema, SchemaError, compile_schema, compile_text, load_schema
-from tokalign.rewards.shapes import ANY, type_of
+from tokalign.rewards.structured import schemas as module
+from tokalign.rewards.structured.grading import BOUND, PRESENT, TooManyValues
+from tokalign.rewards.structured.schemas import CompiledSchema, SchemaError, compile_schema, compile_text, load_schema
+from tokalign.rewards.structured.shapes import ANY, type_of
 
 anything = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.sampled_from([1.0, 1.5]), st.text("ab", max_size=2)),

@@ -15,11 +15,11 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.rewards import ordering
 from tests.rewards.ordering import COMPONENTS, fault, hacks, is_attempt, schemas, searching, text_of, valid
 from tokalign.rewards import StructuredReward
-from tokalign.rewards import structured as module
-from tokalign.rewards.content import equal
-from tokalign.rewards.documents import Limits
-from tokalign.rewards.schemas import SchemaError
-from tokalign.rewards.structured import WEIGHTS
+from tokalign.rewards.structured import reward as module
+from tokalign.rewards.structured.content import equal
+from tokalign.rewards.structured.documents.reading import Limits
+from tokalign.rewards.structured.reward import WEIGHTS
+from tokalign.rewards.structured.schemas import SchemaError
 
 weightings = st.fixed_dictionaries({}, optional={name: st.floats(0.01, 5) for name in COMPONENTS[1:]})
 
@@ -439,7 +439,7 @@ def test_components_share_one_reading(monkeypatch):
 
 
 def test_schemas_of_rows_are_compiled_once(monkeypatch):
-    from tokalign.rewards import schemas as compiling
+    from tokalign.rewards.structured import schemas as compiling
 
     made = []
     original = compiling.CompiledSchema

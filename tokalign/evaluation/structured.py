@@ -35,11 +35,11 @@ from transformers import PreTrainedTokenizerBase
 from tokalign.evaluation.run import problem_seed, prompt_ids
 from tokalign.generation.protocol import Completion, Engine, SamplingParams
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.content import equal, leaf_f1
-from tokalign.rewards.documents import decode_json
-from tokalign.rewards.grading import TooManyValues
-from tokalign.rewards.schemas import SchemaError, compile_text
-from tokalign.rewards.structured import COMPONENTS
+from tokalign.rewards.structured.content import equal, leaf_f1
+from tokalign.rewards.structured.documents.reading import decode_json
+from tokalign.rewards.structured.grading import TooManyValues
+from tokalign.rewards.structured.reward import COMPONENTS
+from tokalign.rewards.structured.schemas import SchemaError, compile_text
 from tokalign.stage.contract import ContractError, load_stage, read_manifest
 from tokalign.stage.jobs import run_job
 from tokalign.statistics import accuracy, mean_interval, paired_bootstrap, share_interval

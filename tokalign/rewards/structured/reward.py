@@ -2,9 +2,10 @@
 
     R = Σ_i w_i R_i      over structure, format, validity, schema, correctness, length, each in [0, 1]
 
-after RL-Struct (arXiv 2512.00319), whose literal reward is `preset="rl-struct"` (`tokalign.rewards.rl_struct`). A
-completion is read once, strictly (`tokalign.rewards.documents`), and every component is a small function of that one
-reading. With k the grade of keys and types and f the same with bounds (`tokalign.rewards.grading`):
+after RL-Struct (arXiv 2512.00319), whose literal reward is `preset="rl-struct"`
+(`tokalign.rewards.structured.rl_struct`). A completion is read once, strictly
+(`tokalign.rewards.structured.documents.reading`), and every component is a small function of that one reading. With k
+the grade of keys and types and f the same with bounds (`tokalign.rewards.structured.grading`):
 
 | the completion is | structure | others |
 |---|---|---|
@@ -30,9 +31,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from tokalign.rewards import rl_struct
-from tokalign.rewards.content import TextMatch, agreement, allowed_agreement
-from tokalign.rewards.documents import (
+from tokalign.rewards.structured import rl_struct
+from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement
+from tokalign.rewards.structured.documents.reading import (
     FORMATS,
     MISSING,
     Document,
@@ -44,8 +45,8 @@ from tokalign.rewards.documents import (
     read_document,
     text_of,
 )
-from tokalign.rewards.grading import Grade, TooManyValues
-from tokalign.rewards.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
+from tokalign.rewards.structured.grading import Grade, TooManyValues
+from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
 
 COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}
@@ -72,7 +73,7 @@ class StructuredReward:
         preset: "rl-struct" is the paper's literal reward, with its weights; it is easily gamed.
         fence: whether the document stands in a Markdown fence: "optional" (either way is fine), "never", "required".
         references: "value" compares with the reference as a document; "allowed" takes lists of allowed values for
-            each argument of a tool call (`tokalign.rewards.content.allowed_agreement`).
+            each argument of a tool call (`tokalign.rewards.structured.content.allowed_agreement`).
         text_match: "exact", or "tokens" to compare strings by the F1 over their words.
         min_length, max_length: bounds in characters; the component length is off without them.
         reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>".

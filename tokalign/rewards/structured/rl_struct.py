@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from tokalign.rewards.content import token_f1
-from tokalign.rewards.documents import MISSING, Fault, Source, check_limits, text_of, unreadable
+from tokalign.rewards.structured.content import token_f1
+from tokalign.rewards.structured.documents.reading import MISSING, Fault, Source, check_limits, text_of, unreadable
 
 if TYPE_CHECKING:
-    from tokalign.rewards.schemas import CompiledSchema
-    from tokalign.rewards.structured import StructuredReward
+    from tokalign.rewards.structured.reward import StructuredReward
+    from tokalign.rewards.structured.schemas import CompiledSchema
 
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "correctness": 0.5, "length": 0.1}
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
-from tokalign.rewards.answer_forms import Form, plain_number, read_form, unwrap
-from tokalign.rewards.math_equivalence import equivalent
+from tokalign.rewards.answers.equivalence import equivalent
+from tokalign.rewards.answers.forms import Form, plain_number, read_form, unwrap
 
 TEXT_CAP = 20_000  # characters, from the end of a completion, in which an answer is looked for
 EXPRESSION_CAP = 200  # characters that go to the symbolic library

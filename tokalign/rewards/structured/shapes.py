@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import jsonschema_rs
 
-from tokalign.rewards import validators
+from tokalign.rewards.structured import validators
 
 _MAX_OPTIONS = 64  # alternatives of one place in a schema; with more, that place is not graded
 _MAX_SHAPES = 10_000

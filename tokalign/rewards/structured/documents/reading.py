@@ -122,7 +122,7 @@ def read_document(
         limits: of size and nesting.
         reasoning_end: only what follows the last occurrence of this text counts, e.g. "</think>".
         wants_list: the document shall be an array (of tool calls, for "tool_call").
-        types: XML alone: the shape (`tokalign.rewards.shapes.Shape`) that says which texts are numbers.
+        types: XML alone: the shape (`tokalign.rewards.structured.shapes.Shape`) that says which texts are numbers.
     """
     limits = limits or Limits()
     text = text_of(completion)
@@ -391,7 +391,7 @@ def _openai_calls(parsed: Any, limits: Limits) -> list[Any]:
 
 
 def _read_yaml(text: str, limits: Limits, _: bool, __: Any) -> Document:
-    from tokalign.rewards.yaml_documents import decode_yaml
+    from tokalign.rewards.structured.documents.yaml import decode_yaml
 
     return _read_markup(
         text, "yaml", lambda body: decode_yaml(body.rstrip() + "\n", limits)
@@ -399,7 +399,7 @@ def _read_yaml(text: str, limits: Limits, _: bool, __: Any) -> Document:
 
 
 def _read_xml(text: str, limits: Limits, _: bool, types: Any) -> Document:
-    from tokalign.rewards.xml_documents import decode_xml
+    from tokalign.rewards.structured.documents.xml import decode_xml
 
     return _read_markup(text, "xml", lambda body: decode_xml(body.strip(), limits, types))
 

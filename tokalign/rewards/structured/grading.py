@@ -13,8 +13,8 @@ from typing import Any
 
 import jsonschema_rs
 
-from tokalign.rewards.shapes import ANY, Shape, type_of
-from tokalign.rewards.validators import short
+from tokalign.rewards.structured.shapes import ANY, Shape, type_of
+from tokalign.rewards.structured.validators import short
 
 PRESENT = 0.25  # credit of an object, and of a required key in it, whatever their values
 BOUND = 0.5  # credit of a value of the right type that breaks a bound, pattern or enumeration

@@ -17,10 +17,10 @@ from typing import Any
 
 import jsonschema_rs
 
-from tokalign.rewards import validators
-from tokalign.rewards.grading import Grade, Walk
-from tokalign.rewards.shapes import ARRAY_WORDS, DATA, NAMED, OBJECT_WORDS, ShapeCompiler, subschemas
-from tokalign.rewards.validators import short
+from tokalign.rewards.structured import validators
+from tokalign.rewards.structured.grading import Grade, Walk
+from tokalign.rewards.structured.shapes import ARRAY_WORDS, DATA, NAMED, OBJECT_WORDS, ShapeCompiler, subschemas
+from tokalign.rewards.structured.validators import short
 
 _MAX_VALUES = 10_000
 _MODEL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -1,0 +1,1 @@
+"""Final answers of maths problems: found in a text, read, compared."""
