@@ -29,12 +29,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.routing.calibration import score_dataset
-from tokalign.routing.features import DIVERGENT, RouterDataset
-from tokalign.routing.labels import SPLITS, add_slm_choices, split_indices
-from tokalign.routing.model import TokenRouter
+from tokalign.routing.labels.divergence import DivergenceScorer
+from tokalign.routing.labels.rows import SPLITS, add_slm_choices, split_indices
+from tokalign.routing.router.calibration import score_dataset
+from tokalign.routing.router.features import DIVERGENT, RouterDataset
+from tokalign.routing.router.model import TokenRouter
 from tokalign.signals.agreement import report
-from tokalign.signals.divergence import DivergenceScorer
 from tokalign.signals.rollout import derived_seed
 from tokalign.stage.contract import load_stage, weights_hash
 from tokalign.stage.jobs import run_job

@@ -41,10 +41,10 @@ from transformers import (
 )
 
 from tokalign.generation.protocol import SamplingParams
-from tokalign.routing.generator import RoutedGenerator
-from tokalign.routing.model import TokenRouter, TokenRouterConfig
-from tokalign.routing.policies import AlwaysLLM, NeverLLM, ReplayPolicy
-from tokalign.routing.slots import forward_parts
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, ReplayPolicy
+from tokalign.routing.decode.slots import forward_parts
+from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
 QWEN25 = {"tie_word_embeddings": True, "num_key_value_heads": 2}
 # Hidden size, MLP size, layers, heads and the rest of the published configurations; `tiny` is none, for short runs

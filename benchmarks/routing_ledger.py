@@ -32,10 +32,10 @@ from trl import TrlParser
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
-from tokalign.routing.generator import RoutedGenerator
-from tokalign.routing.model import TokenRouter
-from tokalign.routing.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RouterPolicy, RoutingPolicy
-from tokalign.routing.served_rate import served_threshold
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RouterPolicy, RoutingPolicy
+from tokalign.routing.decode.served_rate import served_threshold
+from tokalign.routing.router.model import TokenRouter
 from tokalign.stage.contract import load_stage
 from tokalign.worlds.ledger_models import trained_model
 

@@ -16,12 +16,12 @@ import numpy as np
 from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
-from tokalign.routing.calibration import calibrate_router, report_on
-from tokalign.routing.features import RouterDataset
-from tokalign.routing.metrics import print_report
+from tokalign.routing.router.calibration import calibrate_router, report_on
+from tokalign.routing.router.features import RouterDataset
+from tokalign.routing.router.metrics import print_report
+from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router
 from tokalign.stage.jobs import end_processes
 from tokalign.trainers.checkpoints import resume_point
-from tokalign.trainers.router import RouterConfig, RouterTrainer, new_router
 
 
 @dataclass

@@ -19,10 +19,10 @@ import numpy as np
 from rich.console import Console
 from trl import TrlParser
 
-from tokalign.routing.calibration import calibrate_router, report_on
-from tokalign.routing.features import RouterDataset
-from tokalign.routing.metrics import print_report
-from tokalign.routing.model import TokenRouter
+from tokalign.routing.router.calibration import calibrate_router, report_on
+from tokalign.routing.router.features import RouterDataset
+from tokalign.routing.router.metrics import print_report
+from tokalign.routing.router.model import TokenRouter
 from tokalign.stage.jobs import process_state
 
 TARGETS = ("target_rate", "target_recall", "target_accuracy")

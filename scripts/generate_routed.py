@@ -22,10 +22,17 @@ from trl import TrlParser
 
 from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.generation.rollouts import sampler
-from tokalign.routing.backend import RoutedStats
-from tokalign.routing.costs import activated_parameters, full_cost
-from tokalign.routing.generator import RoutedCompletion, RoutedGenerator
-from tokalign.routing.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RandomPolicy, RouterPolicy, RoutingPolicy
+from tokalign.routing.decode.backend import RoutedStats
+from tokalign.routing.decode.costs import activated_parameters, full_cost
+from tokalign.routing.decode.generator import RoutedCompletion, RoutedGenerator
+from tokalign.routing.decode.policies import (
+    AlwaysLLM,
+    EntropyPolicy,
+    NeverLLM,
+    RandomPolicy,
+    RouterPolicy,
+    RoutingPolicy,
+)
 from tokalign.stage.contract import load_stage, shard_name, weights_hash, write_manifest
 from tokalign.stage.jobs import Dropped, process_state, run_job
 

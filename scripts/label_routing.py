@@ -36,8 +36,17 @@ from trl import TrlParser
 
 from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
 from tokalign.generation.rollouts import sampler
-from tokalign.routing.backend import check_pair
-from tokalign.routing.labels import (
+from tokalign.routing.decode.backend import check_pair
+from tokalign.routing.labels.divergence import (
+    DivergenceScorer,
+    Fork,
+    SentenceRule,
+    continue_forks,
+    end_ids,
+    sentence_rule,
+)
+from tokalign.routing.labels.report import build_label_report, plot_label_report, print_label_report
+from tokalign.routing.labels.rows import (
     SPLITS,
     BranchGrower,
     BranchLookup,
@@ -47,16 +56,7 @@ from tokalign.routing.labels import (
     finished_answer,
     split_indices,
 )
-from tokalign.signals.divergence import (
-    DivergenceScorer,
-    Fork,
-    SentenceRule,
-    continue_forks,
-    end_ids,
-    sentence_rule,
-)
-from tokalign.signals.label_report import build_label_report, plot_label_report, print_label_report
-from tokalign.signals.verdicts import (
+from tokalign.routing.labels.verdicts import (
     Ask,
     Comparison,
     Verdict,

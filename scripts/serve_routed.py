@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from tokalign.routing.backend import RoutedBackend
-from tokalign.routing.budget import BudgetController
-from tokalign.routing.server import GracefulServer, ServerSettings, create_app, exposure_warning
+from tokalign.routing.decode.backend import RoutedBackend
+from tokalign.routing.serve.budget import BudgetController
+from tokalign.routing.serve.server import GracefulServer, ServerSettings, create_app, exposure_warning
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,8 @@ def load_backend(arguments: ServeRoutedArguments) -> RoutedBackend:
         for name, value in remote.items():
             if value is not None:
                 raise ValueError(f"--{name} belongs to --engine vllm: add that, or leave it out.")
-        from tokalign.routing.generator import RoutedGenerator
-        from tokalign.routing.transformers_backend import TransformersBackend
+        from tokalign.routing.decode.generator import RoutedGenerator
+        from tokalign.routing.decode.transformers_backend import TransformersBackend
 
         return TransformersBackend(
             RoutedGenerator.from_pretrained(
@@ -147,8 +147,8 @@ def load_backend(arguments: ServeRoutedArguments) -> RoutedBackend:
                 max_rows=arguments.max_running,
             )
         )
-    from tokalign.routing.model import TokenRouter
-    from tokalign.routing.vllm_backend import VLLMBackend
+    from tokalign.routing.decode.vllm.backend import VLLMBackend
+    from tokalign.routing.router.model import TokenRouter
 
     TokenRouter.from_pretrained(arguments.router).check_slm(arguments.slm)
     options: dict[str, Any] = {

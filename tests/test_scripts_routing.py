@@ -21,10 +21,10 @@ from tests.support import save_tiny, tiny_model, tiny_tokenizer
 from tokalign.generation import rollouts
 from tokalign.generation.protocol import Completion, EngineArguments, load_engine
 from tokalign.prompts import render_prompt
-from tokalign.routing import labels
-from tokalign.routing.features import open_features
-from tokalign.signals.divergence import sentence_rule
-from tokalign.signals.verdicts import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
+from tokalign.routing.labels import rows as labels
+from tokalign.routing.labels.divergence import sentence_rule
+from tokalign.routing.labels.verdicts import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
+from tokalign.routing.router.features import open_features
 from tokalign.stage.contract import ContractError, load_stage, read_manifest, tokenizer_hash
 from tokalign.stage.jobs import JobError, run_job
 

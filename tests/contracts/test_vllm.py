@@ -26,8 +26,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2  
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerBase  # noqa: E402
 
-from tokalign.routing import vllm_models  # noqa: E402
-from tokalign.routing.vllm_plugin import (  # noqa: E402
+from tokalign.routing.decode.vllm import models as vllm_models  # noqa: E402
+from tokalign.routing.decode.vllm.plugin import (  # noqa: E402
     ARCHITECTURES,
     RouterWorkerExtension,
     check_vllm_version,
@@ -45,7 +45,8 @@ def test_this_vllm_is_supported() -> None:
 
 def test_the_entry_point_is_installed() -> None:
     found = {entry.name: entry.value for entry in entry_points(group="vllm.general_plugins")}
-    assert found["tokalign_routing"] == "tokalign.routing.vllm_plugin:register", "reinstall tokalign: pip install -e ."
+    plugin = "tokalign.routing.decode.vllm.plugin:register"
+    assert found["tokalign_routing"] == plugin, "reinstall tokalign: pip install -e ."
 
 
 def test_the_architectures_are_registered_by_name() -> None:
@@ -53,7 +54,7 @@ def test_the_architectures_are_registered_by_name() -> None:
     known = vllm.ModelRegistry.models
     for name in ARCHITECTURES:
         entry = known[f"Routed{name}"]
-        assert (entry.module_name, entry.class_name) == ("tokalign.routing.vllm_models", f"Routed{name}")
+        assert (entry.module_name, entry.class_name) == ("tokalign.routing.decode.vllm.models", f"Routed{name}")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

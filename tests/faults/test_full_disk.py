@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from tokalign.routing.features import write_features
+from tokalign.routing.router.features import write_features
 from tokalign.stage.contract import load_stage, write_text_atomically
 from tokalign.stage.jobs import JobError, run_job
 

@@ -15,8 +15,8 @@ from scripts.sample_rollouts import SampleRolloutsArguments
 from scripts.sample_rollouts import main as sample_rollouts
 from tests.generation.test_openai_engine import PROMPTS, check_answers, engine_at, good, serving
 from tokalign.generation import EngineArguments, SamplingParams, openai_engine
-from tokalign.routing.backend import LLMUnavailable
-from tokalign.routing.vllm_servers import ServedLLM
+from tokalign.routing.decode.backend import LLMUnavailable
+from tokalign.routing.decode.vllm.servers import ServedLLM
 from tokalign.stage.contract import load_stage, read_manifest
 from tokalign.stage.jobs import JobError
 

@@ -21,8 +21,8 @@ from tests.routing.serving import FakeBackend
 from tests.support import tiny_tokenizer
 from tokalign.generation import EngineArguments, SamplingParams
 from tokalign.generation.openai_engine import OpenAIEngine
-from tokalign.routing.server import ServerSettings, create_app
-from tokalign.routing.vllm_servers import ServedLLM, ServedSLM
+from tokalign.routing.decode.vllm.servers import ServedLLM, ServedSLM
+from tokalign.routing.serve.server import ServerSettings, create_app
 
 SECONDS = 30.0  # a request that takes longer hangs
 ROUTE = 5

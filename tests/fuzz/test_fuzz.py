@@ -85,7 +85,7 @@ def test_the_strategies_also_reach_what_is_right(target, monkeypatch):
     """Inputs that are all refused at the first check would try nothing behind it."""
     accepted = {
         "shard": "tests.fuzz.files.check_preferences",
-        "labels": "tokalign.routing.features.RouterDataset.__getitems__",
+        "labels": "tokalign.routing.router.features.RouterDataset.__getitems__",
         "features": "tests.fuzz.files.open_features",
         "router_config": "tests.fuzz.files.write_model_card",
         "template": "tests.fuzz.files.load_judge_template",

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, Trainer, set_seed
 
 from tests.trainers import structured
 from tokalign.generation.vllm_cpu import prepare_colocated_vllm
-from tokalign.routing.features import RouterDataset
+from tokalign.routing.router.features import RouterDataset
+from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router
 from tokalign.stage.contract import load_stage
 from tokalign.stage.jobs import end_processes
 from tokalign.trainers import (
@@ -33,7 +34,6 @@ from tokalign.trainers import (
     TRegConfig,
     TRegTrainer,
 )
-from tokalign.trainers.router import RouterConfig, RouterTrainer, new_router
 from tokalign.trainers.token_preference import TokenPreferenceTrainer
 
 ARGUMENTS: dict[str, Any] = {

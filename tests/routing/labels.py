@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from tokalign.routing.features import write_features
+from tokalign.routing.router.features import write_features
 from tokalign.stage.contract import shard_name, write_manifest
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.support import tiny_tokenizer
-from tokalign.routing.backend import LLMUnavailable, RoutedStats, RoutedToken
-from tokalign.routing.server import GracefulServer, ServerSettings, create_app
+from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken
+from tokalign.routing.serve.server import GracefulServer, ServerSettings, create_app
 
 
 class FakeBackend:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokalign.routing.budget import BudgetController
+from tokalign.routing.serve.budget import BudgetController
 
 
 def logits_of(shift, scale=2.5, size=200_000, seed=0):

@@ -16,10 +16,10 @@ import torch
 
 from tests.routing.labels import write_labels
 from tests.support import tiny_model
-from tokalign.routing import metrics
-from tokalign.routing.calibration import calibrate, calibrate_router, measure, report_on, score_dataset
-from tokalign.routing.features import RouterDataset
-from tokalign.routing.model import TokenRouter, TokenRouterConfig
+from tokalign.routing.router import metrics
+from tokalign.routing.router.calibration import calibrate, calibrate_router, measure, report_on, score_dataset
+from tokalign.routing.router.features import RouterDataset
+from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 from tokalign.stage.contract import weights_hash
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,7 +275,7 @@ def test_calibrate_router_stores_the_threshold_and_how_it_was_found(tmp_path, ca
     assert again.config.architectures == ["TokenRouter"]
     # tokens without a verdict count in the rate
     assert stored["achieved"]["n_tokens"] == len(RouterDataset(stage, invalid=True)) > len(RouterDataset(stage))
-    with caplog.at_level(logging.WARNING, logger="tokalign.routing.calibration"):
+    with caplog.at_level(logging.WARNING, logger="tokalign.routing.router.calibration"):
         calibrate_router(again, stage, target_rate=0.4, samples=50)
     assert "The router's threshold was" in caplog.text  # never silently
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import tiny_tokenizer
-from tokalign.routing.detokenize import Detokenizer
+from tokalign.routing.serve.detokenize import Detokenizer
 
 TEXT = "naïve café — 你好，世界! 👩‍👩‍👧 und ß; emoji 🧑🏽‍🚀 ok\n\n  two  spaces"
 

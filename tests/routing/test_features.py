@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.routing.labels import records_of, write_labels
-from tokalign.routing.features import RouterDataset, WindowSampler, open_features, write_features
+from tokalign.routing.router.features import RouterDataset, WindowSampler, open_features, write_features
 from tokalign.stage.contract import ContractError
 
 

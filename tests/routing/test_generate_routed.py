@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.support import save_tiny
-from tokalign.routing.backend import RoutedStats
-from tokalign.routing.costs import activated_parameters, full_cost
+from tokalign.routing.decode.backend import RoutedStats
+from tokalign.routing.decode.costs import activated_parameters, full_cost
 from tokalign.stage.contract import load_stage, read_manifest
 from tokalign.stage.jobs import JobError
 

@@ -14,10 +14,17 @@ from tests.support import ALPHABET, tiny_model, tiny_tokenizer
 from tokalign.generation.protocol import EngineArguments, SamplingParams
 from tokalign.generation.sampling import sample, uniforms
 from tokalign.generation.transformers_engine import TransformersEngine
-from tokalign.routing.backend import RoutedStats
-from tokalign.routing.generator import RoutedBatch, RoutedGenerator
-from tokalign.routing.model import TokenRouter, TokenRouterConfig
-from tokalign.routing.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RandomPolicy, ReplayPolicy, RouterPolicy
+from tokalign.routing.decode.backend import RoutedStats
+from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.decode.policies import (
+    AlwaysLLM,
+    EntropyPolicy,
+    NeverLLM,
+    RandomPolicy,
+    ReplayPolicy,
+    RouterPolicy,
+)
+from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 from tokalign.stage.contract import weights_hash
 
 TOKENIZER = tiny_tokenizer()

@@ -10,10 +10,10 @@ import pytest
 
 from tests.support import tiny_tokenizer
 from tokalign.generation import SamplingParams
-from tokalign.routing import vllm_servers
-from tokalign.routing.backend import LLMUnavailable
-from tokalign.routing.orchestrator import NEVER, Orchestrator, Piece
-from tokalign.routing.vllm_servers import ServedLLM, ServedSLM, cut_piece
+from tokalign.routing.decode.backend import LLMUnavailable
+from tokalign.routing.decode.orchestrator import NEVER, Orchestrator, Piece
+from tokalign.routing.decode.vllm import servers as vllm_servers
+from tokalign.routing.decode.vllm.servers import ServedLLM, ServedSLM, cut_piece
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)

@@ -11,9 +11,16 @@ import torch
 
 from tests.support import ALPHABET, tiny_tokenizer
 from tokalign.generation.sampling import uniforms
-from tokalign.routing.backend import RoutedStats, check_pair
-from tokalign.routing.costs import activated_parameters, full_cost
-from tokalign.routing.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RandomPolicy, ReplayPolicy, RouterPolicy
+from tokalign.routing.decode.backend import RoutedStats, check_pair
+from tokalign.routing.decode.costs import activated_parameters, full_cost
+from tokalign.routing.decode.policies import (
+    AlwaysLLM,
+    EntropyPolicy,
+    NeverLLM,
+    RandomPolicy,
+    ReplayPolicy,
+    RouterPolicy,
+)
 
 
 def rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,9 +8,9 @@ import pytest
 
 from tests.support import tiny_model, tiny_tokenizer
 from tokalign.generation.protocol import SamplingParams
-from tokalign.routing.generator import RoutedGenerator
-from tokalign.routing.policies import AlwaysLLM, EntropyPolicy
-from tokalign.routing.served_rate import served_threshold
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.policies import AlwaysLLM, EntropyPolicy
+from tokalign.routing.decode.served_rate import served_threshold
 
 TOKENIZER = tiny_tokenizer()
 SLM = tiny_model(len(TOKENIZER), seed=0)

@@ -14,10 +14,10 @@ from tests.routing.serving import FakeBackend, serving, wait_for
 from tests.routing.test_detokenize import byte_level
 from tests.support import tiny_tokenizer
 from tokalign.generation import EngineArguments, SamplingParams, load_engine
-from tokalign.routing.backend import RoutedToken
-from tokalign.routing.budget import BudgetController
-from tokalign.routing.server import ServerSettings, exposure_warning
-from tokalign.routing.server_api import MOST_STOP_CHARACTERS, MOST_STOP_IDS, MOST_STOPS
+from tokalign.routing.decode.backend import RoutedToken
+from tokalign.routing.serve.api import MOST_STOP_CHARACTERS, MOST_STOP_IDS, MOST_STOPS
+from tokalign.routing.serve.budget import BudgetController
+from tokalign.routing.serve.server import ServerSettings, exposure_warning
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.support import tiny_model
-from tokalign.routing.slots import FORWARD_TOKENS, PADDED_SHARE, PADDING, ROOM, SPARE, CachedModel, forward_parts
+from tokalign.routing.decode.slots import FORWARD_TOKENS, PADDED_SHARE, PADDING, ROOM, SPARE, CachedModel, forward_parts
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

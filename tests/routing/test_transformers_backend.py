@@ -11,9 +11,9 @@ import torch
 from tests.routing.test_generator import LLM, SLM, TOKENIZER, VOCAB, Toy, make_prompts
 from tests.support import tiny_model
 from tokalign.generation.protocol import SamplingParams
-from tokalign.routing.generator import RoutedGenerator
-from tokalign.routing.policies import NeverLLM
-from tokalign.routing.transformers_backend import TransformersBackend
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.policies import NeverLLM
+from tokalign.routing.decode.transformers_backend import TransformersBackend
 
 FOREVER = SamplingParams(max_tokens=400, seed=3, temperature=0.7)
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from tests.support import tiny_tokenizer
-from tokalign.routing import vllm_plugin
-from tokalign.routing.vllm_plugin import (
+from tokalign.routing.decode.vllm import plugin as vllm_plugin
+from tokalign.routing.decode.vllm.plugin import (
     ARCHITECTURES,
     RouterWorkerExtension,
     check_vllm_version,
@@ -68,7 +68,7 @@ def test_overrides_say_the_same_to_an_engine_and_to_a_server():
     options = routed_engine_options(overrides)
     command = routed_server_options(overrides)
     assert json.loads(command[1]) == options["hf_overrides"] == overrides
-    assert command[3] == options["worker_extension_cls"] == "tokalign.routing.vllm_plugin.RouterWorkerExtension"
+    assert command[3] == options["worker_extension_cls"] == "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"
 
 
 def test_an_architecture_without_a_routed_class():
@@ -109,7 +109,7 @@ def test_the_worker_extension_sets_the_threshold():
 
 @pytest.fixture
 def router_path(tiny_path, tmp_path):
-    from tokalign.routing.model import TokenRouter, TokenRouterConfig
+    from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
     config = TokenRouterConfig(hidden_size=32, embedding_size=32, shared_vocab=VOCAB, top_k=5, width=8, num_blocks=1)
     TokenRouter(config).save_pretrained(tmp_path)
@@ -127,7 +127,7 @@ def router_path(tiny_path, tmp_path):
     ],
 )
 def test_a_backend_that_cannot_be(tiny_path, router_path, urls, options, error, message):
-    from tokalign.routing.vllm_backend import VLLMBackend
+    from tokalign.routing.decode.vllm.backend import VLLMBackend
 
     with pytest.raises(error, match=message):
         VLLMBackend(tiny_path, router_path, urls, **options)
@@ -135,7 +135,7 @@ def test_a_backend_that_cannot_be(tiny_path, router_path, urls, options, error, 
 
 def test_the_command_of_a_server_is_printed(tiny_path, tmp_path, capsys, monkeypatch):
     from tests.support import tiny_model
-    from tokalign.routing.model import TokenRouter, TokenRouterConfig
+    from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
     from tokalign.stage.contract import weights_hash
 
     tiny_model(VOCAB + 8).save_pretrained(tmp_path / "slm")
@@ -153,7 +153,7 @@ def test_the_command_of_a_server_is_printed(tiny_path, tmp_path, capsys, monkeyp
     assert command[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
     assert (options["--model"], options["--port"], options["--host"]) == ("slm", "8123", "127.0.0.1")
     # The class by its importable name, also where this module is run as a program.
-    assert options["--worker-extension-cls"] == "tokalign.routing.vllm_plugin.RouterWorkerExtension"
+    assert options["--worker-extension-cls"] == "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"
     assert json.loads(options["--hf-overrides"])["token_router"] == {
         "path": str(tmp_path / "router"), "route_token_id": VOCAB, "threshold": 0.25, "shared_vocab": VOCAB,
     }  # fmt: skip
@@ -163,11 +163,11 @@ def test_the_command_of_a_server_is_printed(tiny_path, tmp_path, capsys, monkeyp
 
 def test_the_command_names_an_importable_class_when_run_as_a_program():
     module = runpy.run_path(vllm_plugin.__file__, run_name="other")
-    assert module["routed_server_options"]({})[3] == "tokalign.routing.vllm_plugin.RouterWorkerExtension"
+    assert module["routed_server_options"]({})[3] == "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"
 
 
 def test_the_llm_and_the_slm_are_waited_for_differently(tiny_path, router_path, monkeypatch):
-    from tokalign.routing import vllm_backend
+    from tokalign.routing.decode.vllm import backend as vllm_backend
 
     seen = {}
     monkeypatch.setattr(
@@ -182,7 +182,7 @@ def test_the_llm_and_the_slm_are_waited_for_differently(tiny_path, router_path, 
 
 
 def test_a_session_needs_an_engine_of_this_process(tiny_path, router_path, monkeypatch):
-    from tokalign.routing import vllm_backend
+    from tokalign.routing.decode.vllm import backend as vllm_backend
 
     monkeypatch.setattr(vllm_backend, "ServedLLM", lambda *args, **options: None)
     with pytest.raises(ValueError, match="handback is 'session', which only an SLM in this process has"):
@@ -200,7 +200,7 @@ def test_a_session_needs_an_engine_of_this_process(tiny_path, router_path, monke
 )
 def test_a_handback_that_the_engine_does_not_have(handback, message):
     pytest.importorskip("vllm")
-    from tokalign.routing.vllm_backend import EngineSLM
+    from tokalign.routing.decode.vllm.backend import EngineSLM
 
     with pytest.raises(ValueError, match=message):
         EngineSLM("model", {}, {"async_scheduling": True}, handback=handback)
@@ -228,7 +228,7 @@ class Scores:
 
 def head(threshold, dtype=torch.float32):
     pytest.importorskip("vllm")
-    from tokalign.routing.vllm_models import RoutedHead
+    from tokalign.routing.decode.vllm.models import RoutedHead
 
     class Routed(RoutedHead, Head): ...
 
@@ -280,7 +280,7 @@ def test_the_head_hides_batch_sharded_sampling():
 
 def test_every_architecture_has_a_class():
     pytest.importorskip("vllm")
-    from tokalign.routing import vllm_models
+    from tokalign.routing.decode.vllm import models as vllm_models
 
     for name in ARCHITECTURES:
         assert issubclass(getattr(vllm_models, f"Routed{name}"), vllm_models.RoutedHead)
@@ -311,7 +311,7 @@ class Said:
 def turns_over(outputs):
     pytest.importorskip("vllm")
     from tokalign.generation import SamplingParams
-    from tokalign.routing.vllm_backend import EngineTurns
+    from tokalign.routing.decode.vllm.backend import EngineTurns
 
     engine = Said(outputs)
     slm = SimpleNamespace(engine=engine, sessions=True, route_token_id=9, logprobs=None)

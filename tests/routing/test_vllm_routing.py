@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import tiny_model, tiny_tokenizer
 from tokalign.generation import SamplingParams
-from tokalign.routing.backend import LLMUnavailable
-from tokalign.routing.generator import RoutedGenerator
-from tokalign.routing.policies import AlwaysLLM, NeverLLM, RouterPolicy
+from tokalign.routing.decode.backend import LLMUnavailable
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, RouterPolicy
 
 vllm = pytest.importorskip("vllm")
 
-from tokalign.routing.vllm_backend import VLLMBackend  # noqa: E402
-from tokalign.routing.vllm_plugin import choose_route_token, routed_overrides, routed_server_options  # noqa: E402
+from tokalign.routing.decode.vllm.backend import VLLMBackend  # noqa: E402
+from tokalign.routing.decode.vllm.plugin import choose_route_token, routed_overrides, routed_server_options  # noqa: E402
 
 DRAW = random.Random(0)
 PROMPTS = [[DRAW.randrange(6, 60) for _ in range(DRAW.randrange(3, 60))] for _ in range(8)]
@@ -46,7 +46,7 @@ def save_model(path: Path, padding: int, **options) -> str:
 
 
 def save_router(path: Path, slm: str) -> str:
-    from tokalign.routing.model import TokenRouter, TokenRouterConfig
+    from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
     from tokalign.stage.contract import tokenizer_hash, weights_hash
 
     torch.manual_seed(3)
@@ -110,7 +110,7 @@ class Pair:
     """Both engines and, beside them, the transformers generator on the same models."""
 
     def __init__(self, slm: str, llm: str, router: str):
-        from tokalign.routing.model import TokenRouter
+        from tokalign.routing.router.model import TokenRouter
 
         self.slm, self.llm, self.router = slm, llm, router
         self.tokenizer = tiny_tokenizer()

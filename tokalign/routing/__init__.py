@@ -7,12 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokalign.routing.backend import RoutedBackend, RoutedStats, RoutedToken
-    from tokalign.routing.calibration import Calibration, calibrate, calibrate_router
-    from tokalign.routing.features import RouterDataset
-    from tokalign.routing.generator import RoutedGenerator
-    from tokalign.routing.model import TokenRouter, TokenRouterConfig
-    from tokalign.routing.policies import (
+    from tokalign.routing.decode.backend import RoutedBackend, RoutedStats, RoutedToken
+    from tokalign.routing.decode.generator import RoutedGenerator
+    from tokalign.routing.decode.policies import (
         AlwaysLLM,
         EntropyPolicy,
         NeverLLM,
@@ -21,14 +18,17 @@ if TYPE_CHECKING:
         RouterPolicy,
         RoutingPolicy,
     )
+    from tokalign.routing.router.calibration import Calibration, calibrate, calibrate_router
+    from tokalign.routing.router.features import RouterDataset
+    from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
 _MODULES = {
-    "backend": ("RoutedBackend", "RoutedStats", "RoutedToken"),
-    "calibration": ("Calibration", "calibrate", "calibrate_router"),
-    "features": ("RouterDataset",),
-    "generator": ("RoutedGenerator",),
-    "model": ("TokenRouter", "TokenRouterConfig"),
-    "policies": (
+    "decode.backend": ("RoutedBackend", "RoutedStats", "RoutedToken"),
+    "router.calibration": ("Calibration", "calibrate", "calibrate_router"),
+    "router.features": ("RouterDataset",),
+    "decode.generator": ("RoutedGenerator",),
+    "router.model": ("TokenRouter", "TokenRouterConfig"),
+    "decode.policies": (
         *("AlwaysLLM", "EntropyPolicy", "NeverLLM", "RandomPolicy", "ReplayPolicy", "RouterPolicy", "RoutingPolicy"),
     ),
 }

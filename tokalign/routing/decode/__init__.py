@@ -1,0 +1,1 @@
+"""Decoding by a routed pair: policies, one generator, and the backends it runs on."""

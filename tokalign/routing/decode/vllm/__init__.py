@@ -1,0 +1,1 @@
+"""A routed pair on stock vLLM: the plug-in, the models that it registers, the servers, the backend."""

