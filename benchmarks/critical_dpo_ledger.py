@@ -28,7 +28,7 @@ from ledger_comparison import (
 from ledger_stages import LEDGER, MAX_TOKENS, over_seeds, write_json
 from trl import TrlParser
 
-from tokalign.stage.contract import load_stage
+from tokalign.stage.loading import load_stage
 from tokalign.worlds.ledger_models import trained_model
 
 # ledger_stages has put scripts/ on the path

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from tokalign.prompts import render_prompt
-from tokalign.stage.contract import load_stage
 from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
 from tokalign.worlds import ledger
 from tokalign.worlds.ledger_models import model_config
 

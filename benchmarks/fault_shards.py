@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from tokalign.stage.contract import ContractError, load_stage, read_manifest, shard_name
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
-from tokalign.stage.shards import counts_of, job_hash, shard_problem
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
+from tokalign.stage.shards import counts_of, job_hash, shard_name, shard_problem
 
 SHARDS, ROWS = 3, 64  # and rows a shard
 

@@ -27,7 +27,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tokalign.stage.contract import MANIFEST, read_manifest, shard_name
+from tokalign.stage.manifest import MANIFEST, read_manifest
+from tokalign.stage.shards import shard_name
 
 ROOT = Path(__file__).resolve().parents[1]
 # What scripts and recipes import, so that a fork finds it there.

@@ -36,7 +36,7 @@ from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import AlwaysLLM, EntropyPolicy, NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.served_rate import served_threshold
 from tokalign.routing.router.model import TokenRouter
-from tokalign.stage.contract import load_stage
+from tokalign.stage.loading import load_stage
 from tokalign.worlds.ledger_models import trained_model
 
 NEURAL = "neural router"

@@ -29,12 +29,14 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.evaluation.run import problem_seed
-from tokalign.generation.protocol import EngineArguments, SamplingParams, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.reward import WEIGHTS
-from tokalign.stage.contract import load_stage, weights_hash
+from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.loading import load_stage
 from tokalign.view.curriculum import curriculum, first_step
 
 # ledger_stages has put scripts/ on the path

@@ -36,7 +36,7 @@ from rich.table import Table
 from trl import TrlParser
 
 from tokalign.signals.agreement import report
-from tokalign.stage.contract import load_stage
+from tokalign.stage.loading import load_stage
 
 
 class Signal(NamedTuple):

@@ -31,7 +31,7 @@ import jsonschema_rs
 from trl import TrlParser
 
 from tokalign.data.structured import assistant, json_text, write_structured
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
 
 FILES = ("simple_python.jsonl", "simple_python_answers.jsonl")

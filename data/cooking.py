@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from trl import TrlParser
 
 from tokalign.data.structured import SchemaPromptArguments, ask, assistant, json_text, user, write_structured
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 SPLITS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}  # per cent of identities
 

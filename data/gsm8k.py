@@ -14,7 +14,7 @@ from trl import TrlParser
 
 from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
 from tokalign.rewards import extract_answer
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
 
 _MARK = re.compile(r"<<[^<>]*>>")

@@ -20,7 +20,7 @@ from datasets import Dataset, Value, load_dataset
 from trl import TrlParser
 
 from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
 
 QUESTION = ("prompt", "instruction")

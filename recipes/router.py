@@ -20,7 +20,7 @@ from tokalign.routing.router.calibration import calibrate_router, report_on
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import print_report
 from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router
-from tokalign.stage.jobs import end_processes
+from tokalign.stage.processes import end_processes
 from tokalign.trainers.checkpoints import resume_point
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from tokalign.stage.contract import load_stage
-from tokalign.stage.jobs import end_processes
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import end_processes
 from tokalign.trainers.checkpoints import resume_point
 
 

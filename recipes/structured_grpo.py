@@ -17,8 +17,9 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from tokalign.stage.contract import load_stage, write_text_atomically
-from tokalign.stage.jobs import end_processes
+from tokalign.stage.files import write_text_atomically
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import end_processes
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.view.curriculum import plot_curriculum

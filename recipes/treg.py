@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from tokalign.stage.contract import load_stage
-from tokalign.stage.jobs import end_processes
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import end_processes
 from tokalign.trainers import TRegConfig, TRegTrainer
 from tokalign.trainers.checkpoints import resume_point
 

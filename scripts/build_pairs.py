@@ -33,8 +33,11 @@ from tokalign.data.pairing import (
     preference_pairs,
 )
 from tokalign.rewards import extract_answer
-from tokalign.stage.contract import ContractError, content_hash, load_stage
-from tokalign.stage.jobs import Dropped, Kept, process_state, run_job
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import content_hash
+from tokalign.stage.jobs import Dropped, Kept, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import process_state
 
 READ = ("id", "prompt", "answer", "prompt_ids", "completion_ids", "completion", "finish_reason")
 COLUMNS = {"frequency": (*READ, "correct", "extracted"), "best_worst": (*READ, "reward")}

@@ -23,7 +23,7 @@ from tokalign.routing.router.calibration import calibrate_router, report_on
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import print_report
 from tokalign.routing.router.model import TokenRouter
-from tokalign.stage.jobs import process_state
+from tokalign.stage.processes import process_state
 
 TARGETS = ("target_rate", "target_recall", "target_accuracy")
 

@@ -17,7 +17,8 @@ from typing import Any
 from trl import TrlParser
 
 from tokalign.signals.agreement import plot_reports, print_report, report
-from tokalign.stage.contract import ContractError, load_stage
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
 
 TARGETS = ("first_error", "critical_index")
 # Forward passes over prompt and completion. The sampler's own log-probs cost one.

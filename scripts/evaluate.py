@@ -21,10 +21,11 @@ from trl import TrlParser
 
 from tokalign.evaluation.logps import completion_logps
 from tokalign.evaluation.run import compare_runs, evaluate, write_metrics
-from tokalign.generation.protocol import EngineArguments, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
 from tokalign.rewards import answers_match, extract_answer
-from tokalign.stage.contract import load_stage, weights_hash
-from tokalign.stage.jobs import process_state
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import process_state
 
 
 @dataclass

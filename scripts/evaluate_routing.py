@@ -17,7 +17,7 @@ from typing import Any
 from trl import TrlParser
 
 from tokalign.evaluation.routing import plot_routing, print_routing, query_level, run_summary
-from tokalign.stage.contract import write_text_atomically
+from tokalign.stage.files import write_text_atomically
 
 
 @dataclass

@@ -24,11 +24,13 @@ from trl import TrlParser
 
 from tokalign.evaluation.run import write_metrics
 from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, plot
-from tokalign.generation.protocol import EngineArguments, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.schemas import load_schema
-from tokalign.stage.contract import load_stage, weights_hash, write_text_atomically
-from tokalign.stage.jobs import process_state
+from tokalign.stage.files import write_text_atomically
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import process_state
 
 NAMES = {
     "validity": "valid documents",

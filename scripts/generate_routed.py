@@ -33,8 +33,12 @@ from tokalign.routing.decode.policies import (
     RouterPolicy,
     RoutingPolicy,
 )
-from tokalign.stage.contract import load_stage, shard_name, weights_hash, write_manifest
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import write_manifest
+from tokalign.stage.processes import process_state
+from tokalign.stage.shards import shard_name
 
 WORK = ("handoffs", "slm_positions", "llm_positions")
 

@@ -34,7 +34,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.generation.rollouts import sampler
 from tokalign.routing.decode.backend import check_pair
 from tokalign.routing.labels.divergence import (
@@ -66,16 +67,13 @@ from tokalign.routing.labels.verdicts import (
     load_judge_template,
     server_judge,
 )
-from tokalign.stage.contract import (
-    ContractError,
-    content_hash,
-    load_stage,
-    read_manifest,
-    tokenizer_hash,
-    weights_hash,
-    write_text_atomically,
-)
-from tokalign.stage.jobs import Dropped, end_processes, process_state, run_job
+from tokalign.stage.errors import ContractError
+from tokalign.stage.files import write_text_atomically
+from tokalign.stage.hashes import content_hash, tokenizer_hash, weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
+from tokalign.stage.processes import end_processes, process_state
 
 STAGES = ("answers", "prefill", "branches", "labels")
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.stage.contract import ContractError, load_stage
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
 from tokalign.worlds.ledger import Problem, first_error
 
 

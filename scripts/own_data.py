@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from trl import TrlParser
 
-from tokalign.stage.contract import load_stage
 from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
 
 CPU = ("--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--dtype", "float32")
 CHAT_TEMPLATE = (

@@ -40,7 +40,8 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.evaluation.run import compare_runs
-from tokalign.stage.contract import load_stage, read_manifest
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 from tokalign.trainers.checkpoints import last_whole_checkpoint
 from tokalign.view.heatmap import token_heatmap
 from tokalign.view.report import build_report

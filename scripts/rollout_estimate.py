@@ -20,7 +20,7 @@ from typing import Any
 
 from trl import TrlParser
 
-from tokalign.generation.protocol import EngineArguments, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.signals.rollout import (
     critical_position,
@@ -30,8 +30,12 @@ from tokalign.signals.rollout import (
     plot_pass_at_k,
     rollout_estimate,
 )
-from tokalign.stage.contract import ContractError, load_stage, read_manifest, weights_hash, write_manifest
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest, write_manifest
+from tokalign.stage.processes import process_state
 
 
 @dataclass

@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from tokalign.generation.protocol import EngineArguments, SamplingParams, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.rollouts import sampler
-from tokalign.stage.contract import load_stage, weights_hash
-from tokalign.stage.jobs import process_state, run_job
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import process_state
 
 
 @dataclass

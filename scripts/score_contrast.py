@@ -20,8 +20,11 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.signals import ContrastiveScorer
-from tokalign.stage.contract import load_stage, read_manifest, weights_hash, write_manifest
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest, write_manifest
+from tokalign.stage.processes import process_state
 
 SIDES = ("chosen", "rejected")
 

@@ -20,8 +20,9 @@ from trl import TrlParser
 
 from tokalign.signals import LikelihoodScorer
 from tokalign.signals.stage import SIDES, load_pairs, report_rate
-from tokalign.stage.contract import weights_hash
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.processes import process_state
 
 
 @dataclass

@@ -32,8 +32,11 @@ import pyarrow.compute as pc
 from trl import TrlParser
 
 from tokalign.rewards.reward_model import RewardModel
-from tokalign.stage.contract import ContractError, load_stage, weights_hash
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import process_state
 
 NOT_VERIFIED = "not verified: `correct` is null"
 NOT_JUDGED = "the reward function gave None"

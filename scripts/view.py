@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.rewards import extract_answer
-from tokalign.stage.contract import load_stage
+from tokalign.stage.loading import load_stage
 from tokalign.view import token_heatmap
 
 

@@ -28,10 +28,15 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.evaluation.run import problem_seed
-from tokalign.generation.protocol import Engine, EngineArguments, SamplingParams, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import render_prompt
-from tokalign.stage.contract import ContractError, load_stage, weights_hash, write_text_atomically
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.errors import ContractError
+from tokalign.stage.files import write_text_atomically
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import process_state
 
 TOO_LONG = "question longer than the model can hold"
 KEYS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tokalign.stage.contract import load_stage
+from tokalign.stage.loading import load_stage
 from tokalign.worlds.ledger_models import trained_model
 
 ROOT = Path(__file__).resolve().parents[1]

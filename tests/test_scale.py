@@ -30,7 +30,7 @@ from trl import TrlParser
 from tests.launch.support import ROOT, free_port, launch_environment, write_preferences
 from tests.test_recipes import load_script
 from tokalign.routing.router.features import write_features
-from tokalign.stage.contract import load_stage
+from tokalign.stage.loading import load_stage
 from tokalign.stage.shards import counts_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -20,10 +20,12 @@ from trl import TrlParser
 from scripts import build_pairs, sample_rollouts, score_rewards, write_answers
 from tests.rewards.test_reward_model import save_reward_model
 from tests.test_scripts_sampling import Scripted
-from tokalign.generation.protocol import EngineArguments
+from tokalign.generation.arguments import EngineArguments
 from tokalign.rewards.reward_model import RewardModel
-from tokalign.stage.contract import ContractError, check_preferences, load_stage, read_manifest
-from tokalign.stage.jobs import JobError
+from tokalign.stage.contract import check_preferences
+from tokalign.stage.errors import ContractError, JobError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["Yes.", "No, not at all.", "Perhaps.", "I do not know what you mean."]

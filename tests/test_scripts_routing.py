@@ -19,14 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts import label_routing
 from tests.support import save_tiny, tiny_model, tiny_tokenizer
 from tokalign.generation import rollouts
-from tokalign.generation.protocol import Completion, EngineArguments, load_engine
+from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation.protocol import Completion
 from tokalign.prompts import render_prompt
 from tokalign.routing.labels import rows as labels
 from tokalign.routing.labels.divergence import sentence_rule
 from tokalign.routing.labels.verdicts import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
 from tokalign.routing.router.features import open_features
-from tokalign.stage.contract import ContractError, load_stage, read_manifest, tokenizer_hash
-from tokalign.stage.jobs import JobError, run_job
+from tokalign.stage.errors import ContractError, JobError
+from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 END, MAX_TOKENS, STOP = 1, 40, ["e", "7"]

@@ -10,11 +10,15 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tokalign.generation.protocol import Completion, EngineArguments
+from tokalign.generation.arguments import EngineArguments
+from tokalign.generation.protocol import Completion
 from tokalign.generation.rollouts import row_seed
 from tokalign.prompts import render_prompt
-from tokalign.stage.contract import ContractError, check_preferences, load_stage, read_manifest, tokenizer_hash
-from tokalign.stage.jobs import JobError
+from tokalign.stage.contract import check_preferences
+from tokalign.stage.errors import ContractError, JobError
+from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 
 def render_prompt(

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from tokalign.stage.contract import load_stage
-from tokalign.stage.jobs import end_processes
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import end_processes
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer, trl_inputs
 

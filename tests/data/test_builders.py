@@ -13,8 +13,9 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from tokalign.rewards import answers_match
-from tokalign.stage.contract import ContractError, load_stage, read_manifest
-from tokalign.stage.jobs import JobError
+from tokalign.stage.errors import ContractError, JobError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("TOKALIGN_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))

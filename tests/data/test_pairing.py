@@ -19,7 +19,7 @@ from tokalign.data.pairing import (
     positive_rows,
     preference_pairs,
 )
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 
 def rollout(k: int, extracted: str | None, correct: bool = False, **changes) -> dict:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.support import tiny_tokenizer
 from tokalign.data.revision import BUILT_IN, RevisionTemplates, load_templates, revision_prompt_ids, templates_hash
 from tokalign.prompts import render_prompt
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 from tokalign.worlds import ledger
 
 PLAIN = RevisionTemplates("plain", "Q {prompt} A {completion} good.", "Q {prompt} A {completion} bad.")

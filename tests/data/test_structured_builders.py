@@ -15,7 +15,9 @@ from huggingface_hub import DatasetCard
 
 from tests.data.test_builders import DATA, builder, needs_data, write
 from tokalign.rewards.structured.content import allowed_agreement
-from tokalign.stage.contract import ContractError, load_stage, read_manifest
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 gsm8k, gsm8k_json, bfcl, cooking = builder("gsm8k"), builder("gsm8k_json"), builder("bfcl"), builder("cooking")
 needs_bfcl = pytest.mark.skipif(

@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from scripts import evaluate_routing
 from tokalign.evaluation.routing import query_level, run_summary
-from tokalign.stage.contract import ContractError, write_manifest
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
+from tokalign.stage.manifest import write_manifest
 
 SIZES = {"slm": 10, "llm": 100, "router": 1}
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tests.support import tiny_tokenizer
 from tokalign.evaluation.run import compare_runs, evaluate, problem_seed, prompt_ids, write_metrics
 from tokalign.generation.protocol import Completion
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 TOKENIZER = tiny_tokenizer()
 

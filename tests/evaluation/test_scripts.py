@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from tests.support import tiny_tokenizer
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -14,7 +14,8 @@ from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured
 from tokalign.generation.protocol import Completion
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.content import leaf_f1
-from tokalign.stage.contract import ContractError, load_stage
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
 
 TOKENIZER = tiny_tokenizer(ALPHABET + "{}[]_\\")
 SCHEMA = json.dumps(

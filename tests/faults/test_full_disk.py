@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from tokalign.routing.router.features import write_features
-from tokalign.stage.contract import load_stage, write_text_atomically
-from tokalign.stage.jobs import JobError, run_job
+from tokalign.stage.errors import JobError
+from tokalign.stage.files import write_text_atomically
+from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
 
 LARGEST = 40_000  # bytes; a shard of the job has some 70,000, random text that does not compress
 SCRIPT = textwrap.dedent(

@@ -17,8 +17,9 @@ from tests.generation.test_openai_engine import PROMPTS, check_answers, engine_a
 from tokalign.generation import EngineArguments, SamplingParams, openai_engine
 from tokalign.routing.decode.backend import LLMUnavailable
 from tokalign.routing.decode.vllm.servers import ServedLLM
-from tokalign.stage.contract import load_stage, read_manifest
-from tokalign.stage.jobs import JobError
+from tokalign.stage.errors import JobError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 
 @pytest.fixture(autouse=True)

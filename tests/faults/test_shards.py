@@ -8,7 +8,8 @@ import shutil
 import pytest
 from fault_shards import DAMAGES, flipped_bits, spoil, write_stage
 
-from tokalign.stage.contract import ContractError, load_stage
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
 
 SAID = {
     "cut short": "is damaged .no readable footer.",

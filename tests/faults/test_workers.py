@@ -16,7 +16,8 @@ SCRIPT = textwrap.dedent(
     """
     import os, sys, time
     from datasets import Dataset
-    from tokalign.stage.jobs import end_processes, process_state, run_job
+    from tokalign.stage.processes import end_processes, process_state
+    from tokalign.stage.jobs import run_job
 
     def work(rows):
         with open(f"{sys.argv[1]}.pid.{process_state().process_index}", "w") as file:

@@ -29,15 +29,11 @@ from tokalign.routing.labels.verdicts import load_judge_template
 from tokalign.routing.router.card import write_model_card
 from tokalign.routing.router.features import TENSORS, RouterDataset, open_features, write_features
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
-from tokalign.stage.contract import (
-    MANIFEST,
-    ContractError,
-    check_preferences,
-    load_stage,
-    manifest_of,
-    read_manifest,
-    shard_name,
-)
+from tokalign.stage.contract import check_preferences
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import MANIFEST, manifest_of, read_manifest
+from tokalign.stage.shards import shard_name
 
 POSITIONS = 6  # of the features that lie beside fuzzed labels
 SIGNALS = ("contrast", "token_reward")

@@ -25,8 +25,8 @@ from tests.trainers import structured
 from tokalign.generation.vllm_cpu import prepare_colocated_vllm
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router
-from tokalign.stage.contract import load_stage
-from tokalign.stage.jobs import end_processes
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import end_processes
 from tokalign.trainers import (
     CriticalTokenDPOConfig,
     CriticalTokenDPOTrainer,

@@ -20,7 +20,9 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tokalign.stage.contract import shard_name, tokenizer_hash, write_manifest
+from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.manifest import write_manifest
+from tokalign.stage.shards import shard_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"

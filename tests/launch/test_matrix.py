@@ -21,7 +21,7 @@ from tests.launch.support import launch_plan, write_preferences
 from tests.routing.labels import write_labels
 from tests.support import tiny_model
 from tests.trainers.structured import save_ledger_model
-from tokalign.stage.contract import weights_hash
+from tokalign.stage.hashes import weights_hash
 
 COLUMNS = ("one process", "zero2", "zero3")
 CELLS = [(method, lora) for method in probe.METHODS for lora in (False, True)]

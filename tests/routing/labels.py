@@ -9,7 +9,8 @@ import numpy as np
 from datasets import Dataset
 
 from tokalign.routing.router.features import write_features
-from tokalign.stage.contract import shard_name, write_manifest
+from tokalign.stage.manifest import write_manifest
+from tokalign.stage.shards import shard_name
 
 
 def write_labels(

@@ -20,7 +20,7 @@ from tokalign.routing.router import metrics
 from tokalign.routing.router.calibration import calibrate, calibrate_router, measure, report_on, score_dataset
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
-from tokalign.stage.contract import weights_hash
+from tokalign.stage.hashes import weights_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 

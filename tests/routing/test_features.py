@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.routing.labels import records_of, write_labels
 from tokalign.routing.router.features import RouterDataset, WindowSampler, open_features, write_features
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 
 def arrays(n: int = 6, d: int = 4, k: int = 3) -> dict[str, np.ndarray]:

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from tests.support import save_tiny
 from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
-from tokalign.stage.contract import load_stage, read_manifest
-from tokalign.stage.jobs import JobError
+from tokalign.stage.errors import JobError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate_routed.py"
 

@@ -11,7 +11,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.support import ALPHABET, tiny_model, tiny_tokenizer
-from tokalign.generation.protocol import EngineArguments, SamplingParams
+from tokalign.generation.arguments import EngineArguments
+from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
 from tokalign.generation.transformers_engine import TransformersEngine
 from tokalign.routing.decode.backend import RoutedStats
@@ -25,7 +26,7 @@ from tokalign.routing.decode.policies import (
     RouterPolicy,
 )
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
-from tokalign.stage.contract import weights_hash
+from tokalign.stage.hashes import weights_hash
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
@@ -364,7 +365,7 @@ def test_several_processes_keep_the_weights_where_one_process_has_them(folders, 
     one = RoutedGenerator.from_pretrained(*folders, policy=Toy())
     # What accelerate gives to each process of a CPU launch
     state = SimpleNamespace(device=torch.device("cpu", 0))
-    monkeypatch.setattr("tokalign.stage.jobs.process_state", lambda: state)
+    monkeypatch.setattr("tokalign.stage.processes.process_state", lambda: state)
     several = RoutedGenerator.from_pretrained(*folders, policy=Toy())
     for a, b in ((one.slm, several.slm), (one.llm, several.llm)):
         for mine, other in zip(a.parameters(), b.parameters(), strict=True):

@@ -15,7 +15,7 @@ from transformers import LlamaConfig as SlmConfig
 from tests.support import save_tiny, tiny_model
 from tokalign.routing.router.card import write_model_card
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig, embedding_shape, row_features
-from tokalign.stage.contract import weights_hash
+from tokalign.stage.hashes import weights_hash
 
 SMALL = {"hidden_size": 8, "embedding_size": 6, "shared_vocab": 20, "top_k": 5, "width": 16, "num_blocks": 2}
 

@@ -25,7 +25,8 @@ from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import Ranking, area_under_roc, average_precision
 from tokalign.routing.router.model import TokenRouter
 from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router
-from tokalign.stage.contract import ContractError, weights_hash
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import weights_hash
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "router.py"
 SHAPE = {"width": 16, "num_blocks": 1}

@@ -23,7 +23,7 @@ from tests.support import save_tiny, tiny_tokenizer
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
-from tokalign.stage.contract import weights_hash
+from tokalign.stage.hashes import weights_hash
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "serve_routed.py"
 

@@ -27,7 +27,7 @@ from tokalign.routing.labels.verdicts import (
     question_text,
     server_judge,
 )
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 TEMPLATE = JudgeTemplate("test", "be strict", "Q {question} C {context} 1 {first} 2 {second}", "SAME", "DIFFERENT")
 

@@ -136,7 +136,7 @@ def test_a_backend_that_cannot_be(tiny_path, router_path, urls, options, error, 
 def test_the_command_of_a_server_is_printed(tiny_path, tmp_path, capsys, monkeypatch):
     from tests.support import tiny_model
     from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
-    from tokalign.stage.contract import weights_hash
+    from tokalign.stage.hashes import weights_hash
 
     tiny_model(VOCAB + 8).save_pretrained(tmp_path / "slm")
     TOKENIZER.save_pretrained(tmp_path / "slm")

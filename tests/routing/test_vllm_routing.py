@@ -47,7 +47,7 @@ def save_model(path: Path, padding: int, **options) -> str:
 
 def save_router(path: Path, slm: str) -> str:
     from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
-    from tokalign.stage.contract import tokenizer_hash, weights_hash
+    from tokalign.stage.hashes import tokenizer_hash, weights_hash
 
     torch.manual_seed(3)
     vocab = len(tiny_tokenizer()) + 8

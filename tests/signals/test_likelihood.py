@@ -16,8 +16,11 @@ from scripts import score_likelihood
 from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
 from tokalign.signals import LikelihoodScorer
-from tokalign.stage.contract import check_preferences, load_stage, read_manifest
-from tokalign.stage.jobs import JobError, run_job
+from tokalign.stage.contract import check_preferences
+from tokalign.stage.errors import JobError
+from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 SIGNALS = ("logprob", "entropy", "implicit_reward")
 

@@ -15,10 +15,13 @@ from transformers import AutoTokenizer
 
 from scripts import compare_signals, rollout_estimate, score_contrast
 from tests.signals.support import save_adapter
-from tokalign.generation.protocol import EngineArguments
+from tokalign.generation.arguments import EngineArguments
 from tokalign.signals import ContrastiveScorer
-from tokalign.stage.contract import ContractError, check_preferences, load_stage, read_manifest
-from tokalign.stage.jobs import JobError, run_job
+from tokalign.stage.contract import check_preferences
+from tokalign.stage.errors import ContractError, JobError
+from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,18 +12,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.support import ALPHABET, tiny_tokenizer
-from tokalign.stage.contract import (
-    ContractError,
-    check_preferences,
-    content_hash,
-    load_stage,
-    manifest_of,
-    read_manifest,
-    tokenizer_hash,
-    weights_hash,
-    write_manifest,
-)
+from tokalign.stage.contract import check_preferences
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import content_hash, tokenizer_hash, weights_hash
 from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
 
 
 def preferences(tokenizer, count: int = 5) -> list[dict]:
@@ -54,7 +48,7 @@ def test_tokenizer_hash_survives_saving_processes_and_what_trainers_change(tiny_
     assert tokenizer_hash(loaded) == own
     loaded.save_pretrained(tmp_path)
     code = (
-        "import sys; from transformers import AutoTokenizer; from tokalign.stage.contract import tokenizer_hash; "
+        "import sys; from transformers import AutoTokenizer; from tokalign.stage.hashes import tokenizer_hash; "
         "print(tokenizer_hash(AutoTokenizer.from_pretrained(sys.argv[1])))"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
 
-from tokalign.stage.contract import load_stage, manifest_of, read_manifest
-from tokalign.stage.jobs import Dropped, JobError, Kept, run_job
+from tokalign.stage.errors import JobError
+from tokalign.stage.jobs import Dropped, Kept, run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import manifest_of, read_manifest
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,8 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tests.trainers.preferences import as_text, make_trainer, preference_rows, settings
-from tokalign.stage.contract import ContractError, tokenizer_hash
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import tokenizer_hash
 from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
 

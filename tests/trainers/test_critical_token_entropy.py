@@ -20,8 +20,11 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from tests.launch.support import launch
 from tests.trainers.preferences import LORA, as_text, make_trainer, preference_rows, settings
 from tokalign.stage.batching import batches_by_length
-from tokalign.stage.contract import ContractError, load_stage, shard_name, write_manifest
-from tokalign.stage.jobs import end_processes
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import write_manifest
+from tokalign.stage.processes import end_processes
+from tokalign.stage.shards import shard_name
 from tokalign.trainers import (
     CriticalTokenDPOConfig,
     CriticalTokenDPOTrainer,

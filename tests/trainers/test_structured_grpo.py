@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.trainers.structured import KINDS, document, make_trainer, odd_length, problems, save_ledger_model, settings
 from tokalign.rewards import StructuredReward
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
 
 ONE = {"structure": 1.0, "correctness": 0.5}

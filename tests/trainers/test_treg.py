@@ -24,7 +24,7 @@ from tests.trainers.preferences import (
     token_logps,
 )
 from tokalign.data.revision import load_templates, revision_prompt_ids
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 from tokalign.trainers import TRegConfig, TRegTrainer
 
 SIDES = ("chosen", "rejected")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import ALPHABET, tiny_tokenizer
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 from tokalign.view import heatmap
 from tokalign.view.heatmap import Scale, token_heatmap, token_pieces
 

@@ -9,7 +9,8 @@ import jsonschema_rs
 import pytest
 
 from tests.data.test_builders import builder
-from tokalign.stage.contract import load_stage, read_manifest
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 from tokalign.worlds import ledger
 from tokalign.worlds.ledger import (
     LedgerConfig,

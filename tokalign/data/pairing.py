@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 Row = dict[str, Any]
 NO_CORRECT, NO_WRONG = "no correct rollout", "no wrong rollout"

@@ -20,8 +20,9 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_con
 from datasets.exceptions import DatasetNotFoundError
 
 from tokalign.data.card import write_dataset_card
-from tokalign.stage.contract import ContractError
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.errors import ContractError
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.processes import process_state
 
 _COLUMNS = {
     "id": "source, split and row",

@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.prompts import read_template, render_prompt
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 BUILT_IN = Path(__file__).parent / "revision_templates"
 FIELDS = ("prompt", "completion")

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from tokalign.data.card import write_dataset_card
-from tokalign.stage.jobs import Dropped, process_state, run_job
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.processes import process_state
 
 COLUMNS = {
     "id": "names the row",

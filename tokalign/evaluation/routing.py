@@ -15,7 +15,9 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from tokalign.stage.contract import ContractError, load_stage, manifest_of
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import manifest_of
 from tokalign.statistics import accuracy, paired_bootstrap
 
 

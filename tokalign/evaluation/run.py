@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import render_prompt
-from tokalign.stage.contract import ContractError, load_stage, read_manifest
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 from tokalign.statistics import accuracy, paired_bootstrap, pass_at_k_report, sampled_accuracy
 
 METRICS = "metrics.json"

@@ -40,8 +40,10 @@ from tokalign.rewards.structured.documents.reading import decode_json
 from tokalign.rewards.structured.grading import TooManyValues
 from tokalign.rewards.structured.reward import COMPONENTS
 from tokalign.rewards.structured.schemas import SchemaError, compile_text
-from tokalign.stage.contract import ContractError, load_stage, read_manifest
+from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 from tokalign.statistics import accuracy, mean_interval, paired_bootstrap, share_interval
 
 TIMING = "timing"  # folder of one file a process start

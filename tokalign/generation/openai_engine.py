@@ -27,10 +27,10 @@ from typing import Any
 import openai
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tokalign.generation.arguments import EngineArguments
 from tokalign.generation.constrained import needs_leading_space
 from tokalign.generation.protocol import (
     Completion,
-    EngineArguments,
     Ids,
     SamplingParams,
     check_prompts,

@@ -30,21 +30,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tokalign.generation.adapters import adapter_config
+from tokalign.generation.arguments import EngineArguments
 from tokalign.generation.batch import Batch, Plan, Prefilled, Row
 from tokalign.generation.cache import is_plain, new_cache
 from tokalign.generation.constrained import Grammars
 from tokalign.generation.protocol import (
     Completion,
-    EngineArguments,
     Ids,
     SamplingParams,
-    adapter_config,
     check_prompts,
     params_of_each,
     prefixes_of,
     repeat_greedy,
 )
-from tokalign.stage.jobs import model_device
+from tokalign.stage.processes import model_device
 
 # Rows leave, and waiting ones join, once this share of the batch has finished or is free: each change copies the cache.
 COMPACT_SHARE = 1 / 8

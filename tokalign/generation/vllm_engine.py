@@ -22,13 +22,13 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from tokalign.generation.adapters import adapter_config
+from tokalign.generation.arguments import EngineArguments
 from tokalign.generation.constrained import check_llguidance, ebnf, needs_leading_space, refused, spelled_out
 from tokalign.generation.protocol import (
     Completion,
-    EngineArguments,
     Ids,
     SamplingParams,
-    adapter_config,
     check_prompts,
     generate_with_early_bans,
     params_of_each,

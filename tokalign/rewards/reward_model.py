@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 from tokalign.stage.batching import batches_by_length
-from tokalign.stage.jobs import model_device
+from tokalign.stage.processes import model_device
 
 Messages = list[dict[str, str]]
 

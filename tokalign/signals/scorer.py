@@ -18,9 +18,9 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.generation.protocol import adapter_config
+from tokalign.generation.adapters import adapter_config
 from tokalign.stage.batching import batches_by_length
-from tokalign.stage.jobs import model_device
+from tokalign.stage.processes import model_device
 
 ACCELERATOR_TILE_BYTES = 512 << 20  # an accelerator needs enough positions in one matrix product to be busy
 # fp32 logits of one tile. A matrix product reads and packs the whole head again for each tile, so a tile should hold

@@ -9,7 +9,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.stage.contract import check_preferences, load_stage, manifest_of, read_manifest, write_manifest
+from tokalign.stage.contract import check_preferences
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
 
 SIDES = ("chosen", "rejected")
 

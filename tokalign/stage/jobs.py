@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import json
 import os
 import re
@@ -26,41 +25,27 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import tokalign
-from tokalign.stage.contract import (
-    MANIFEST,
-    content_hash,
-    fsync_folder,
-    manifest_of,
-    read_manifest,
-    removed_if_it_fails,
-    shard_name,
-    tokenizer_hash,
-    write_manifest,
-)
-from tokalign.stage.shards import counts_of, job_hash, sealed, shard_problem
+from tokalign.stage.errors import JobError
+from tokalign.stage.hashes import content_hash, tokenizer_hash
+from tokalign.stage.manifest import MANIFEST, manifest_of, read_manifest, write_manifest
+from tokalign.stage.processes import process_state
+from tokalign.stage.progress import JobProgress
+from tokalign.stage.shards import counts_of, job_hash, shard_name, shard_problem, write_shard
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, the user's quota, the process's largest file
 _LOCK = ".lock"
 _TEMPORARY = re.compile(r"^\.part-.*\.parquet\.(?P<host>.+)\.(?P<pid>\d+)\.tmp$")
 _STALE_SECONDS = 3600  # a temporary file of another machine is left alone for this long
-_LOOK_SECONDS = 2.0  # how often the progress bar looks for the shards of other processes
 _POLL_SECONDS = 0.2  # how often a process that has finished looks for the others' shards
-_DRAIN_SECONDS = 0.5  # for gloo's threads to let go of the tensors of the last collective
 _SHARED_SECONDS = 30.0  # how long a network file system may take to show another machine's file
-
-
-class JobError(RuntimeError):
-    """A job that cannot start or go on; the message says why in one sentence."""
 
 
 class Dropped(NamedTuple):
@@ -78,47 +63,6 @@ class Kept(NamedTuple):
 
 
 Item = dict[str, Any] | list[dict[str, Any]] | Dropped | Kept
-
-
-def process_state() -> PartialState:
-    """The processes of this launch. Call it before anything else that makes a `PartialState` (an engine, a model).
-
-    Accelerate sees several CPU processes only if the first `PartialState` of a process is told that it is CPU.
-    """
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if state.num_processes != launched:
-        raise JobError(
-            f"{launched} processes were launched but accelerate sees {state.num_processes}; call "
-            "`tokalign.stage.jobs.process_state()` before loading models."
-        )
-    return state
-
-
-def model_device() -> torch.device:
-    """Where this process loads its models.
-
-    Several CPU processes have "cpu:0" by accelerate. Moving a model there would copy its weights, and kernels round by
-    alignment: one process and two would differ in the last bits.
-    """
-    device = process_state().device
-    return torch.device("cpu") if device.type == "cpu" else device
-
-
-def end_processes() -> None:
-    """Leave the processes of this launch; the last line of a script that trains under `accelerate launch`.
-
-    A gloo thread (CPU processes) frees the tensors of the last collective only after it has told the main thread that
-    it is done. If the interpreter is shutting down by then, the thread cannot take its lock and the process aborts
-    after all its work is done ("terminate called without an active exception", pytorch issue 190489). So give it a
-    moment.
-    """
-    state = PartialState()
-    several, on_cpu = state.num_processes > 1, state.device.type == "cpu"
-    state.destroy_process_group()
-    if several and on_cpu:
-        gc.collect()
-        time.sleep(_DRAIN_SECONDS)
 
 
 def run_job(
@@ -175,7 +119,7 @@ def run_job(
             raise JobError(plan)
         _wait_until_visible(folder)
         mine = plan["todo"][state.process_index :: state.num_processes]
-        with _Progress(folder, plan, state, console, name) as progress:
+        with JobProgress(folder, plan, state, console, name) as progress:
             for index in mine:
                 _run_shard(function, rows, folder, plan, index, progress)
             # Not a barrier alone: collectives give up after minutes, and another process may have hours to go.
@@ -374,7 +318,7 @@ def _run_shard(
     folder: Path,
     plan: Mapping[str, Any],
     index: int,
-    progress: _Progress,
+    progress: JobProgress,
 ) -> None:
     manifest = plan["manifest"]
     first = index * manifest["shard_size"]
@@ -408,7 +352,7 @@ def _run_shard(
     if output and "completion_ids" in output[0]:
         counts["tokens"] = sum(len(row["completion_ids"]) for row in output)
     file = shard_name(index, manifest["shards"])
-    _write_shard(table, counts, folder / file)
+    write_shard(table, counts, folder / file)
     progress.finished(file)
 
 
@@ -458,21 +402,6 @@ def _to_table(output: list[dict[str, Any]], where: str) -> pa.Table:
     return pa.table(arrays)
 
 
-def _write_shard(table: pa.Table, counts: Mapping[str, Any], file: Path) -> None:
-    """Write under a temporary name, then rename: under its own name a shard is whole, or it is not there."""
-    table = sealed(table, counts)
-    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with removed_if_it_fails(temporary):
-        with open(temporary, "wb") as stream:
-            with pq.ParquetWriter(stream, table.schema, compression="zstd", write_page_checksum=True) as writer:
-                if len(table):  # `load_dataset` fails on an empty row group, not on a file without any
-                    writer.write_table(table)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    fsync_folder(file.parent)
-
-
 def _finish(folder: Path, plan: Mapping[str, Any]) -> None:
     """Give all shards one schema, add up their counts and write the final manifest."""
     manifest = plan["manifest"]
@@ -492,7 +421,7 @@ def _finish(folder: Path, plan: Mapping[str, Any]) -> None:
     for file, own, count in zip(files, schemas, counts, strict=True):
         if own != schema:
             table = pq.read_table(file) if count["rows"] else schema.empty_table()
-            _write_shard(table.select(schema.names).cast(schema), count, file)
+            write_shard(table.select(schema.names).cast(schema), count, file)
     dropped: Counter[str] = Counter()
     for count in counts:
         dropped.update(count["dropped"])
@@ -505,58 +434,3 @@ def _finish(folder: Path, plan: Mapping[str, Any]) -> None:
     if any("tokens" in count for count in counts):
         results["tokens"] = sum(count.get("tokens", 0) for count in counts)
     write_manifest(folder, {**manifest, **results, "status": "complete"})
-
-
-class _Progress:
-    """Which shards are still to come, from any process, and the main process's progress bar over all of them."""
-
-    def __init__(self, folder: Path, plan: Mapping[str, Any], state: PartialState, console: Console, name: str) -> None:
-        manifest = plan["manifest"]
-        size, total = manifest["shard_size"], manifest["input"]["rows"]
-        self._folder = folder
-        self._missing = {shard_name(i, manifest["shards"]): min(size, total - i * size) for i in plan["todo"]}
-        self._total = sum(self._missing.values())
-        self._looked = time.monotonic()
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if state.is_main_process and self._missing:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            rate = TextColumn("{task.fields[rate]} rows/s")
-            self._bar = Progress(*columns, rate, TimeRemainingColumn(), console=console)
-            self._task = self._bar.add_task(name, total=self._total, rate="–")
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, rows: int) -> None:
-        """This process has done `rows` rows of the shard that it works on."""
-        if self._bar is not None and time.monotonic() - self._looked > _LOOK_SECONDS:
-            self.unfinished()
-        self._show(rows)
-
-    def finished(self, file: str) -> None:
-        """This process has written the shard `file`."""
-        self._missing.pop(file, None)
-        self._show(0)
-
-    def unfinished(self) -> bool:
-        """Whether some process still has a shard to write; lists the folder once."""
-        present = set(os.listdir(self._folder))
-        self._missing = {file: rows for file, rows in self._missing.items() if file not in present}
-        self._looked = time.monotonic()
-        self._show(0)
-        return bool(self._missing)
-
-    def _show(self, in_progress: int) -> None:
-        if self._bar is None:
-            return
-        speed = self._bar.tasks[0].speed
-        rate = "–" if speed is None else f"{speed:,.1f}"
-        completed = self._total - sum(self._missing.values()) + in_progress
-        self._bar.update(self._task, completed=completed, rate=rate)

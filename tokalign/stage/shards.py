@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+
+from tokalign.stage.files import fsync_folder, removed_if_it_fails
 
 METADATA = b"tokalign"  # key of a shard's counts in its parquet schema metadata
 CHECKED = pads.ParquetFragmentScanOptions(page_checksum_verification=True)  # pages without a checksum pass
@@ -91,3 +95,23 @@ def page_problem(file: Path) -> str | None:
     except (pa.ArrowException, OSError, ValueError):
         return "is damaged (a page cannot be read or fails its checksum)"
     return None
+
+
+def shard_name(index: int, count: int) -> str:
+    """File name of shard `index` of `count`."""
+    return f"part-{index:05d}-of-{count:05d}.parquet"
+
+
+def write_shard(table: pa.Table, counts: Mapping[str, Any], file: Path) -> None:
+    """Write under a temporary name, then rename: under its own name a shard is whole, or it is not there."""
+    table = sealed(table, counts)
+    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with removed_if_it_fails(temporary):
+        with open(temporary, "wb") as stream:
+            with pq.ParquetWriter(stream, table.schema, compression="zstd", write_page_checksum=True) as writer:
+                if len(table):  # `load_dataset` fails on an empty row group, not on a file without any
+                    writer.write_table(table)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    fsync_folder(file.parent)

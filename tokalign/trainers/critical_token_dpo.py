@@ -30,7 +30,8 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from tokalign.losses import critical_token_dpo_loss
-from tokalign.stage.contract import ContractError, manifest_of
+from tokalign.stage.errors import ContractError
+from tokalign.stage.manifest import manifest_of
 from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer, trl_inputs
 
 WEIGHTED = {"rejected": ("rejected",), "chosen": ("chosen",), "both": ("chosen", "rejected"), "none": ()}

@@ -29,7 +29,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from tokalign.stage.batching import batches_by_length
-from tokalign.stage.contract import ContractError, content_hash, manifest_of, tokenizer_hash, write_text_atomically
+from tokalign.stage.errors import ContractError
+from tokalign.stage.files import write_text_atomically
+from tokalign.stage.hashes import content_hash, tokenizer_hash
+from tokalign.stage.manifest import manifest_of
 
 BRANCH_WORDS = ("Wait", "Alternatively")
 NAME = "critical_token_entropy"  # of the logged value, the file beside the checkpoints, and the entry in their state

@@ -34,7 +34,10 @@ from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
-from tokalign.stage.contract import STAGES, ContractError, check_preferences, manifest_of, tokenizer_hash
+from tokalign.stage.contract import STAGES, check_preferences
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.manifest import manifest_of
 
 logger = get_logger(__name__)
 

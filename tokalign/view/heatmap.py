@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.stage.contract import ContractError
+from tokalign.stage.errors import ContractError
 
 UNDECODED = "\ufffd"  # what decoders put where bytes are not (yet) a character
 MAX_PENDING = 32  # tokens that may wait for a character to be complete; one character needs at most 4

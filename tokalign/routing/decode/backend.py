@@ -16,7 +16,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Ids, SamplingParams
-from tokalign.stage.contract import tokenizer_hash
+from tokalign.stage.hashes import tokenizer_hash
 
 
 def check_threshold(value: float) -> float:

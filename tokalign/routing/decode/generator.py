@@ -28,7 +28,7 @@ from tokalign.generation.sampling import sample, uniforms, wide_dtype
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, check_pair
 from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.slots import CachedModel, check_model
-from tokalign.stage.jobs import model_device
+from tokalign.stage.processes import model_device
 
 
 @dataclass

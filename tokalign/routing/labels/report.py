@@ -14,7 +14,8 @@ from rich.table import Table
 
 from tokalign.routing.labels.divergence import DIVERGENT, IDENTICAL, LABELS, NEUTRAL
 from tokalign.routing.labels.verdicts import DISAGREE, NO_VERDICT
-from tokalign.stage.contract import load_stage, read_manifest
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 BINS = 20  # of the relative position in an answer
 _COLOURS = {"identical": "#999999", "neutral": "#56B4E9", "divergent": "#D55E00", "invalid": "#000000"}

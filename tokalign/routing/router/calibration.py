@@ -26,7 +26,8 @@ import torch
 from tokalign.routing.router.features import DIVERGENT, RouterDataset
 from tokalign.routing.router.metrics import check_tokens, interval, plot_reports, router_report
 from tokalign.routing.router.model import TokenRouter
-from tokalign.stage.contract import MANIFEST, write_text_atomically
+from tokalign.stage.files import write_text_atomically
+from tokalign.stage.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch.utils.data import Dataset, Sampler
 
-from tokalign.stage.contract import ContractError, check_lists, check_values, fsync_folder, load_stage, manifest_of
+from tokalign.stage.contract import check_lists, check_values
+from tokalign.stage.errors import ContractError
+from tokalign.stage.files import fsync_folder
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import manifest_of
 
 TENSORS = {"hidden": np.float16, "top_logits": np.float16, "predicted": np.int32, "entropy": np.float32}
 DIVERGENT = 2  # the label that a router is to find

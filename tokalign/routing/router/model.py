@@ -31,7 +31,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
-from tokalign.stage.contract import weights_hash
+from tokalign.stage.hashes import weights_hash
 
 INPUTS = ("hidden", "token", "logits", "entropy")
 _ROWS = 8192  # of the embedding, read at a time
@@ -379,7 +379,7 @@ class TokenRouter(PreTrainedModel):
         """Refuse an SLM, by hub id or folder, that is not the one whose features the router was trained on.
 
         Raises:
-            ValueError: other hidden size, or other weights (`tokalign.stage.contract.weights_hash`).
+            ValueError: other hidden size, or other weights (`tokalign.stage.hashes.weights_hash`).
         """
         hidden = AutoConfig.from_pretrained(str(slm)).get_text_config().hidden_size
         if hidden != self.config.hidden_size:

@@ -27,7 +27,8 @@ from tokalign.routing.router.card import write_model_card
 from tokalign.routing.router.features import DIVERGENT, RouterDataset, WindowSampler
 from tokalign.routing.router.metrics import Ranking, area_under_roc, average_precision, recall_at
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig, embedding_shape
-from tokalign.stage.contract import ContractError, weights_hash
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import weights_hash
 
 
 @dataclass

@@ -1,0 +1,40 @@
+"""Writing a file so that a killed process or a power cut leaves the old text or the new one, never half."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text_atomically(file: Path, text: str) -> None:
+    """Write a file so that a reader, or a machine after a power cut, sees the old text or the new one, never half."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with removed_if_it_fails(temporary):
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    fsync_folder(file.parent)
+
+
+@contextmanager
+def removed_if_it_fails(temporary: Path) -> Iterator[None]:
+    """Delete a half-written file when its writing fails (a full disk needs its room), and let the error name it."""
+    try:
+        yield
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(temporary)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut (the file's own fsync does not cover its name)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
