@@ -5,24 +5,21 @@ acts on them while decoding, or shows them; `tokalign.signals`, `tokalign.losses
 `tokalign.routing`, `tokalign.view` are the rooms.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokalign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from tokalign.rewards import StructuredReward
-    from tokalign.routing import RoutedGenerator, TokenRouter
-    from tokalign.trainers import (
-        CriticalTokenDPOConfig,
-        CriticalTokenDPOTrainer,
-        CriticalTokenEntropyCallback,
-        RouterConfig,
-        RouterTrainer,
-        StructuredGRPOConfig,
-        StructuredGRPOTrainer,
-        TRegConfig,
-        TRegTrainer,
-    )
+    from tokalign.rewards.structured.reward import StructuredReward
+    from tokalign.routing.decode.generator import RoutedGenerator
+    from tokalign.routing.router.model import TokenRouter
+    from tokalign.routing.router.trainer import RouterConfig, RouterTrainer
+    from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+    from tokalign.trainers.critical_token_entropy import CriticalTokenEntropyCallback
+    from tokalign.trainers.structured_grpo import StructuredGRPOConfig, StructuredGRPOTrainer
+    from tokalign.trainers.treg import TRegConfig, TRegTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CriticalTokenDPOConfig",
     "CriticalTokenDPOTrainer",
@@ -37,20 +34,14 @@ __all__ = [
     "TRegTrainer",
     "TokenRouter",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Trainers are imported at first use: TRL takes seconds, and most of the package does not need it."""
-    if name == "StructuredReward":
-        from tokalign.rewards import StructuredReward
-
-        return StructuredReward
-    if name in ("RoutedGenerator", "TokenRouter"):
-        from tokalign import routing
-
-        return getattr(routing, name)
-    if name in __all__:
-        from tokalign import trainers
-
-        return getattr(trainers, name)
-    raise AttributeError(f"module 'tokalign' has no attribute {name!r}")
+_HOMES = {
+    "rewards.structured.reward": ("StructuredReward",),
+    "routing.decode.generator": ("RoutedGenerator",),
+    "routing.router.model": ("TokenRouter",),
+    "routing.router.trainer": ("RouterConfig", "RouterTrainer"),
+    "trainers.critical_token_dpo": ("CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"),
+    "trainers.critical_token_entropy": ("CriticalTokenEntropyCallback",),
+    "trainers.structured_grpo": ("StructuredGRPOConfig", "StructuredGRPOTrainer"),
+    "trainers.treg": ("TRegConfig", "TRegTrainer"),
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -2,7 +2,7 @@
 and for the worse.
 
 A model that reads "rewrite this answer so that it is correct" finds the wrong tokens of the answer less likely than a
-model that reads "so that it is incorrect"; the difference is the token reward (`tokalign.signals.token_reward`).
+model that reads "so that it is incorrect"; the difference is the token reward (`tokalign.signals.prompting`).
 
 Templates are JSON files, `{"better": "…{prompt}…{completion}…", "worse": "…"}`: those in `revision_templates/`
 (`general`, `math`, `code`, `ledger`), or one's own by path. They are data: fields are replaced as text, once, so a

@@ -1,6 +1,16 @@
 """Verifiable rewards: final answers of maths problems, and structured output."""
 
-from tokalign.rewards.answers.matching import answers_match, extract_answer
-from tokalign.rewards.structured.reward import StructuredReward
+from typing import TYPE_CHECKING
+
+from tokalign.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tokalign.rewards.answers.matching import answers_match, extract_answer
+    from tokalign.rewards.structured.reward import StructuredReward
 
 __all__ = ["StructuredReward", "answers_match", "extract_answer"]
+_HOMES = {
+    "answers.matching": ("answers_match", "extract_answer"),
+    "structured.reward": ("StructuredReward",),
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -3,8 +3,9 @@
 Names are imported at first use, so that neither vLLM nor a web server has to be installed for the rest.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokalign.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokalign.routing.decode.backend import RoutedBackend, RoutedStats, RoutedToken
@@ -21,18 +22,6 @@ if TYPE_CHECKING:
     from tokalign.routing.router.calibration import Calibration, calibrate, calibrate_router
     from tokalign.routing.router.features import RouterDataset
     from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
-
-_MODULES = {
-    "decode.backend": ("RoutedBackend", "RoutedStats", "RoutedToken"),
-    "router.calibration": ("Calibration", "calibrate", "calibrate_router"),
-    "router.features": ("RouterDataset",),
-    "decode.generator": ("RoutedGenerator",),
-    "router.model": ("TokenRouter", "TokenRouterConfig"),
-    "decode.policies": (
-        *("AlwaysLLM", "EntropyPolicy", "NeverLLM", "RandomPolicy", "ReplayPolicy", "RouterPolicy", "RoutingPolicy"),
-    ),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AlwaysLLM",
@@ -53,9 +42,20 @@ __all__ = [
     "calibrate",
     "calibrate_router",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"tokalign.routing.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'tokalign.routing' has no attribute {name!r}")
+_HOMES = {
+    "decode.backend": ("RoutedBackend", "RoutedStats", "RoutedToken"),
+    "router.calibration": ("Calibration", "calibrate", "calibrate_router"),
+    "router.features": ("RouterDataset",),
+    "decode.generator": ("RoutedGenerator",),
+    "router.model": ("TokenRouter", "TokenRouterConfig"),
+    "decode.policies": (
+        "AlwaysLLM",
+        "EntropyPolicy",
+        "NeverLLM",
+        "RandomPolicy",
+        "ReplayPolicy",
+        "RouterPolicy",
+        "RoutingPolicy",
+    ),
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,19 +1,28 @@
 """Trainers, one file a method: a TRL configuration and a TRL trainer with as little changed as the method needs."""
 
-from tokalign.routing.router.trainer import RouterConfig, RouterTrainer
-from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
-from tokalign.trainers.critical_token_entropy import CriticalTokenEntropyCallback
-from tokalign.trainers.structured_grpo import StructuredGRPOConfig, StructuredGRPOTrainer
-from tokalign.trainers.treg import TRegConfig, TRegTrainer
+from typing import TYPE_CHECKING
+
+from tokalign.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+    from tokalign.trainers.critical_token_entropy import CriticalTokenEntropyCallback
+    from tokalign.trainers.structured_grpo import StructuredGRPOConfig, StructuredGRPOTrainer
+    from tokalign.trainers.treg import TRegConfig, TRegTrainer
 
 __all__ = [
     "CriticalTokenDPOConfig",
     "CriticalTokenDPOTrainer",
     "CriticalTokenEntropyCallback",
-    "RouterConfig",
-    "RouterTrainer",
     "StructuredGRPOConfig",
     "StructuredGRPOTrainer",
     "TRegConfig",
     "TRegTrainer",
 ]
+_HOMES = {
+    "critical_token_dpo": ("CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"),
+    "critical_token_entropy": ("CriticalTokenEntropyCallback",),
+    "structured_grpo": ("StructuredGRPOConfig", "StructuredGRPOTrainer"),
+    "treg": ("TRegConfig", "TRegTrainer"),
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

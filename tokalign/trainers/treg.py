@@ -40,7 +40,7 @@ from trl.trainer.utils import global_then_local_main_first, pad
 
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
 from tokalign.losses import pair_weight, sequence_rewards, token_reward_regularizer
-from tokalign.signals.token_reward import token_reward
+from tokalign.signals.prompting import token_reward
 from tokalign.stage.errors import ContractError
 from tokalign.trainers.token_preference import (
     REVISION,

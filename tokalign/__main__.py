@@ -1,0 +1,6 @@
+"""`python -m tokalign …` is `tokalign …`; `accelerate launch -m tokalign …` runs a verb on many processes."""
+
+from tokalign.cli.main import main
+
+if __name__ == "__main__":
+    main()

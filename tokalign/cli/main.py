@@ -1,0 +1,167 @@
+"""The command `tokalign VERB …`: finds the verb's file, reads its arguments, runs its `main`.
+
+A verb is a module whose `main` takes dataclasses; their fields are its options, on the command line or as a flat YAML
+after `--config` (TRL's parser). Help is read from the source (`tokalign.cli.help`), so that it opens at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+import tokalign
+from tokalign.signals.registry import get, names
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A row of the help, and the file that does the work; a verb with `parts` has a second word."""
+
+    name: str
+    module: str
+    text: str
+    parts: tuple[Verb, ...] = ()
+
+
+def _job(name: str, text: str, module: str | None = None) -> Verb:
+    return Verb(name, f"tokalign.cli.{module or name.replace('-', '_')}", text)
+
+
+def _several(name: str, text: str, *parts: Verb) -> Verb:
+    return Verb(name, "", text, parts)
+
+
+def _scorers() -> list[Verb]:
+    """A verb for every file of the signal table that computes signals, users' installed ones included."""
+    titles: dict[tuple[str, str], list[str]] = {}
+    for name in names():
+        signal = get(name)
+        if signal.module:
+            paper = f" (arXiv {signal.paper})" if signal.paper else ""
+            titles.setdefault((signal.command.split()[-1], signal.module), []).append(signal.title + paper)
+    return [Verb(verb, module, ", ".join(texts)) for (verb, module), texts in titles.items()]
+
+
+GROUPS: dict[str, tuple[Verb, ...]] = {
+    "start": (
+        _job("quickstart", "from nothing to a better model and a report, on a laptop"),
+        _job("recipes", "list the recipes that ship with the package, copy one"),
+    ),
+    "data": (
+        _several(
+            "data",
+            "build problems from a public data set, or from your own file",
+            Verb("problems", "tokalign.data.builders.problems", "any JSONL, parquet or hub id with prompt and answer"),
+            Verb("pairs", "tokalign.data.builders.pairs", "your own pairs: prompt, chosen, rejected, as text"),
+            Verb("gsm8k", "tokalign.data.builders.gsm8k", "GSM8K, word problems"),
+            Verb("math", "tokalign.data.builders.hendrycks_math", "MATH, competition problems"),
+            Verb("ultrafeedback", "tokalign.data.builders.ultrafeedback", "UltraFeedback, open instructions"),
+            Verb("gsm8k-json", "tokalign.data.builders.gsm8k_json", "GSM8K answered as JSON"),
+            Verb("bfcl", "tokalign.data.builders.bfcl", "function calls of the Berkeley leaderboard"),
+            Verb("cooking", "tokalign.data.builders.cooking", "cooking recipes as JSON"),
+            Verb("ledger", "tokalign.data.builders.ledger", "the made-up ledger world"),
+        ),
+        _job("sample", "sample answers to problems and verify them"),
+        _job("reward", "score answers with a reward model or a function"),
+        _job("pairs", "make preference pairs of sampled answers"),
+        _job("write-answers", "write model answers to prompts as text"),
+    ),
+    "token signals": (
+        _several(
+            "score",
+            "one number per completion token",
+            *_scorers(),
+            Verb("first-error", "tokalign.cli.first_error", "the true first wrong token, where a world knows it"),
+        ),
+        _job("compare", "how well each signal finds the wrong token, and its cost"),
+        _job("view", "a page of completions coloured by their signals"),
+    ),
+    "training": (
+        Verb("sft", "tokalign.cli.train_sft", "supervised fine-tuning; positive and negative models"),
+        Verb("dpo", "tokalign.cli.train_dpo", "plain DPO, as TRL's, by the same recipe"),
+        Verb("critical-dpo", "tokalign.cli.train_critical_dpo", "critical-token DPO (arXiv 2411.19943)"),
+        Verb("treg", "tokalign.cli.train_treg", "T-REG on DPO or SimPO (arXiv 2412.02685)"),
+        Verb("structured-grpo", "tokalign.cli.train_structured_grpo", "GRPO, structured-output reward (2512.00319)"),
+        Verb("router", "tokalign.cli.train_router", "a token router (arXiv 2505.21600)"),
+    ),
+    "evaluation": (
+        _several(
+            "evaluate",
+            "accuracy with its interval, pass@k, structure, routed pairs",
+            Verb("answers", "tokalign.cli.evaluate", "verified answers of models"),
+            Verb("structured", "tokalign.cli.evaluate_structured", "structured output"),
+            Verb("routing", "tokalign.cli.evaluate_routing", "routed pairs: accuracy against cost"),
+        ),
+    ),
+    "routing": (
+        _job("label", "which tokens only the large model should write"),
+        _job("calibrate", "give a trained router a threshold for a budget"),
+        _job("generate", "answers by a routed pair"),
+        _job("serve", "an OpenAI-compatible server over a routed pair"),
+    ),
+}
+VERBS = {verb.name: verb for verbs in GROUPS.values() for verb in verbs}
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run `tokalign VERB …`; the verb's result is returned, for whoever calls this from Python."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        from tokalign.cli.help import overview
+
+        print(overview(GROUPS))
+        return None
+    if words[0] in ("-V", "--version", "version"):
+        print(f"tokalign {tokalign.__version__}")
+        return None
+    verb = VERBS.get(words[0]) or _unknown("tokalign", words[0], VERBS)
+    command, words = f"tokalign {verb.name}", words[1:]
+    if verb.parts:
+        parts = {part.name: part for part in verb.parts}
+        if not words or words[0] in ("-h", "--help"):
+            from tokalign.cli.help import overview
+
+            print(overview({f"{command} WHAT": verb.parts}, usage=f"{command} WHAT [options]"))
+            return None
+        verb = parts.get(words[0]) or _unknown(command, words[0], parts)
+        command, words = f"{command} {verb.name}", words[1:]
+    if "-h" in words or "--help" in words:
+        from tokalign.cli.help import verb_help
+
+        print(verb_help(command, verb.module))
+        return None
+    if "--accelerate_config" in words:
+        from tokalign.cli.launch import launch
+
+        return launch(command.split()[1:], words)
+    return run(verb.module, words, command)
+
+
+def entry() -> None:
+    """The console command; what a verb returns is for callers from Python, not an exit code."""
+    main()
+
+
+def run(module: str, words: list[str], command: str = "") -> Any:
+    """Read the options of a verb's `main` and call it; the processes of a launch end with it."""
+    from trl import TrlParser
+
+    function = import_module(module).main
+    classes = [parameter.annotation for parameter in signature(function, eval_str=True).parameters.values()]
+    parser = TrlParser(classes, prog=command or None)
+    if "--help_all" in words:
+        parser.print_help()
+        return None
+    result = function(*parser.parse_args_and_config(words))
+    if "torch" in sys.modules:
+        from tokalign.stage.processes import end_processes
+
+        end_processes()
+    return result
+
+
+def _unknown(command: str, word: str, verbs: dict[str, Verb]) -> Any:
+    raise SystemExit(f"{command}: there is no {word!r}; there are {', '.join(verbs)}. See `{command} --help`.")
