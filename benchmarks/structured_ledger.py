@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.evaluation.run import problem_seed
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
 from tokalign.rewards import StructuredReward

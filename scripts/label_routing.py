@@ -34,7 +34,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.generation.rollouts import sampler
 from tokalign.routing.decode.backend import check_pair

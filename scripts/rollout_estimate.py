@@ -20,7 +20,7 @@ from typing import Any
 
 from trl import TrlParser
 
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.signals.rollout import (
     critical_position,

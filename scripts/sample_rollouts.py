@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.rollouts import sampler
 from tokalign.stage.hashes import weights_hash

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.evaluation.run import problem_seed
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import render_prompt
 from tokalign.stage.errors import ContractError

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import label_routing
 from tests.support import save_tiny, tiny_model, tiny_tokenizer
-from tokalign.generation import rollouts
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine, rollouts
 from tokalign.generation.protocol import Completion
 from tokalign.prompts import render_prompt
 from tokalign.routing.labels import rows as labels
