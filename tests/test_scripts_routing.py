@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import label_routing
 from tests.support import save_tiny, tiny_model, tiny_tokenizer
-from tokalign.generation import EngineArguments, load_engine, rollouts
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Completion
 from tokalign.prompts import render_prompt
 from tokalign.routing.labels import rows as labels
@@ -68,7 +68,7 @@ def answers_of_random_models(monkeypatch):
     def extract(text):
         return str(sum(map(str.isalpha, text)) % 2)
 
-    monkeypatch.setattr(rollouts, "extract_answer", extract)
+    monkeypatch.setattr(label_routing, "extract_answer", extract)
     monkeypatch.setattr(labels, "extract_answer", extract)
     return extract
 

@@ -7,7 +7,6 @@ and two runs can be compared long after their models are gone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +17,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, SamplingParams
+from tokalign.generation.rollouts import Extract, Match
 from tokalign.prompts import render_prompt
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
+from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import accuracy, paired_bootstrap, pass_at_k_report, sampled_accuracy
 
 METRICS = "metrics.json"
-Extract = Callable[[str], str | None]
-Match = Callable[[str | None, str | None], bool]
 
 
 def evaluate(
@@ -90,7 +89,7 @@ def evaluate(
                 top_p=top_p,
                 max_tokens=max_tokens,
                 stop=tuple(stop),
-                seed=problem_seed(seed, row["id"]),
+                seed=problem_seed(seed, row["id"], "evaluation"),
             )
             for row in rows
         ]
@@ -217,11 +216,6 @@ def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, promp
     if row.get("prompt_ids") is not None:
         return list(row["prompt_ids"])
     return render_prompt(row["prompt"], tokenizer, prompt_format)
-
-
-def problem_seed(seed: int, identity: str) -> int:
-    """Seed of one problem's samples, the same wherever and beside whatever it is evaluated."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:7], "big")
 
 
 def write_metrics(output_dir: str | Path, metrics: Mapping[str, Any]) -> None:

@@ -42,8 +42,8 @@ from tokalign.routing.labels.verdicts import (
     question_text,
 )
 from tokalign.routing.router.features import write_features
-from tokalign.signals.rollout import derived_seed
 from tokalign.stage.jobs import Dropped, Item, Kept
+from tokalign.stage.seeds import derived_seed
 
 SPLITS = ("train", "calibration", "test")
 UNFINISHED = "the answer did not end within max_tokens"
