@@ -20,9 +20,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.rewards import answers_match, extract_answer
+from tokalign.routing.labels.classes import IDENTICAL, INVALID
 from tokalign.routing.labels.divergence import (
-    IDENTICAL,
-    INVALID,
     DivergenceScorer,
     Fork,
     Prefill,
@@ -31,6 +30,7 @@ from tokalign.routing.labels.divergence import (
     own_branch,
     spans,
 )
+from tokalign.routing.labels.features import write_features
 from tokalign.routing.labels.report import invalid_count
 from tokalign.routing.labels.verdicts import (
     CUT_OFF,
@@ -41,7 +41,6 @@ from tokalign.routing.labels.verdicts import (
     outcome_verdict,
     question_text,
 )
-from tokalign.routing.router.features import write_features
 from tokalign.stage.jobs import Dropped, Item, Kept
 from tokalign.stage.seeds import derived_seed
 

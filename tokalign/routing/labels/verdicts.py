@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import read_template, render_prompt
-from tokalign.routing.labels.divergence import DIVERGENT, INVALID, NEUTRAL
+from tokalign.routing.labels.classes import DIVERGENT, INVALID, NEUTRAL
 from tokalign.stage.errors import ContractError
 
 BUILT_IN = Path(__file__).parent / "judge_templates"

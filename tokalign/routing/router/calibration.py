@@ -23,7 +23,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from tokalign.routing.router.features import DIVERGENT, RouterDataset
+from tokalign.routing.labels.classes import DIVERGENT
+from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import check_tokens, interval, plot_reports, router_report
 from tokalign.routing.router.model import TokenRouter
 from tokalign.stage.files import write_text_atomically

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tokalign.routing.router.features import DIVERGENT
+from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.signals.agreement import auroc
 
 RATES = (0.02, 0.05, 0.1, 0.12, 0.15, 0.2, 0.3, 0.5)

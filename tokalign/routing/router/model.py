@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,9 +30,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
+from tokalign.routing.labels.features import INPUTS, row_features
 from tokalign.stage.hashes import weights_hash
 
-INPUTS = ("hidden", "token", "logits", "entropy")
 _ROWS = 8192  # of the embedding, read at a time
 
 
@@ -149,37 +148,6 @@ class RouterBlock(nn.Module):
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         return u + self.down(self.dropout(nn.functional.gelu(self.up(self.norm(u)))))
-
-
-def row_features(
-    hidden: torch.Tensor | None, logits: torch.Tensor, *, top_k: int, shared_vocab: int, needs: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """A router's inputs from what the SLM computes, for N next tokens; both engines decide by this function.
-
-    Args:
-        hidden: (N, d), what the SLM's LM head got; read only if needed.
-        logits: (N, V) of any type, V >= `shared_vocab`.
-        needs: of "hidden", "token", "logits", "entropy"; nothing else is computed.
-
-    Returns:
-        `hidden` (N, d) and `top_logits` (N, top_k) in their own types, `predicted` (N,) int64, `entropy` (N,) float32
-        in nats over the shared ids.
-    """
-    shared = logits[:, :shared_vocab]
-    features: dict[str, torch.Tensor] = {}
-    if "hidden" in needs:
-        if hidden is None:
-            raise ValueError("This router reads the SLM's hidden states; pass them, or train one without them.")
-        features["hidden"] = hidden
-    if "logits" in needs:
-        features["top_logits"] = shared.topk(top_k, dim=-1).values
-    if "token" in needs:
-        features["predicted"] = shared.argmax(dim=-1)
-    if "entropy" in needs:
-        log_probs = shared.float().log_softmax(dim=-1)
-        # A banned id has log-probability −inf and contributes nothing
-        features["entropy"] = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
-    return features
 
 
 class TokenRouter(PreTrainedModel):

@@ -22,9 +22,10 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.router.calibration import check_dataset, router_inputs
 from tokalign.routing.router.card import write_model_card
-from tokalign.routing.router.features import DIVERGENT, RouterDataset, WindowSampler
+from tokalign.routing.router.features import RouterDataset, WindowSampler
 from tokalign.routing.router.metrics import Ranking, area_under_roc, average_precision, recall_at
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig, embedding_shape
 from tokalign.stage.errors import ContractError
