@@ -25,10 +25,11 @@ import torch
 
 from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.router.features import RouterDataset
-from tokalign.routing.router.metrics import check_tokens, interval, plot_reports, router_report
+from tokalign.routing.router.metrics import check_tokens, plot_reports, router_report
 from tokalign.routing.router.model import TokenRouter
 from tokalign.stage.files import write_text_atomically
 from tokalign.stage.manifest import MANIFEST
+from tokalign.statistics import percentile_interval
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def measure(
         accuracy=accuracy,
         n_tokens=len(scores),
         n_responses=count,
-        ci={name: interval(spread[:, i]) for i, name in enumerate(("rate", "recall", "accuracy"))},
+        ci={name: list(percentile_interval(spread[:, i])) for i, name in enumerate(("rate", "recall", "accuracy"))},
     )
 
 
