@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokalign.rewards import StructuredReward
     from tokalign.routing import RoutedGenerator, TokenRouter
+    from tokalign.routing.router.trainer import RouterConfig, RouterTrainer
     from tokalign.trainers import (
         CriticalTokenDPOConfig,
         CriticalTokenDPOTrainer,
         CriticalTokenEntropyCallback,
-        RouterConfig,
-        RouterTrainer,
         StructuredGRPOConfig,
         StructuredGRPOTrainer,
         TRegConfig,
@@ -49,6 +48,10 @@ def __getattr__(name: str) -> Any:
         from tokalign import routing
 
         return getattr(routing, name)
+    if name in ("RouterConfig", "RouterTrainer"):
+        from tokalign.routing.router import trainer
+
+        return getattr(trainer, name)
     if name in __all__:
         from tokalign import trainers
 

@@ -17,7 +17,7 @@ from tests.rewards.ordering import COMPONENTS, fault, hacks, is_attempt, schemas
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured import reward as module
 from tokalign.rewards.structured.content import equal
-from tokalign.rewards.structured.documents.reading import Limits
+from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import WEIGHTS
 from tokalign.rewards.structured.schemas import SchemaError
 

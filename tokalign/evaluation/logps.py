@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.signals.scorer import CompletionScorer
+from tokalign.generation.scorer import CompletionScorer
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import run_job

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.signals.scorer import CompletionScorer
+from tokalign.generation.scorer import CompletionScorer
 
 CPU_TILE_BYTES = 8 << 20  # logits of a tile, exponentials included: small enough to stay near the cache
 SMALLEST_BLOCK = 2048  # words of the vocabulary in one matrix product

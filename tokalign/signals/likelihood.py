@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.signals.scorer import CompletionScorer
+from tokalign.generation.scorer import CompletionScorer
 from tokalign.signals.token_reward import token_reward
 
 SIGNALS = ("logprob", "entropy", "implicit_reward")

@@ -1,6 +1,5 @@
 """Trainers, one file a method: a TRL configuration and a TRL trainer with as little changed as the method needs."""
 
-from tokalign.routing.router.trainer import RouterConfig, RouterTrainer
 from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 from tokalign.trainers.critical_token_entropy import CriticalTokenEntropyCallback
 from tokalign.trainers.structured_grpo import StructuredGRPOConfig, StructuredGRPOTrainer
@@ -10,8 +9,6 @@ __all__ = [
     "CriticalTokenDPOConfig",
     "CriticalTokenDPOTrainer",
     "CriticalTokenEntropyCallback",
-    "RouterConfig",
-    "RouterTrainer",
     "StructuredGRPOConfig",
     "StructuredGRPOTrainer",
     "TRegConfig",

@@ -33,7 +33,7 @@ from trl.data_utils import is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.structured.documents.reading import Limits
+from tokalign.rewards.structured.documents.document import Limits
 from tokalign.stage.errors import ContractError
 
 logger = get_logger(__name__)

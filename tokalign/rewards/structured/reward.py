@@ -33,18 +33,8 @@ from typing import Any, Literal
 
 from tokalign.rewards.structured import rl_struct
 from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement
-from tokalign.rewards.structured.documents.reading import (
-    FORMATS,
-    MISSING,
-    Document,
-    Format,
-    Limits,
-    Source,
-    check_limits,
-    decode_json,
-    read_document,
-    text_of,
-)
+from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
+from tokalign.rewards.structured.documents.reading import check_limits, decode_json, read_document, text_of
 from tokalign.rewards.structured.grading import Grade, TooManyValues
 from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
 
@@ -158,7 +148,8 @@ class StructuredReward:
 
     def _components(self, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
         if self.preset is not None:
-            return self._total(rl_struct.components(self, completion, reference, schema))
+            bounds = (self.min_length, self.max_length)
+            return self._total(rl_struct.components(completion, reference, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)

@@ -25,8 +25,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, Ids, SamplingParams, continue_from_prefixes
+from tokalign.generation.scorer import CompletionScorer
 from tokalign.routing.labels.features import INPUTS, TENSORS, row_features
-from tokalign.signals.scorer import CompletionScorer
 
 # From this many prefix tokens of one answer on, its branches are worth a call of their own that shares one prefill.
 SHARED_PREFILL = 16_384

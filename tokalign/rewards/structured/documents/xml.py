@@ -17,7 +17,7 @@ from xml.etree.ElementTree import ParseError
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import DefusedXMLParser
 
-from tokalign.rewards.structured.documents.reading import Fault, Limits
+from tokalign.rewards.structured.documents.document import Fault, Limits
 
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,307})(\.[0-9]{1,400})?([eE][-+]?[0-9]{1,3})?")
 

@@ -1,5 +1,7 @@
-"""What scorers share that read completions behind prompts: one base in memory, adapters on it, batches by token budget,
-and log-probabilities and entropies of the completion tokens.
+"""The other half of generation, which reads completions instead of writing them: what a model says of given tokens.
+
+Token signals, routing labels and evaluation score by it. It holds one base in memory with adapters on it, forms batches
+by a token budget, and gives log-probabilities and entropies of the completion tokens.
 
 The LM head sees completion positions only. A revision prompt, or a few-shot one, is several times as long as its
 completion, and with 128 k words the head of a small model costs more than its layers. (TRL's fused head meets every
