@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "routing.decode": {"routing.router", "generation"},
     # A request becomes the `SamplingParams` that the decoder takes.
     "routing.serve": {"routing.decode", "generation"},
+    "routing": set(),  # its public names, at first use
     "evaluation": {"generation", "rewards", "routing.decode"},
     "view": {"stage", "signals.registry", "statistics"},
     "worlds": {"stage", "data"},
@@ -72,7 +73,9 @@ def test_rooms_import_only_what_the_table_allows() -> None:
         f"{module} imports {other}"
         for module, others in GRAPH.items()
         for other in others
-        if module != "tokalign" and (room := room_of(module)) != "cli" and (target := room_of(other)) != room
+        if module != "tokalign"
+        and (room := room_of(module)) not in ("cli", "__main__")
+        and (target := room_of(other)) != room
         if target not in (GROUND if room not in GROUND else set()) | ROOMS[room]
         and other.removeprefix("tokalign.") not in ROOMS[room]
     ]

@@ -7,8 +7,6 @@ and two runs can be compared long after their models are gone.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.generation.rollouts import Extract, Match
 from tokalign.prompts import render_prompt
 from tokalign.stage.errors import ContractError
+from tokalign.stage.files import write_json_atomically
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
@@ -220,10 +219,7 @@ def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, promp
 
 def write_metrics(output_dir: str | Path, metrics: Mapping[str, Any]) -> None:
     """Write `metrics.json` atomically."""
-    file = Path(output_dir) / METRICS
-    temporary = file.with_name(f".{METRICS}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_json_atomically(Path(output_dir) / METRICS, metrics)
 
 
 def _by_id(rows: Dataset, column: str) -> dict[str, float]:

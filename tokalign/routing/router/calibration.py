@@ -14,7 +14,6 @@ label a second round on policy, or let the server's budget controller track the 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import check_tokens, plot_reports, router_report
 from tokalign.routing.router.model import TokenRouter
-from tokalign.stage.files import write_text_atomically
+from tokalign.stage.files import write_json_atomically
 from tokalign.stage.manifest import MANIFEST
 from tokalign.statistics import percentile_interval
 
@@ -279,7 +278,7 @@ def report_on(
     report["split"] = dataset.folder.name
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_text_atomically(Path(folder) / "report.json", json.dumps(report, indent=2) + "\n")
+        write_json_atomically(Path(folder) / "report.json", report)
         plot_reports({router.config.architecture: report}, Path(folder) / "report.png")
     return report
 
