@@ -23,14 +23,13 @@ from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
 from tokalign.signals import PromptingScorer, token_reward
-from tokalign.stage.contract import check_preferences
+from tokalign.stage.contract import SIDES, check_preferences
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("chosen", "rejected")
 
 
 def equation(better: float, worse: float) -> float:

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from tokalign.stage.errors import ContractError
+from tokalign.stage.jobs import Row
 
-Row = dict[str, Any]
 NO_CORRECT, NO_WRONG = "no correct rollout", "no wrong rollout"
 NO_ANSWER, NO_FINISHED = "no wrong rollout with an answer", "no finished rollout"
 ONE_FINISHED, EQUAL_REWARDS = "only one finished rollout", "rewards no further apart than min_margin"

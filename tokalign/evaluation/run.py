@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.generation.rollouts import Extract, Match
 from tokalign.prompts import render_prompt
+from tokalign.stage.contract import SIDES
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_json_atomically
 from tokalign.stage.jobs import run_job
@@ -198,7 +199,7 @@ def compare_logps(run: str | Path, other: str | Path) -> dict[str, Any]:
     if list(first["id"]) != list(second["id"]):
         raise ContractError(f"{run} and {other} scored different pairs; score both with the same preferences.")
     changes: dict[str, Any] = {}
-    values = {side: (list(first[f"{side}_logp"]), list(second[f"{side}_logp"])) for side in ("chosen", "rejected")}
+    values = {side: (list(first[f"{side}_logp"]), list(second[f"{side}_logp"])) for side in SIDES}
     values["margin"] = (
         [c - r for c, r in zip(values["chosen"][0], values["rejected"][0], strict=True)],
         [c - r for c, r in zip(values["chosen"][1], values["rejected"][1], strict=True)],

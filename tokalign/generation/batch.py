@@ -24,7 +24,7 @@ SAMPLED_LOGITS = 2**24
 
 
 @dataclass(slots=True)
-class Row:
+class SampledRow:
     """One completion to be drawn."""
 
     request: int
@@ -68,7 +68,7 @@ class Plan:
 class Batch:
     """Rows in flight: `columns` have one entry a row, `logits` (B, V) are those of each row's next token."""
 
-    def __init__(self, rows: list[Row], start: Prefilled, which: list[int], plan: Plan):
+    def __init__(self, rows: list[SampledRow], start: Prefilled, which: list[int], plan: Plan):
         device = start.logits.device
 
         def column(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:

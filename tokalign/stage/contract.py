@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.stage.errors import ContractError
 
+SIDES = ("chosen", "rejected")  # of a pair; a signal stands in the columns chosen_<signal> and rejected_<signal>
 STAGES: dict[str, tuple[str, ...]] = {
     "problems": ("id", "prompt", "answer"),
     "structured": ("id", "prompt", "answer", "schema"),
@@ -53,24 +54,12 @@ _RANGES = {
 _BATCH = 1000  # rows in memory at a time while checking or hashing
 
 
-# ------------------------------------------------------------------------------------------------------- manifests
-
-
-# ---------------------------------------------------------------------------------------------------------- hashes
-
-
-# --------------------------------------------------------------------------------------------------------- loading
-
-
-# ----------------------------------------------------------------------------------------------------------- rows
-
-
 def check_preferences(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     signals: Sequence[str] = (),
-    sides: Sequence[str] = ("chosen", "rejected"),
+    sides: Sequence[str] = SIDES,
     text_rows: int = 32,
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
@@ -214,7 +203,7 @@ def _check_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_rows:
             row = read[index]
         except UnicodeDecodeError:
             raise ContractError(f"Row {index}: a text is not UTF-8; rebuild the pairs.") from None
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             text = row[side]
             if isinstance(text, list) and text and isinstance(text[-1], dict):
                 text = text[-1].get("content")  # messages: the text that the ids hold is in the last one

@@ -41,7 +41,7 @@ from tokalign.routing.labels.verdicts import (
     outcome_verdict,
     question_text,
 )
-from tokalign.stage.jobs import Dropped, Item, Kept
+from tokalign.stage.jobs import Dropped, Item, Kept, Row
 from tokalign.stage.seeds import derived_seed
 
 SPLITS = ("train", "calibration", "test")
@@ -49,8 +49,6 @@ UNFINISHED = "the answer did not end within max_tokens"
 EMPTY = "the answer is empty"
 NO_ANSWER = "no `answer` to verify with"
 NOT_CONTINUED = "left out by max_branches_per_answer"
-
-Row = dict[str, Any]
 
 
 def row_name(row: Row) -> str:
