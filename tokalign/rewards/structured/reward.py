@@ -29,10 +29,11 @@ instead of a malus.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal
 
 from tokalign.rewards.structured import rl_struct
-from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement
+from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement, equal
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
 from tokalign.rewards.structured.documents.reading import check_limits, decode_json, read_document, text_of
 from tokalign.rewards.structured.grading import Grade, TooManyValues
@@ -70,6 +71,9 @@ class StructuredReward:
         schema_column, reference_column: dataset columns.
         limits: most bytes, depth and values of a completion.
         name: name of the reward and prefix of its metrics.
+
+    Attributes:
+        last_scores: what the last `score_batch` gave.
 
     Raises:
         SchemaError: an invalid schema, with the place in it.
@@ -118,7 +122,8 @@ class StructuredReward:
         self.limits = limits or Limits()
         self.__name__ = name  # TRL names metrics and table columns by it
         self._references: dict[tuple[str, CompiledSchema], Any] = {}
-        self._batch: tuple[tuple[Any, Any, Any], list[dict[str, Any]]] | None = None
+        self.last_scores: list[dict[str, Any]] = []
+        self._shared: tuple[Any, set[str], list[dict[str, Any]]] = (None, set(), [])
 
     # -------------------------------------------------------------------------------------------------- one completion
 
@@ -299,17 +304,9 @@ class StructuredReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[dict[str, Any]]:
-        """`score` of every completion; the same batch is scored and logged once however many components ask for it.
-
-        Without columns, what was found for these completions with theirs.
-        """
-        asked = (completions, columns.get(self.schema_column), columns.get(self.reference_column))
-        if self._batch is not None:
-            given = asked if columns else (completions,)
-            if all(now is before for now, before in zip(given, self._batch[0], strict=False)):
-                return self._batch[1]
-        schemas = asked[1] or [None] * len(completions)
-        references = asked[2] or [None] * len(completions)
+        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch."""
+        schemas = columns.get(self.schema_column) or [None] * len(completions)
+        references = columns.get(self.reference_column) or [None] * len(completions)
         rows: list[dict[str, Any]] = []
         reasons: list[str | None] = []
         for index, completion in enumerate(completions):
@@ -326,7 +323,7 @@ class StructuredReward:
             if log_extra is not None:
                 reasons.append(reason() if callable(reason) else reason)
             rows.append(row)
-        self._batch = (asked, rows)
+        self.last_scores = rows
         for component in self.active:
             values = [row[component] for row in rows if row[component] is not None]
             if log_metric is not None and values:
@@ -336,6 +333,18 @@ class StructuredReward:
         if log_extra is not None:
             log_extra("reason", reasons)
         return rows
+
+    def score_shared(self, component: str, completions: Sequence[Any], **columns: Any) -> list[dict[str, Any]]:
+        """`score_batch` for one of several components: a batch is scored and logged for the first that asks for it.
+
+        What a batch holds decides, not which list it is: lists may be changed and used again. A component that asks a
+        second time has a new batch before it, though it be equal to the last one.
+        """
+        asked = [completions, columns.get(self.schema_column), columns.get(self.reference_column)]
+        if component in self._shared[1] or not equal(asked, self._shared[0]):
+            self._shared = (deepcopy(asked), set(), self.score_batch(completions, **columns))
+        self._shared[1].add(component)
+        return self._shared[2]
 
     @property
     def active(self) -> list[str]:
@@ -361,7 +370,8 @@ class ComponentReward:
     def __call__(
         self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] = (), **columns: Any
     ) -> list[float | None]:
-        return [row[self.component] for row in self.reward.score_batch(completions, **columns)]
+        rows = self.reward.score_shared(self.component, completions, **columns)
+        return [row[self.component] for row in rows]
 
 
 def structure(grade: Grade) -> float:
