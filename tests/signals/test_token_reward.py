@@ -271,7 +271,7 @@ def test_script_by_path_raw_and_what_it_drops(tiny_path, tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"better": "{prompt}: not {completion} but ", "worse": "{prompt} and {completion} or "}))
     run = arguments(
-        *(tiny_path, tmp_path / "odd", tmp_path / "out"), prompt_format="raw", templates=str(file), token_budget=300
+        tiny_path, tmp_path / "odd", tmp_path / "out", prompt_format="raw", templates=str(file), token_budget=300
     )
     score_token_rewards.main(run)
     manifest = read_manifest(tmp_path / "out")

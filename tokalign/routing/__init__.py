@@ -29,7 +29,13 @@ _MODULES = {
     "decode.generator": ("RoutedGenerator",),
     "router.model": ("TokenRouter", "TokenRouterConfig"),
     "decode.policies": (
-        *("AlwaysLLM", "EntropyPolicy", "NeverLLM", "RandomPolicy", "ReplayPolicy", "RouterPolicy", "RoutingPolicy"),
+        "AlwaysLLM",
+        "EntropyPolicy",
+        "NeverLLM",
+        "RandomPolicy",
+        "ReplayPolicy",
+        "RouterPolicy",
+        "RoutingPolicy",
     ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -20,10 +20,10 @@ _MAX_SHAPES = 10_000
 _NAMES = {str: "string", bool: "boolean", int: "integer", dict: "object", list: "array", type(None): "null"}
 OBJECT_WORDS = {"properties", "required", "patternProperties", "additionalProperties", "propertyNames"}
 ARRAY_WORDS = {"items", "prefixItems", "contains", "minItems", "maxItems", "uniqueItems"}
-_SCALAR_WORDS = {
-    *("enum", "const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    *("minLength", "maxLength", "pattern", "format", "not"),
-}
+_SCALAR_WORDS = set(
+    "enum const minimum maximum exclusiveMinimum exclusiveMaximum multipleOf "
+    "minLength maxLength pattern format not".split()
+)
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 DATA = ("enum", "const", "default", "examples")  # values, not schemas
 
