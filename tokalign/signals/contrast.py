@@ -237,8 +237,8 @@ class ContrastiveScorer(CompletionScorer):
                 tile.mul_(1 + self.beta).sub_(self._transform(linear(negative, *part)), alpha=self.beta)
             within = token_ids - start
             inside = (within >= 0) & (within < tile.shape[1])
-            found = tile.gather(-1, within.clamp(0, tile.shape[1] - 1)[:, None]).squeeze(-1)
-            chosen = torch.where(inside, found, chosen)
+            here = tile.gather(-1, within.clamp(0, tile.shape[1] - 1)[:, None]).squeeze(-1)
+            chosen = torch.where(inside, here, chosen)
             before, highest = highest, torch.maximum(highest, tile.amax(dim=-1))
             total = total * (before - highest).exp() + tile.sub_(highest[:, None]).exp_().sum(dim=-1)
         return ((chosen - highest).exp() / total).clamp_(max=1.0)  # rounding can pass 1 by one unit

@@ -189,8 +189,8 @@ def _check_scores(
 ) -> None:
     lengths = _lengths(arrays[column])
     if (bad := np.flatnonzero(lengths != ids_lengths)).size:
-        found = "is missing" if lengths[bad[0]] < 0 else f"has {lengths[bad[0]]} scores"
-        wrong = f"{found} for {ids_lengths[bad[0]]} ids in `{ids_column}`"
+        what_is_there = "is missing" if lengths[bad[0]] < 0 else f"has {lengths[bad[0]]} scores"
+        wrong = f"{what_is_there} for {ids_lengths[bad[0]]} ids in `{ids_column}`"
         _refuse(arrays, bad[0], first, column, wrong, "score these rows again")
     values, rows = _flat(arrays[column])
     if (bad := np.flatnonzero(~np.isfinite(values))).size:

@@ -195,7 +195,7 @@ def _piece_markup(piece: str) -> Markup:
 
 
 def _find_signals(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> list[str]:
-    found: dict[str, None] = {}
+    signals: dict[str, None] = {}
     for row in rows:
         for side in sides:
             for column, value in row.items():
@@ -207,8 +207,8 @@ def _find_signals(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> li
                     and all(isinstance(v, float) or v is None for v in value)
                     and len(value)
                 ):
-                    found.setdefault(column.removeprefix(f"{side}_"))
-    return list(found)
+                    signals.setdefault(column.removeprefix(f"{side}_"))
+    return list(signals)
 
 
 def _read_row(

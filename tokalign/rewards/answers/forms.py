@@ -240,9 +240,9 @@ def _split(text: str, separators: tuple[str, ...]) -> list[str]:
     r"""Split at separators outside all brackets, `\{ \}` included. Linear in the text."""
     parts, start, depth, index = [], 0, 0, 0
     while index < len(text):
-        if depth == 0 and (found := next((s for s in separators if text.startswith(s, index)), None)):
+        if depth == 0 and (separator := next((s for s in separators if text.startswith(s, index)), None)):
             parts.append(text[start:index])
-            index += len(found)
+            index += len(separator)
             start = index
             continue
         if text[index] == "\\" and text[index + 1 : index + 2] not in ("{", "}"):

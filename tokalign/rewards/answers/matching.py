@@ -84,10 +84,10 @@ def _last_boxed(text: str) -> str | None:
 
 def _last_phrase(text: str) -> str | None:
     """What follows the last "answer is", "answer:" or line-initial "A:", up to the end of the sentence."""
-    phrases = [found.end() for found in _PHRASE.finditer(text)]
-    if not phrases:
+    ends = [phrase.end() for phrase in _PHRASE.finditer(text)]
+    if not ends:
         return None
-    content = text[phrases[-1] :].lstrip(" \t\n*_")
+    content = text[ends[-1] :].lstrip(" \t\n*_")
     if math := _INLINE_MATH.match(content):
         return math[1] or math[2]
     if end := _SENTENCE_END.search(content):
@@ -109,10 +109,10 @@ def _json_answer(text: str) -> str | None:
         return None
     try:
         # numbers stay text: exact, and of any length
-        found = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        document = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except (json.JSONDecodeError, RecursionError):
         return None
-    answer = found.get("answer")
+    answer = document.get("answer")
     if isinstance(answer, list) and all(isinstance(element, str) for element in answer):
         answer = ", ".join(answer)
     return answer if isinstance(answer, str) else None
@@ -213,10 +213,10 @@ def _same_in_any_order(prediction: Sequence[Form], reference: Sequence[Form], de
         else:
             later.append(form)
     for form in later:
-        found = next((other for other in left if _same(form, other, deadline)), None)
-        if found is None:
+        partner = next((other for other in left if _same(form, other, deadline)), None)
+        if partner is None:
             return False
-        left.remove(found)
+        left.remove(partner)
     return True
 
 

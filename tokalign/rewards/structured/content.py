@@ -76,9 +76,9 @@ def leaf_f1(value: Any, reference: Any) -> float:
     return _f1(Counter(_leaves(value, ())), Counter(_leaves(reference, ())))
 
 
-def _f1(found: Counter[Any], wanted: Counter[Any]) -> float:
-    total = found.total() + wanted.total()
-    return 1.0 if total == 0 else 2 * (found & wanted).total() / total
+def _f1(given: Counter[Any], wanted: Counter[Any]) -> float:
+    total = given.total() + wanted.total()
+    return 1.0 if total == 0 else 2 * (given & wanted).total() / total
 
 
 def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

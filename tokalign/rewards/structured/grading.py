@@ -99,14 +99,14 @@ class Walk:
                 child = shape.known(key) or (ANY if key in shape.required else None)
                 if child is None:
                     return f"{where}: the key {key[:100]!r} is not in the schema"
-                found = self.fault(child, item, f"{place}/{key}")
-                if found is not None:
-                    return found
+                fault = self.fault(child, item, f"{place}/{key}")
+                if fault is not None:
+                    return fault
         elif isinstance(value, list):
             for index, item in enumerate(value):
-                found = self.fault(shape.item(index), item, f"{place}/{index}")
-                if found is not None:
-                    return found
+                fault = self.fault(shape.item(index), item, f"{place}/{index}")
+                if fault is not None:
+                    return fault
             return f"{where}: {len(value)} items"
         else:
             try:

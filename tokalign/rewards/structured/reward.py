@@ -170,9 +170,9 @@ class StructuredReward:
     ) -> dict[str, Any]:
         grade, perfect = self._grade(document.value, reference, schema)
         if not document.whole or not grade.attempt:
-            made = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
-            made["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
-            return self._total(made)
+            scores = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
+            scores["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
+            return self._total(scores)
         return self._total(
             {
                 "structure": structure(grade),
@@ -224,12 +224,12 @@ class StructuredReward:
         return 1.0 if perfect and within else 0.0
 
     def _of_nothing(self, reason: Any, reference: Any) -> dict[str, Any]:
-        made: dict[str, Any] = dict.fromkeys(COMPONENTS, 0.0)
+        scores: dict[str, Any] = dict.fromkeys(COMPONENTS, 0.0)
         if reference is MISSING:
-            made["correctness"] = None
+            scores["correctness"] = None
         if self.min_length is None and self.max_length is None:
-            made["length"] = None
-        return self._total({**made, "_reason": reason})
+            scores["length"] = None
+        return self._total({**scores, "_reason": reason})
 
     def _fault(self, document: Document, schema: CompiledSchema, grade: Grade) -> str:
         try:
@@ -238,9 +238,9 @@ class StructuredReward:
             error = None
         return error or "nothing of what the schema asks for"
 
-    def _total(self, made: dict[str, Any]) -> dict[str, Any]:
-        made["total"] = sum([weight * made[name] for name, weight in self.weights.items() if made[name]], 0.0)
-        return made
+    def _total(self, scores: dict[str, Any]) -> dict[str, Any]:
+        scores["total"] = sum([weight * scores[name] for name, weight in self.weights.items() if scores[name]], 0.0)
+        return scores
 
     # ------------------------------------------------------------------------------------------- schemas and references
 

@@ -140,13 +140,13 @@ class ShapeCompiler:
                 if isinstance(branches, list) and len(branches) <= _MAX_OPTIONS:
                     followed = ("$ref", "allOf")
                     others = [self._without(p, (*followed, word) if p is part else followed) for p in parts]
-                    found: list[Shape] = []
+                    options: list[Shape] = []
                     for branch in branches:
-                        made = self.shape((*others, branch))
-                        if made not in self.filling:  # an alternative to itself says nothing
-                            found += made.options or [made]
-                    if len(found) <= _MAX_OPTIONS:
-                        shape.options = found
+                        option = self.shape((*others, branch))
+                        if option not in self.filling:  # an alternative to itself says nothing
+                            options += option.options or [option]
+                    if len(options) <= _MAX_OPTIONS:
+                        shape.options = options
                     else:
                         shape.additional = shape  # anything goes
                     return
@@ -156,9 +156,9 @@ class ShapeCompiler:
         self._fill_array(shape, parts)
         self.filling = outer
         if any(_SCALAR_WORDS & part.keys() for part in parts):
-            said = [{key: item for key, item in part.items() if key in _SCALAR_WORDS} for part in parts]
+            bounds = [{key: item for key, item in part.items() if key in _SCALAR_WORDS} for part in parts]
             try:
-                shape.bounds = validators.validator({**self.dialect, "allOf": said})
+                shape.bounds = validators.validator({**self.dialect, "allOf": bounds})
                 shape.constant = any("const" in part or len(part.get("enum", ())) == 1 for part in parts)
             except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError):
                 shape.bounds = None  # `not` with a reference: left to the full validation
@@ -223,19 +223,19 @@ class ShapeCompiler:
 def _types(parts: list[Any]) -> frozenset[str] | None:
     allowed: frozenset[str] | None = None
     for part in parts:
-        said = part.get("type")
-        if said is None:
+        types = part.get("type")
+        if types is None:
             if "const" in part:
-                said = [type_of(part["const"])]
+                types = [type_of(part["const"])]
             elif isinstance(part.get("enum"), list):
-                said = [type_of(value) for value in part["enum"]]
+                types = [type_of(value) for value in part["enum"]]
             elif OBJECT_WORDS & part.keys():
-                said = ["object"]
+                types = ["object"]
             elif ARRAY_WORDS & part.keys():
-                said = ["array"]
+                types = ["array"]
             else:
                 continue
-        now = frozenset([said] if isinstance(said, str) else said)
+        now = frozenset([types] if isinstance(types, str) else types)
         if "number" in now:
             now |= {"integer"}
         allowed = now if allowed is None else allowed & now

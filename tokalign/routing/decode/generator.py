@@ -204,9 +204,9 @@ class RoutedGenerator:
                 if token.finish_reason is not None:
                     i, k = place[key]
                     results[i][k] = _completion(written.pop(key), stats)
-        ordered = [[found[k] for k in sorted(found)] for found in results]
+        ordered = [[draws[k] for k in sorted(draws)] for draws in results]
         return [
-            [_copy(found[0]) for _ in range(p.n)] if p.greedy else found for found, p in zip(ordered, each, strict=True)
+            [_copy(draws[0]) for _ in range(p.n)] if p.greedy else draws for draws, p in zip(ordered, each, strict=True)
         ]
 
     def stream(self, prompt: Ids, params: SamplingParams, *, sample: int = 0) -> Iterator[RoutedToken]:

@@ -342,10 +342,10 @@ def _answers(forks: Sequence[Fork], open_: Sequence[int], least: int) -> Iterato
 
 def spans(keys: Iterable[Any]) -> dict[Any, range]:
     """Where the rows of each key are in a stage that holds them one after the other."""
-    found: dict[Any, range] = {}
+    rows_of: dict[Any, range] = {}
     start = 0
     for key, group in groupby(keys):
         length = sum(1 for _ in group)
-        found[key] = range(start, start + length)
+        rows_of[key] = range(start, start + length)
         start += length
-    return found
+    return rows_of

@@ -143,8 +143,8 @@ def measure(
         return np.bincount(response, weights=which, minlength=count)
 
     tokens, sent = per_response(np.ones(len(scores))), per_response(routed)
-    wanted, found = per_response(divergent), per_response(divergent & routed)
-    columns = np.stack([sent, tokens, found, wanted, found == wanted, np.ones(count)], axis=1)  # (R, 6)
+    wanted, recalled = per_response(divergent), per_response(divergent & routed)
+    columns = np.stack([sent, tokens, recalled, wanted, recalled == wanted, np.ones(count)], axis=1)  # (R, 6)
 
     def shares(sums: np.ndarray) -> np.ndarray:
         ratios = sums[..., ::2] / np.maximum(sums[..., 1::2], 1)
@@ -202,20 +202,20 @@ def check_dataset(router: TokenRouter, dataset: RouterDataset) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    for name, own, found in (
+    for name, own, theirs in (
         ("hidden size", router.config.hidden_size, dataset.hidden_size),
         ("number of top logits", router.config.top_k, dataset.top_k),
     ):
-        if own != found:
+        if own != theirs:
             raise ValueError(
-                f"The features of {dataset.folder} have {name} {found}, but the router was made for {own}; use labels "
+                f"The features of {dataset.folder} have {name} {theirs}, but the router was made for {own}; use labels "
                 "of its SLM."
             )
     trained = (router.config.slm or {}).get("weights_hash")
-    found = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
-    if trained is not None and found is not None and trained != found:
+    theirs = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
+    if trained is not None and theirs is not None and trained != theirs:
         raise ValueError(
-            f"The features of {dataset.folder} are of another SLM (weights {found[:12]}) than the router's "
+            f"The features of {dataset.folder} are of another SLM (weights {theirs[:12]}) than the router's "
             f"({trained[:12]}); use labels of its SLM."
         )
     if "token" in router.config.inputs and not router.has_embedding:

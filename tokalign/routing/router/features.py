@@ -173,9 +173,9 @@ class RouterDataset(Dataset):
                 where = f"Row {number} (id {row_id!r})"
                 length = len(lists["completion_ids"][index])
                 for column in ("slm_ids", "label"):
-                    if (found := len(lists[column][index])) != length:
+                    if (entries := len(lists[column][index])) != length:
                         raise ContractError(
-                            f"{where}: `{column}` has {found} entries for {length} tokens in `completion_ids`; "
+                            f"{where}: `{column}` has {entries} entries for {length} tokens in `completion_ids`; "
                             f"{remedy}."
                         )
                 label = lists["label"][index]  # a null is NaN here, which no comparison passes

@@ -355,10 +355,10 @@ class TokenRouter(PreTrainedModel):
                 f"{slm} has hidden size {hidden}, but the router was trained for {self.config.hidden_size}; use the "
                 f"SLM that it was trained for{self._slm_name()}."
             )
-        trained, found = (self.config.slm or {}).get("weights_hash"), weights_hash(slm)
-        if trained is not None and trained != found:
+        trained, given = (self.config.slm or {}).get("weights_hash"), weights_hash(slm)
+        if trained is not None and trained != given:
             raise ValueError(
-                f"The router was trained on another SLM than {slm} (weights {trained[:12]}, not {found[:12]}); use the "
+                f"The router was trained on another SLM than {slm} (weights {trained[:12]}, not {given[:12]}); use the "
                 f"one that it was trained for{self._slm_name()}, by the same path or id, or train one for this SLM."
             )
 
@@ -399,9 +399,9 @@ def _embedding_tensor(slm: str) -> tuple[str, str]:
 def _key(keys: list[str], name: str, slm: str) -> str:
     """The stored name of parameter `name`: checkpoints of the same model may have another prefix."""
     suffix = "." + ".".join(name.split(".")[-2:])
-    found = [key for key in keys if key == name] or [key for key in keys if key.endswith(suffix)]
-    if len(found) != 1:
+    alike = [key for key in keys if key == name] or [key for key in keys if key.endswith(suffix)]
+    if len(alike) != 1:
         raise ValueError(
-            f"{slm} has {len(found)} tensors that may be its input embedding {name!r}; save it with save_pretrained."
+            f"{slm} has {len(alike)} tensors that may be its input embedding {name!r}; save it with save_pretrained."
         )
-    return found[0]
+    return alike[0]

@@ -126,12 +126,12 @@ def one_block(text: str, output_format: Format) -> str | None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    by_key = dict(pairs)
+    if len(by_key) != len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise Fault(f"the key {repeated[:100]!r} is repeated")
-    return made
+    return by_key
 
 
 def _constant(name: str) -> NoReturn:
@@ -203,7 +203,7 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
         return Document(MISSING, "empty")
     reason = f"not JSON: {error.msg} at character {error.pos}"
     opener = re.compile(r"[\[{]" if wants_list else "{")
-    position, found = 0, None
+    position, document = 0, None
     for _ in range(_STARTS):
         match = opener.search(text, position)
         if match is None:
@@ -212,7 +212,7 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
         try:
             value, end = _DECODER.raw_decode(text, start)
         except json.JSONDecodeError as inner:
-            if found is None and inner.pos > start + 1:  # a document that breaks off, not a brace in prose
+            if document is None and inner.pos > start + 1:  # a document that breaks off, not a brace in prose
                 return _beginning(text, start, inner.pos, reason, limits)
             position = start + 1
             continue
@@ -220,14 +220,14 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
             raise
         except ValueError:
             raise Fault("an integer of thousands of digits") from None
-        if found is not None:
+        if document is not None:
             return Document(MISSING, "more than one document")  # nobody can tell which one is the answer
         part = text[start:end]
         _refuse_surrogates(part, value)
         check_limits(part, limits)  # quotes outside it may have hidden its brackets from the check of the whole text
-        found = Document(value, "text around the document", outside=len(text) - len(part))
+        document = Document(value, "text around the document", outside=len(text) - len(part))
         position = end
-    return found or Document(MISSING, reason)
+    return document or Document(MISSING, reason)
 
 
 def _beginning(text: str, start: int, end: int, reason: str, limits: Limits) -> Document:

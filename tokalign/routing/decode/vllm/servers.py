@@ -354,10 +354,10 @@ def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str
         if not lengths:
             problem = f"{url}: it lists no model"
             continue
-        found = next(iter(lengths)) if name is None else name
-        if found not in lengths:
+        model_name = next(iter(lengths)) if name is None else name
+        if model_name not in lengths:
             raise ValueError(f"{url} serves {', '.join(lengths)[:300]}, not {name}: correct llm_name.")
-        return found, lengths[found]
+        return model_name, lengths[model_name]
     raise ConnectionError(f"No server of the {side} answers ({problem}): start it, or correct its address.")
 
 
