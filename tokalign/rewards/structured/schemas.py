@@ -91,6 +91,7 @@ def compile_schema(schema: Any) -> CompiledSchema:
     if isinstance(schema, str) and _is_text(schema):
         return compile_text(schema)
     try:
+        # By its text, so that equal schemas are compiled once, whether they come from a file, a model class or a row.
         return compile_text(json.dumps(load_schema(schema)))
     except SchemaError:
         raise
@@ -223,6 +224,8 @@ def _close(schema: Any) -> Any:
         return [_close(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
+    # A copy of the schema in which every object that names its keys refuses others: then one call of the library says
+    # whether a document is valid *and* has no invented key, and most documents need no grading in Python.
     closed: dict[str, Any] = {}
     for word, item in schema.items():
         if word in NAMED and isinstance(item, dict):
