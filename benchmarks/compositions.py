@@ -29,16 +29,17 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.labels.divergence import DivergenceScorer
 from tokalign.routing.labels.rows import SPLITS, add_slm_choices, split_indices
 from tokalign.routing.router.calibration import score_dataset
-from tokalign.routing.router.features import DIVERGENT, RouterDataset
+from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.model import TokenRouter
 from tokalign.signals.agreement import report
-from tokalign.signals.rollout import derived_seed
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
+from tokalign.stage.seeds import derived_seed
 from tokalign.worlds.ledger_models import trained_model
 
 TREG = "recipes/treg.py"

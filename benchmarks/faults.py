@@ -36,12 +36,10 @@ PRELOAD = (
     *("torch", "transformers", "datasets", "peft", "trl", "openai", "matplotlib.figure", "scipy.stats"),
     *("transformers.models.llama.modeling_llama", "trl.trainer.dpo_trainer", "safetensors.numpy"),
     *("tokalign.stage.jobs", "tokalign.evaluation", "tokalign.generation.transformers_engine", "tokalign.trainers"),
-    *(
-        "tokalign.rewards",
-        "tokalign.routing.decode.generator",
-        "tokalign.signals.scorer",
-        "tokalign.routing.labels.report",
-    ),
+    "tokalign.rewards",
+    "tokalign.routing.decode.generator",
+    "tokalign.generation.scorer",
+    "tokalign.routing.labels.report",
 )
 FORKS = multiprocessing.get_context("forkserver")
 LATE = 0.1  # seconds

@@ -36,7 +36,7 @@ from scale_memory import (
 )
 from trl import TrlParser
 
-from tokalign.routing.router.features import TENSORS
+from tokalign.routing.labels.features import TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ("Llama-3-8B", "Qwen2.5-32B", "Llama-3-70B")
@@ -178,7 +178,7 @@ def storage(args: ScaleArguments) -> dict[str, float]:
 
 
 def feature_bytes(width: int, top_k: int = 100) -> int:
-    """Bytes of a position's features: 2 (d + k) + 8, by the types that tokalign.routing.router.features stores."""
+    """Bytes of a position's features: 2 (d + k) + 8, by the types that tokalign.routing.labels.features stores."""
     sizes = {"hidden": width, "top_logits": top_k}
     return sum(np.dtype(kind).itemsize * sizes.get(name, 1) for name, kind in TENSORS.items())
 

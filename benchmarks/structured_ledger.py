@@ -28,8 +28,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.evaluation.run import problem_seed
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
 from tokalign.rewards import StructuredReward
@@ -37,6 +36,7 @@ from tokalign.rewards.structured.reward import WEIGHTS
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
+from tokalign.stage.seeds import problem_seed
 from tokalign.view.curriculum import curriculum, first_step
 
 # ledger_stages has put scripts/ on the path
@@ -169,7 +169,8 @@ class SeedRun:
             if not engines:
                 engines.append(load_engine(EngineArguments(model=str(model))))
             prompts = [render_prompt(row["prompt"], tokenizer) for row in batch]
-            each = [SamplingParams(n=8, max_tokens=MAX_TOKENS, seed=problem_seed(self.seed, r["id"])) for r in batch]
+            seeds = [problem_seed(self.seed, row["id"], "evaluation") for row in batch]
+            each = [SamplingParams(n=8, max_tokens=MAX_TOKENS, seed=seed) for seed in seeds]
             made: list[Any] = []
             for row, ids, completions in zip(batch, prompts, engines[0].generate(prompts, each), strict=True):
                 texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]

@@ -29,7 +29,7 @@ from trl import TrlParser
 
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured import schemas, validators
-from tokalign.rewards.structured.documents.reading import FORMATS
+from tokalign.rewards.structured.documents.document import FORMATS
 from tokalign.worlds.ledger import JSON_SCHEMA
 
 SCHEMA: dict[str, Any] = {  # of the hostile documents

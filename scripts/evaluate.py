@@ -21,7 +21,7 @@ from trl import TrlParser
 
 from tokalign.evaluation.logps import completion_logps
 from tokalign.evaluation.run import compare_runs, evaluate, write_metrics
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.loading import load_stage

@@ -24,7 +24,7 @@ from trl import TrlParser
 
 from tokalign.evaluation.run import write_metrics
 from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, plot
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.schemas import load_schema
 from tokalign.stage.files import write_text_atomically

@@ -22,6 +22,7 @@ from trl import TrlParser
 
 from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.generation.rollouts import sampler
+from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
 from tokalign.routing.decode.generator import RoutedCompletion, RoutedGenerator
@@ -205,6 +206,8 @@ def main(arguments: GenerateRoutedArguments) -> dict[str, Any]:
         routed_sampler(
             generator,
             params,
+            extract=extract_answer,
+            match=answers_match,
             seed=arguments.seed,
             prompt_format=arguments.prompt_format,
             max_prompt_length=arguments.max_prompt_length,

@@ -34,9 +34,10 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.generation.rollouts import sampler
+from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.decode.backend import check_pair
 from tokalign.routing.labels.divergence import (
     DivergenceScorer,
@@ -246,8 +247,15 @@ class Labelling:
         params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, stop=tuple(arguments.stop or ()))
 
         def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any] | Dropped]:
-            limits = {"prompt_format": arguments.prompt_format, "max_prompt_length": arguments.max_prompt_length}
-            return [finished_answer(item) for item in sampler(self.engine, params, **limits)(rows)]
+            sample = sampler(
+                self.engine,
+                params,
+                extract=extract_answer,
+                match=answers_match,
+                prompt_format=arguments.prompt_format,
+                max_prompt_length=arguments.max_prompt_length,
+            )
+            return [finished_answer(item) for item in sample(rows)]
 
         self.run(
             "routing answers",

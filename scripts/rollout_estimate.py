@@ -20,11 +20,10 @@ from typing import Any
 
 from trl import TrlParser
 
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.signals.rollout import (
     critical_position,
-    derived_seed,
     pass_at_k_ablation,
     pass_at_k_curves,
     plot_pass_at_k,
@@ -36,6 +35,7 @@ from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest, write_manifest
 from tokalign.stage.processes import process_state
+from tokalign.stage.seeds import derived_seed
 
 
 @dataclass

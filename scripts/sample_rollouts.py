@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.rollouts import sampler
+from tokalign.rewards import answers_match, extract_answer
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
@@ -77,6 +78,8 @@ def main(arguments: SampleRolloutsArguments, engine_arguments: EngineArguments) 
             sampler(
                 engine,
                 params,
+                extract=extract_answer,
+                match=answers_match,
                 seed=arguments.seed,
                 prompt_format=arguments.prompt_format,
                 max_prompt_length=arguments.max_prompt_length,

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from tokalign.signals import LikelihoodScorer
-from tokalign.signals.stage import SIDES, load_pairs, report_rate
+from tokalign.signals.stage import load_pairs, report_rate
+from tokalign.stage.contract import SIDES
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.processes import process_state

@@ -20,7 +20,8 @@ from trl import TrlParser
 
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
 from tokalign.signals import PromptingScorer
-from tokalign.signals.stage import SIDES, load_pairs, report_rate
+from tokalign.signals.stage import load_pairs, report_rate
+from tokalign.stage.contract import SIDES
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.processes import process_state

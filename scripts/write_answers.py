@@ -27,8 +27,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.evaluation.run import problem_seed
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import render_prompt
 from tokalign.stage.errors import ContractError
@@ -37,6 +36,7 @@ from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.processes import process_state
+from tokalign.stage.seeds import problem_seed
 
 TOO_LONG = "question longer than the model can hold"
 KEYS = {
@@ -138,7 +138,7 @@ def answerer(
                 temperature=arguments.temperature,
                 top_p=arguments.top_p,
                 max_tokens=arguments.max_tokens,
-                seed=problem_seed(arguments.seed, rows[i]["id"]),
+                seed=problem_seed(arguments.seed, rows[i]["id"], "evaluation"),
             )
             for i in kept
         ]

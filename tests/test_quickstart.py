@@ -19,8 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TOKALIGN_SHARED_DATA", ROOT.parent / "shared" / "data"))
 METHODS = ("base", "sft", "dpo", "critical_token_dpo")
 SMALL = (
-    *("--train_problems", "96", "--test_problems", "64", "--rollouts", "8", "--samples", "2"),
-    *("--estimate_rows", "2", "--continuations", "16"),
+    "--train_problems",
+    "96",
+    "--test_problems",
+    "64",
+    "--rollouts",
+    "8",
+    "--samples",
+    "2",
+    "--estimate_rows",
+    "2",
+    "--continuations",
+    "16",
 )
 
 
@@ -79,8 +89,12 @@ def test_real_text_goes_from_rows_to_a_training_step(tmp_path):
     out = tmp_path / "own_data"
     run = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "scripts" / "own_data.py"), "--source", str(SHARED / "gsm8k")),
-            *("--output_dir", str(out)),
+            sys.executable,
+            str(ROOT / "scripts" / "own_data.py"),
+            "--source",
+            str(SHARED / "gsm8k"),
+            "--output_dir",
+            str(out),
         ],
         capture_output=True,
         text=True,

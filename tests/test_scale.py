@@ -29,7 +29,7 @@ from trl import TrlParser
 
 from tests.launch.support import ROOT, free_port, launch_environment, write_preferences
 from tests.test_recipes import load_script
-from tokalign.routing.router.features import write_features
+from tokalign.routing.labels.features import write_features
 from tokalign.stage.loading import load_stage
 from tokalign.stage.shards import counts_of
 

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import label_routing
 from tests.support import save_tiny, tiny_model, tiny_tokenizer
-from tokalign.generation import rollouts
-from tokalign.generation.arguments import EngineArguments, load_engine
+from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Completion
 from tokalign.prompts import render_prompt
+from tokalign.routing.decode.policies import EntropyPolicy
 from tokalign.routing.labels import rows as labels
 from tokalign.routing.labels.divergence import sentence_rule
+from tokalign.routing.labels.features import INPUTS, TENSORS, open_features, row_features
 from tokalign.routing.labels.verdicts import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
-from tokalign.routing.router.features import open_features
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.jobs import run_job
@@ -69,7 +70,7 @@ def answers_of_random_models(monkeypatch):
     def extract(text):
         return str(sum(map(str.isalpha, text)) % 2)
 
-    monkeypatch.setattr(rollouts, "extract_answer", extract)
+    monkeypatch.setattr(label_routing, "extract_answer", extract)
     monkeypatch.setattr(labels, "extract_answer", extract)
     return extract
 
@@ -196,10 +197,16 @@ def test_features_are_the_slms_at_each_position(pair, tmp_path):
             part = slice(row["features_first"], row["features_first"] + len(row["label"]))
             ids = torch.tensor([[*row["prompt_ids"], *row["completion_ids"]]])
             at = slice(len(row["prompt_ids"]) - 1, ids.shape[1] - 1)
-            hidden = slm.model(ids).last_hidden_state[0, at]
-            torch.testing.assert_close(torch.tensor(arrays["hidden"][part]).float(), hidden, rtol=2e-3, atol=2e-3)
+            hidden, logits = slm.model(ids).last_hidden_state[0, at], slm(ids).logits[0, at]
+            # what a router is given while it routes
+            served = row_features(hidden, logits, top_k=9, shared_vocab=SHARED, needs=INPUTS)
+            for name, values in served.items():
+                rounding = 2e-3 if TENSORS[name] is np.float16 else 1e-5
+                stored = torch.tensor(arrays[name][part]).to(values.dtype)
+                torch.testing.assert_close(stored, values, rtol=rounding, atol=rounding)
+            assert EntropyPolicy(0.5).scores(None, logits, ids, ids, ids).tolist() == served["entropy"].tolist()
             assert arrays["predicted"][part].tolist() == row["slm_ids"]
-            assert slm(ids).logits[0, at].argmax(-1).tolist() == row["slm_ids"]
+            assert logits.argmax(-1).tolist() == row["slm_ids"]
 
 
 def test_shards_and_stages_one_at_a_time_change_nothing(pair, tmp_path):

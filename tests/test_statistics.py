@@ -11,9 +11,16 @@ from scipy import stats
 
 from tokalign import statistics as metrics
 from tokalign.statistics import (
+    Ranking,
     accuracy,
+    area_under_roc,
+    auroc,
+    auroc_interval,
+    hit,
     mcnemar,
     mean_interval,
+    over_seeds,
+    paired,
     paired_bootstrap,
     pass_at_k,
     pass_at_k_report,
@@ -206,3 +213,85 @@ def test_runs_on_other_problems_are_refused():
         paired_bootstrap([1.0, 0.0], [1.0])
     with pytest.raises(ValueError, match="a of problem 1 is not a number"):
         paired_bootstrap([1.0, math.nan], [1.0, 0.0])
+
+
+# --------------------------------------------------------------------------------------------------------- ranking
+
+
+def pairs_won(scores, is_target):
+    """Share of (target, other) pairs in which the target scores lower, ties half."""
+    won = [
+        1.0 if a < b else 0.5 if a == b else 0.0
+        for a, x in zip(scores, is_target, strict=True)
+        if x
+        for b, y in zip(scores, is_target, strict=True)
+        if not y
+    ]
+    return sum(won) / len(won)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30))
+def test_auroc_is_the_share_of_pairs_won(tokens):
+    scores, target = [s / 4 for s, _ in tokens], [t for _, t in tokens]
+    if all(target) or not any(target):
+        with pytest.raises(ValueError, match="AUROC needs"):
+            auroc(scores, target)
+    else:
+        assert auroc(scores, target) == pytest.approx(pairs_won(scores, target))
+        values, is_target = -np.array(scores), np.array(target)
+        hits, others, everything = Ranking(values, is_target, ~is_target, np.zeros(len(values))).sums()
+        assert area_under_roc(hits, others) == auroc(scores, target) and everything[-1] == len(tokens)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_auroc_interval_is_a_bootstrap_over_rows(seed):
+    """The weighted form equals repeating the drawn rows' tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 6, size=5)
+    rows = np.repeat(np.arange(5), lengths)
+    scores = rng.integers(0, 4, size=len(rows)) / 4
+    target = np.zeros(len(rows), dtype=bool)
+    target[np.r_[0, np.cumsum(lengths)[:-1]] + rng.integers(0, lengths)] = True
+    generator = np.random.default_rng(7)
+    values = []
+    for _ in range(30):
+        drawn = np.repeat(np.arange(5), generator.multinomial(5, np.full(5, 0.2)))
+        index = np.concatenate([np.flatnonzero(rows == r) for r in drawn])
+        values.append(pairs_won(scores[index], target[index]))
+    expected = np.quantile(values, [0.025, 0.975])
+    assert auroc_interval(scores, target, rows, samples=30, seed=7) == pytest.approx(tuple(expected))
+
+
+def test_hit_shares_ties():
+    assert hit([0.5, 0.1, 0.9], 1) == 1 and hit([0.5, 0.1, 0.9], 2) == 0
+    assert hit([0.5, 0.1, 0.9], 2, within=1) == 1
+    assert hit([0.1, 0.1, 0.9, 0.1], 3) == pytest.approx(1 / 3)
+    assert hit([0.1, 0.1, 0.9, 0.1], 0, within=1) == pytest.approx(2 / 3)
+
+
+# ----------------------------------------------------------------------------------------------------------- seeds
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+def test_over_seeds_is_students_t(values):
+    summary = over_seeds(values)
+    n, mean = len(values), math.fsum(values) / len(values)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    spread = error * float(stats.t.ppf(0.975, n - 1))
+    assert summary["mean"] == pytest.approx(mean) and summary["values"] == values and summary["seeds"] == n
+    assert summary["ci95"] == pytest.approx([mean - spread, mean + spread], rel=1e-9, abs=1e-9)
+    if error > 1e-9:
+        assert summary["p"] == pytest.approx(2 * stats.t.sf(abs(mean) / error, n - 1), rel=1e-6)
+
+
+def test_over_seeds_of_one_seed_and_of_equal_ones():
+    assert over_seeds([0.5]) == {"mean": 0.5, "ci95": [None, None], "seeds": 1, "values": [0.5], "p": None}
+    assert over_seeds([0.0, 0.0])["p"] == 1 and over_seeds([0.1, 0.1, 0.1])["p"] == 0
+    assert over_seeds([0.1, 0.1, 0.1])["ci95"] == [0.1, 0.1]
+
+
+def test_paired_takes_differences_seed_by_seed():
+    assert paired([3.0, 5.0, 9.0], [1.0, 4.0, 6.0]) == over_seeds([2.0, 1.0, 3.0])
+    with pytest.raises(ValueError, match="shorter"):
+        paired([1.0, 2.0], [1.0])

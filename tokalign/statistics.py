@@ -1,4 +1,4 @@
-"""Accuracy, pass@k and differences between runs, every figure with its count and its interval.
+"""Accuracy, pass@k, ranking and differences between runs, every figure with its count and its interval.
 
 - Wilson (1927) score interval for one completion a problem.
 - Unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374), Eq. 1: 1 − C(n−c, k) / C(n, k).
@@ -6,6 +6,9 @@
   samples.
 - Two runs on the same problems are compared problem by problem: paired bootstrap, and McNemar's exact test (1947)
   where every problem has one 0/1 outcome.
+- AUROC of tokens (Mann-Whitney, ties half) resamples the rows that they stand in, never tokens. A resample is one
+  weight a row, so tokens are sorted once and every curve is a cumulative sum (`Ranking`).
+- Runs of several seeds have Student's t-interval over seeds.
 """
 
 from __future__ import annotations
@@ -149,7 +152,7 @@ def share_interval(
     if (data == data[0]).all():
         return wilson_interval(float(data[0]) * len(data), len(data), confidence)
     means = np.concatenate(list(bootstrap_means(data, samples=samples, seed=seed)))
-    return _percentile_interval(means, confidence)
+    return percentile_interval(means, confidence)
 
 
 def mean_interval(
@@ -157,7 +160,7 @@ def mean_interval(
 ) -> tuple[float, float]:
     """Percentile-bootstrap interval of the mean of any numbers, e.g. log-probabilities in nats."""
     means = np.concatenate(list(bootstrap_means(_values(values, "values"), samples=samples, seed=seed)))
-    return _percentile_interval(means, confidence)
+    return percentile_interval(means, confidence)
 
 
 def paired_bootstrap(
@@ -190,7 +193,7 @@ def paired_bootstrap(
         # A mean that is 0 in exact arithmetic may come out as 1e-17: it belongs to both tails.
         at_most_zero += int((means <= 1e-12).sum())
         at_least_zero += int((means >= -1e-12).sum())
-    low, high = _percentile_interval(np.concatenate(chunks), confidence)
+    low, high = percentile_interval(np.concatenate(chunks), confidence)
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
     binary = bool(np.isin(first, (0.0, 1.0)).all() and np.isin(second, (0.0, 1.0)).all())
     return {
@@ -229,10 +232,130 @@ def bootstrap_means(values: np.ndarray, *, samples: int, seed: int) -> Iterator[
         yield drawn @ distinct / len(values)
 
 
-def _percentile_interval(means: np.ndarray, confidence: float) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """The middle of bootstrap values (samples,), as much of it as `confidence` says."""
     tail = (1 - _checked_confidence(confidence)) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+# --------------------------------------------------------------------------------------------------------- ranking
+
+
+class Ranking:
+    """Tokens sorted by falling score, ties together: every curve is a cumulative sum over the G groups of equal score.
+
+    Args:
+        scores: (N,) finite.
+        targets: (N,) booleans, the tokens that should score high.
+        others: (N,) booleans, those that should not. A token may be neither; then it counts in sums of all only.
+        rows: (N,) which row (a response, a solution) a token stands in, any integers.
+
+    Attributes:
+        rows: (R,) the distinct rows, in the order of `resamples`.
+    """
+
+    def __init__(self, scores: np.ndarray, targets: np.ndarray, others: np.ndarray, rows: np.ndarray):
+        order = np.argsort(-scores, kind="stable")
+        ordered = scores[order]
+        self.starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # first token of each group
+        self.targets, self.others = targets[order], others[order]
+        self.rows, self._row = np.unique(rows[order], return_inverse=True)
+
+    def sums(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Targets, others and all tokens whose score is at least that of each group (G,), rows weighted by (R,)."""
+        each = np.ones(len(self._row), dtype=np.int64) if weights is None else weights[self._row]
+        hits, misses, everything = (
+            np.cumsum(np.add.reduceat(kind, self.starts))
+            for kind in (np.where(self.targets, each, 0), np.where(self.others, each, 0), each)
+        )
+        return hits, misses, everything
+
+    def resamples(self, samples: int, seed: int) -> Iterator[np.ndarray]:
+        """Weights (R,) of the rows, one resample at a time."""
+        count = len(self.rows)
+        generator = np.random.default_rng(seed)
+        for _ in range(samples):
+            yield generator.multinomial(count, np.full(count, 1 / count))
+
+
+def area_under_roc(hits: np.ndarray, others: np.ndarray) -> float:
+    """Chance that a target scores above another token, ties half; `Ranking.sums` of both (G,)."""
+    h, o = np.diff(hits, prepend=0), np.diff(others, prepend=0)
+    return float((h * (others[-1] - others + o / 2)).sum() / (hits[-1] * others[-1]))
+
+
+def auroc(scores: Sequence[float] | np.ndarray, is_target: Sequence[bool] | np.ndarray) -> float:
+    """Chance that a target token scores below another token, ties counted half; 0.5 is no information.
+
+    Args:
+        scores: (N,) finite scores, low = suspicious.
+        is_target: (N,) booleans.
+
+    Raises:
+        ValueError: lengths differ, or one of the two groups is empty.
+    """
+    scores, is_target = np.asarray(scores, dtype=np.float64), np.asarray(is_target, dtype=bool)
+    if scores.shape != is_target.shape or scores.ndim != 1:
+        raise ValueError(f"scores {scores.shape} and is_target {is_target.shape} must be vectors of one length.")
+    targets = int(is_target.sum())
+    others = len(scores) - targets
+    if targets == 0 or others == 0:
+        raise ValueError(f"AUROC needs targets and other tokens; there are {targets} and {others}.")
+    ranks = stats.rankdata(-scores)
+    return float((ranks[is_target].sum() - targets * (targets + 1) / 2) / (targets * others))
+
+
+def auroc_interval(
+    scores: np.ndarray,
+    is_target: np.ndarray,
+    rows: np.ndarray,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap over rows of `auroc`; `rows` (N,) is the row of each token, any integers."""
+    ranking = Ranking(-scores, is_target, ~is_target, rows)
+    sums = (ranking.sums(weights) for weights in ranking.resamples(samples, seed))
+    # A resample may lack one of the two groups; then there is nothing to tell apart.
+    values = [area_under_roc(hits, others) for hits, others, _ in sums if hits[-1] and others[-1]]
+    return percentile_interval(np.array(values), confidence)
+
+
+def hit(scores: Sequence[float] | np.ndarray, target: int, *, within: int = 0) -> float:
+    """Chance that the lowest score, one of the lowest at random, is at most `within` tokens from `target`."""
+    scores = np.asarray(scores)
+    lowest = np.flatnonzero(scores == scores.min())
+    return float((np.abs(lowest - target) <= within).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------- seeds
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """A figure over the seeds of a run: its mean, and how sure it is by Student's t.
+
+    Returns:
+        `mean`, `ci95`, `seeds` (their number), `values`, and `p`: two-sided, of a mean of 0, which says something of
+        differences only. A single seed has neither interval nor p (None).
+    """
+    n = len(values)
+    summary = {"mean": sum(values) / n, "ci95": [None, None], "seeds": n, "values": list(values), "p": None}
+    if n > 1 and min(values) == max(values):  # no spread, which t cannot divide by
+        return summary | {"ci95": [values[0], values[0]], "p": float(values[0] == 0)}
+    if n > 1:
+        test = stats.ttest_1samp(values, 0.0)
+        summary |= {"ci95": [float(end) for end in test.confidence_interval(0.95)], "p": float(test.pvalue)}
+    return summary
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """`over_seeds` of a − b: two methods, seed by seed on the same problems and pairs."""
+    return over_seeds([x - y for x, y in zip(a, b, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
 
 
 def _checked_confidence(confidence: float) -> float:

@@ -7,9 +7,10 @@ import pytest
 from datasets import Dataset
 
 from tests.support import tiny_tokenizer
-from tokalign.evaluation.run import compare_runs, evaluate, problem_seed, prompt_ids, write_metrics
+from tokalign.evaluation.run import compare_runs, evaluate, prompt_ids, write_metrics
 from tokalign.generation.protocol import Completion
 from tokalign.stage.errors import ContractError
+from tokalign.stage.seeds import problem_seed
 
 TOKENIZER = tiny_tokenizer()
 
@@ -59,7 +60,10 @@ def test_figures_of_a_known_solver(tmp_path):
     assert metrics["greedy_accuracy"] == 0.75 and metrics["n"] == 20 and metrics["truncated"] == 0
     assert metrics["ci95"][0] < 0.75 < metrics["ci95"][1]
     coins = [
-        [hashlib.sha256(f"{problem_seed(0, f'p{i}')}/{s}".encode()).digest()[0] % 2 == 0 for s in range(4)]
+        [
+            hashlib.sha256(f"{problem_seed(0, f'p{i}', 'evaluation')}/{s}".encode()).digest()[0] % 2 == 0
+            for s in range(4)
+        ]
         for i in range(20)
     ]
     assert metrics["sampled_accuracy"] == pytest.approx(sum(map(sum, coins)) / 80)

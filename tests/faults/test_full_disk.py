@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from tokalign.routing.router.features import write_features
+from tokalign.routing.labels.features import write_features
 from tokalign.stage.errors import JobError
 from tokalign.stage.files import write_text_atomically
 from tokalign.stage.jobs import run_job

@@ -158,8 +158,14 @@ def by_atheris(target: str, seconds: int, seed: int, failures: list[dict[str, st
 
         start()
         options = [
-            *(f"-max_total_time={seconds}", f"-seed={seed % 2**31 or 1}", f"-artifact_prefix={found}/"),
-            *(f"-timeout={SILENCE}", f"-rss_limit_mb={MEMORY}", "-print_final_stats=1", "-max_len=20000", str(corpus)),
+            f"-max_total_time={seconds}",
+            f"-seed={seed % 2**31 or 1}",
+            f"-artifact_prefix={found}/",
+            f"-timeout={SILENCE}",
+            f"-rss_limit_mb={MEMORY}",
+            "-print_final_stats=1",
+            "-max_len=20000",
+            str(corpus),
         ]
         command = [sys.executable, __file__, "--target", target, "--child", *options]
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT, check=False)

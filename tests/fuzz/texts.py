@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.fuzz.properties import check_sentence, lines_of
 from tokalign.rewards import StructuredReward, answers_match, extract_answer
-from tokalign.rewards.structured.documents.reading import FORMATS
+from tokalign.rewards.structured.documents.document import FORMATS
 from tokalign.rewards.structured.reward import COMPONENTS, WEIGHTS
 
 

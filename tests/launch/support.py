@@ -54,8 +54,16 @@ def free_port() -> int:
 def launch_command(config: str, script: Path, arguments: Sequence[str], options: Sequence[str] = ()) -> list[str]:
     """`accelerate launch` for a file of accelerate_configs/; fp32, since the CPU runs compare losses to 1e-5."""
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)),
-        *("--mixed_precision", "no", *options, str(script), *arguments),
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / config),
+        "--mixed_precision",
+        "no",
+        *options,
+        str(script),
+        *arguments,
     ]
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from benchmarks.structured_reward import GOOD, SCHEMA, hostile, large
 from tests.rewards.ordering import searching
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.structured.documents.reading import FORMATS, MISSING, Limits, read_document, text_of
+from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Limits
+from tokalign.rewards.structured.documents.reading import read_document, text_of
 from tokalign.rewards.structured.schemas import compile_schema
 
 

@@ -17,7 +17,7 @@ from tests.rewards.ordering import COMPONENTS, fault, hacks, is_attempt, schemas
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured import reward as module
 from tokalign.rewards.structured.content import equal
-from tokalign.rewards.structured.documents.reading import Limits
+from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import WEIGHTS
 from tokalign.rewards.structured.schemas import SchemaError
 
@@ -431,11 +431,31 @@ def test_components_share_one_reading(monkeypatch):
         score = StructuredReward(SCHEMA, max_length=100).score(text, answer)
         assert {name: values[index] for name, values in found.items()} == {name: score[name] for name in COMPONENTS}
     assert found["correctness"][1] is None
-    assert reward.score_batch(TEXTS) == reward.score_batch(
-        TEXTS, **columns
-    )  # without columns: what was found with them
+    assert reward.last_scores == reward.score_batch(TEXTS, answer=columns["answer"])
     other = reward(completions=TEXTS, answer=[None, None, None])
     assert other[0] == 3.6  # other references are another batch
+
+
+def test_a_batch_is_known_by_what_it_holds_not_by_its_list():
+    reward, metrics = StructuredReward(SCHEMA, weights={"validity": 1, "correctness": 1}), []
+    validity, correctness = reward.component_rewards()
+    texts, answers = [GOOD, GOOD], [GOOD, GOOD]
+
+    def both():
+        columns = {"answer": answers, "log_metric": lambda name, value: metrics.append(name)}
+        return [function(completions=texts, **columns) for function in (validity, correctness)]
+
+    assert both() == [[1.0, 1.0], [1.0, 1.0]] and reward(completions=texts, answer=answers) == [2.0, 2.0]
+    texts[0], answers[1] = "prose", json.dumps({"name": "other", "servings": 1})
+    assert both() == [[0.0, 1.0], [0.0, 0.0]] and reward(completions=texts, answer=answers) == [0.0, 1.0]
+    message = [{"role": "assistant", "content": GOOD}]
+    texts[0] = message
+    assert both()[0] == [1.0, 1.0]
+    message[0]["content"] = "prose"
+    assert both()[0] == [0.0, 1.0]
+    before = len(metrics)
+    both()  # an equal batch is a batch of its own: logged once more, once for both
+    assert len(metrics) == before + 2
 
 
 def test_schemas_of_rows_are_compiled_once(monkeypatch):

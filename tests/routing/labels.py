@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from tokalign.routing.router.features import write_features
+from tokalign.routing.labels.features import write_features
 from tokalign.stage.manifest import write_manifest
 from tokalign.stage.shards import shard_name
 

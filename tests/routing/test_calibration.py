@@ -65,7 +65,7 @@ def test_areas_and_recall_equal_brute_force(seed):
         max(r for t in [*set(scores.tolist()), 2.0] for q, r, _ in [at(scores, labels, responses, t)] if q <= rate)
         for rate in rates
     ]
-    hits, others, everything = metrics.Ranking(scores, labels, responses).sums()
+    hits, others, everything = metrics.ranking_of(scores, labels, responses).sums()
     assert metrics.area_under_roc(hits, others) == pytest.approx(np.mean(pairs))
     assert metrics.average_precision(hits, others) == pytest.approx(average)
     assert metrics.recall_at(hits, everything, rates).tolist() == pytest.approx(recalls)
@@ -73,13 +73,13 @@ def test_areas_and_recall_equal_brute_force(seed):
 
 def test_weights_of_responses_equal_repeated_responses():
     scores, labels, responses = tokens()
-    ranking = metrics.Ranking(scores, labels, responses)
-    weights = np.random.default_rng(5).integers(0, 3, len(ranking.distinct))
+    ranking = metrics.ranking_of(scores, labels, responses)
+    weights = np.random.default_rng(5).integers(0, 3, len(ranking.rows))
     repeated = np.concatenate(
-        [np.flatnonzero(responses == r) for r, w in zip(ranking.distinct, weights, strict=True) for _ in range(w)]
+        [np.flatnonzero(responses == r) for r, w in zip(ranking.rows, weights, strict=True) for _ in range(w)]
     )
     hits, others, everything = ranking.sums(weights)
-    plain = metrics.Ranking(scores[repeated], labels[repeated], responses[repeated]).sums()
+    plain = metrics.ranking_of(scores[repeated], labels[repeated], responses[repeated]).sums()
     assert metrics.area_under_roc(hits, others) == pytest.approx(metrics.area_under_roc(*plain[:2]))
     assert metrics.average_precision(hits, others) == pytest.approx(metrics.average_precision(*plain[:2]))
     recall = metrics.recall_at(hits, everything, [0.1, 0.4])
@@ -128,14 +128,14 @@ def test_the_report_holds_the_values_and_intervals_around_them(tmp_path):
 def test_measures_without_both_kinds_are_refused():
     scores, labels, responses = tokens()
     with pytest.raises(ValueError, match=r"There are 0 divergent and \d+ other tokens"):
-        metrics.Ranking(scores, np.minimum(labels, 1), responses)
+        metrics.ranking_of(scores, np.minimum(labels, 1), responses)
     with pytest.raises(ValueError, match=r"There are \d+ divergent and 0 other tokens"):
-        metrics.Ranking(scores, np.where(labels == 2, 2, -1), responses)
+        metrics.ranking_of(scores, np.where(labels == 2, 2, -1), responses)
     with pytest.raises(ValueError, match=r"scores \(200,\), labels \(199,\) and responses \(200,\) must be vectors"):
-        metrics.Ranking(scores, labels[1:], responses)
+        metrics.ranking_of(scores, labels[1:], responses)
     scores[17] = np.nan
     with pytest.raises(ValueError, match="The score of token 17 is not finite"):
-        metrics.Ranking(scores, labels, responses)
+        metrics.ranking_of(scores, labels, responses)
 
 
 # ----------------------------------------------------------------------------------------------------- thresholds

@@ -10,7 +10,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.routing.labels import records_of, write_labels
-from tokalign.routing.router.features import RouterDataset, WindowSampler, open_features, write_features
+from tokalign.routing.labels.features import open_features, write_features
+from tokalign.routing.router.features import RouterDataset, WindowSampler
 from tokalign.stage.errors import ContractError
 
 
@@ -85,25 +86,42 @@ def test_damaged_files_are_refused(tmp_path):
         return len(text).to_bytes(8, "little") + text + whole[8 + length :]
 
     hidden = header["hidden"]
-    for content, message in (
-        (b"", "is empty"),
-        (whole[:5], "cut short or no safetensors file"),
-        (whole[:20], "cut short or no safetensors file"),
-        (b"\xff" * 64, "cut short or no safetensors file"),
-        (whole[:-1], "does not fit in it"),
-        ((8).to_bytes(8, "little") + b"not json" + whole, "does not hold the tensors"),
-        (damaged(hidden={}), "does not hold the tensors"),
-        (damaged(hidden=hidden | {"dtype": "F32"}), "`hidden` has type F32"),
-        (damaged(hidden=hidden | {"shape": [6, 2, 2]}), r"`hidden` has shape \[6, 2, 2\]"),
-        (damaged(hidden=hidden | {"shape": [-6, -4]}), r"`hidden` has shape \[-6, -4\]"),
-        (damaged(hidden=hidden | {"shape": [60, 4]}), "does not fit in it"),
-        (damaged(hidden=hidden | {"shape": [4, 6]}), "differ in length"),
+    for content in (
+        b"",
+        whole[:5],
+        whole[:20],
+        b"\xff" * 64,
+        whole[:-1],
+        whole + b"0",
+        (8).to_bytes(8, "little") + b"not json" + whole,
+        damaged(hidden={}),
+        damaged(hidden=hidden | {"dtype": "F32"}),
+        damaged(hidden=hidden | {"shape": [-6, -4]}),
+        damaged(hidden=hidden | {"shape": [60, 4]}),
+        damaged(hidden=hidden | {"data_offsets": header["top_logits"]["data_offsets"]}),
     ):
         file.write_bytes(content)
-        with pytest.raises(ContractError, match=message):
+        with pytest.raises(ContractError, match="is cut short or no safetensors file"):
             open_features(file)
     file.unlink()
     with pytest.raises(ContractError, match="is missing; rerun the prefill stage"):
+        open_features(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": np.zeros(6)}, "does not hold the tensors"),
+        ({"hidden": np.zeros((6, 4), np.float32)}, "`hidden` has type F32"),
+        ({"hidden": np.zeros((6, 2, 2), np.float16)}, r"`hidden` has shape \[6, 2, 2\]"),
+        ({"entropy": np.zeros((6, 1), np.float32)}, r"`entropy` has shape \[6, 1\]"),
+        ({"hidden": np.zeros((4, 6), np.float16)}, "differ in length"),
+    ],
+)
+def test_files_of_other_tensors_are_refused(tmp_path, changes, message):
+    file = tmp_path / write_features(tmp_path, ["a"], arrays())
+    save_file(load_file(file) | changes, file)
+    with pytest.raises(ContractError, match=message):
         open_features(file)
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as SlmConfig
 
 from tests.support import save_tiny, tiny_model
+from tokalign.routing.labels.features import row_features
 from tokalign.routing.router.card import write_model_card
-from tokalign.routing.router.model import TokenRouter, TokenRouterConfig, embedding_shape, row_features
+from tokalign.routing.router.model import TokenRouter, TokenRouterConfig, embedding_shape
 from tokalign.stage.hashes import weights_hash
 
 SMALL = {"hidden_size": 8, "embedding_size": 6, "shared_vocab": 20, "top_k": 5, "width": 16, "num_blocks": 2}

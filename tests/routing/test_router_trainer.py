@@ -22,11 +22,12 @@ from tests.routing.labels import write_labels
 from tests.support import tiny_model
 from tokalign.routing.router.calibration import report_on, score_dataset
 from tokalign.routing.router.features import RouterDataset
-from tokalign.routing.router.metrics import Ranking, area_under_roc, average_precision
+from tokalign.routing.router.metrics import average_precision, ranking_of
 from tokalign.routing.router.model import TokenRouter
 from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import weights_hash
+from tokalign.statistics import area_under_roc
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "router.py"
 SHAPE = {"width": 16, "num_blocks": 1}
@@ -119,7 +120,7 @@ def test_it_learns_and_ends_with_the_best_router(labels, slm, tmp_path):
     assert len(evaluations) - evaluations.index(best) == 3  # two without improvement behind the best
     calibration = trainer.eval_dataset
     scores = score_dataset(trainer.model, calibration)
-    hits, others, _ = Ranking(scores, calibration.labels, calibration.responses).sums()
+    hits, others, _ = ranking_of(scores, calibration.labels, calibration.responses).sums()
     assert best["eval_auroc"] == pytest.approx(area_under_roc(hits, others), abs=1e-6) and best["eval_auroc"] > 0.9
     assert best["eval_auprc"] == pytest.approx(average_precision(hits, others), abs=1e-6)
     wanted, scores = calibration.labels == 2, scores.astype(np.float64)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import tiny_tokenizer
 from tokalign.generation.protocol import Completion
-from tokalign.routing.labels.divergence import DIVERGENT, INVALID, NEUTRAL
+from tokalign.routing.labels.classes import DIVERGENT, INVALID, NEUTRAL
 from tokalign.routing.labels.verdicts import (
     DISAGREE,
     LLM_WRONG,

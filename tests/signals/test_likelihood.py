@@ -220,7 +220,9 @@ def test_script(tiny_path, adapters, tmp_path):
     source[3]["chosen_ids"] = []
     source[5]["prompt_ids"] = [7] * 510
     run_job(
-        *(lambda batch: batch, Dataset.from_list(source), tmp_path / "pairs"),
+        lambda batch: batch,
+        Dataset.from_list(source),
+        tmp_path / "pairs",
         **{"name": "pairs", "parameters": {}, "tokenizer": tokenizer},
     )
     options = {"model": tiny_path, "dataset": str(tmp_path / "pairs"), "output_dir": str(tmp_path / "scored")}

@@ -23,14 +23,13 @@ from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
 from tokalign.signals import PromptingScorer, token_reward
-from tokalign.stage.contract import check_preferences
+from tokalign.stage.contract import SIDES, check_preferences
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("chosen", "rejected")
 
 
 def equation(better: float, worse: float) -> float:
@@ -272,7 +271,7 @@ def test_script_by_path_raw_and_what_it_drops(tiny_path, tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"better": "{prompt}: not {completion} but ", "worse": "{prompt} and {completion} or "}))
     run = arguments(
-        *(tiny_path, tmp_path / "odd", tmp_path / "out"), prompt_format="raw", templates=str(file), token_budget=300
+        tiny_path, tmp_path / "odd", tmp_path / "out", prompt_format="raw", templates=str(file), token_budget=300
     )
     score_token_rewards.main(run)
     manifest = read_manifest(tmp_path / "out")

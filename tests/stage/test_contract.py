@@ -6,15 +6,18 @@ import copy
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.support import ALPHABET, tiny_tokenizer
+from tokalign.stage import hashes
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import content_hash, tokenizer_hash, weights_hash
+from tokalign.stage.files import write_json_atomically
+from tokalign.stage.hashes import content_hash, model_identity, tokenizer_hash, weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
@@ -87,6 +90,17 @@ def test_weights_hash_is_of_the_content(tiny_path, tmp_path):
         weights_hash(tmp_path / "empty")
     with pytest.raises(ContractError, match=r"does not exist"):
         weights_hash(tmp_path / "nowhere")
+
+
+def test_model_identity_is_the_hash_or_a_servers_name_in_the_main_process_alone(tiny_path, monkeypatch):
+    assert model_identity(tiny_path) == model_identity(tiny_path, remote=True) == weights_hash(tiny_path)
+    assert model_identity("served-name/of/three-parts", remote=True) == "served-name/of/three-parts"
+    assert model_identity(None) is None
+    with pytest.raises(ContractError, match="does not exist"):
+        model_identity("served-name/of/three-parts")
+    monkeypatch.setattr(hashes, "process_state", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(hashes, "weights_hash", None)  # other processes read no weights
+    assert model_identity(tiny_path) is None
 
 
 def test_content_hash_is_of_the_values_and_not_of_their_storage(tmp_path):
@@ -198,3 +212,13 @@ def test_a_stage_is_not_read_as_a_split_that_it_does_not_have(tmp_path):
         load_stage(tmp_path / "stage", split="test")
     assert len(load_stage(tmp_path / "stage")) == len(load_stage(tmp_path / "test", split="test")) == 1
     assert len(load_stage(tmp_path, split="test")) == 1
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "figures.json"
+    write_json_atomically(file, {"Name": "Zoë", "ci95": [0.25, None]})
+    text = file.read_text(encoding="utf-8")
+    assert json.loads(text) == {"Name": "Zoë", "ci95": [0.25, None]} and "Zoë" in text and text.endswith("}\n")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json_atomically(file, {"accuracy": float("nan")})
+    assert file.read_text(encoding="utf-8") == text and list(tmp_path.iterdir()) == [file]

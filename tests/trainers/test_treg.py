@@ -24,10 +24,9 @@ from tests.trainers.preferences import (
     token_logps,
 )
 from tokalign.data.revision import load_templates, revision_prompt_ids
+from tokalign.stage.contract import SIDES
 from tokalign.stage.errors import ContractError
 from tokalign.trainers import TRegConfig, TRegTrainer
-
-SIDES = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from tokalign.view.curriculum import curriculum, first_step, plot_curriculum
 
 LOG = [
@@ -29,3 +32,14 @@ def test_first_step_is_where_half_of_the_way_is_made() -> None:
 def test_a_picture_is_written(tmp_path) -> None:
     plot_curriculum({"one": LOG, "two": LOG}, tmp_path / "curriculum.png", window=2)
     assert (tmp_path / "curriculum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_importing_the_views_leaves_matplotlib_as_it_was() -> None:
+    code = (
+        "import importlib, pkgutil, sys, matplotlib; matplotlib.rcParams['backend'] = 'svg'; import tokalign.view;"
+        "names = [m.name for m in pkgutil.iter_modules(tokalign.view.__path__)];"
+        "[importlib.import_module(f'tokalign.view.{name}') for name in names];"
+        "assert 'curriculum' in names and matplotlib.rcParams['backend'] == 'svg', matplotlib.rcParams['backend'];"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

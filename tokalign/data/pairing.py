@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from tokalign.stage.errors import ContractError
+from tokalign.stage.jobs import Row
 
-Row = dict[str, Any]
 NO_CORRECT, NO_WRONG = "no correct rollout", "no wrong rollout"
 NO_ANSWER, NO_FINISHED = "no wrong rollout with an answer", "no finished rollout"
 ONE_FINISHED, EQUAL_REWARDS = "only one finished rollout", "rewards no further apart than min_margin"
@@ -277,10 +277,10 @@ def best_worst_pair(rollouts: Sequence[Row], options: BestWorstOptions = BestWor
     The row has the columns of the stage `preferences`, and `answer`, `pair` (0), `reward_chosen`, `reward_rejected`
     (one number a side; `chosen_<signal>` is the name of a list with a number a token).
     """
-    found, reason, left_out = _best_and_worst(rollouts, options)
-    if found is None:
+    pair, reason, left_out = _best_and_worst(rollouts, options)
+    if pair is None:
         return Selection([], reason, left_out)
-    best, worst = found
+    best, worst = pair
     row = {
         "id": best["id"],
         "pair": 0,
@@ -299,8 +299,8 @@ def best_worst_pair(rollouts: Sequence[Row], options: BestWorstOptions = BestWor
 
 def best_rows(rollouts: Sequence[Row], options: BestWorstOptions = BestWorstOptions()) -> Selection:
     """SFT row of one problem: its best rollout, for the problems that give a pair (the chosen side of that pair)."""
-    found, reason, left_out = _best_and_worst(rollouts, options)
-    return Selection([] if found is None else [_sft_row(found[0])], reason, left_out)
+    pair, reason, left_out = _best_and_worst(rollouts, options)
+    return Selection([] if pair is None else [_sft_row(pair[0])], reason, left_out)
 
 
 def _why_none(correct: Sequence[Row], wrong: Sequence[Row]) -> str:

@@ -55,10 +55,10 @@ class RevisionTemplates:
                 raise ContractError(
                     f"{where} is missing or not a text; write a text with {{prompt}} and {{completion}}."
                 )
-            found = _FIELD.findall(text)
-            if missing := [field for field in FIELDS if field not in found]:
+            fields = _FIELD.findall(text)
+            if missing := [field for field in FIELDS if field not in fields]:
                 raise ContractError(f"{where} lacks the field {{{missing[0]}}}; put it where that text belongs.")
-            if unknown := [field for field in found if field not in FIELDS]:
+            if unknown := [field for field in fields if field not in FIELDS]:
                 raise ContractError(
                     f"{where} has the unknown field {{{unknown[0]}}}; the fields are {{prompt}} and {{completion}}."
                 )

@@ -15,14 +15,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.signals.scorer import CompletionScorer
-from tokalign.stage.contract import check_preferences
+from tokalign.generation.scorer import CompletionScorer
+from tokalign.stage.contract import SIDES, check_preferences
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.statistics import mean_interval
-
-SIDES = ("chosen", "rejected")
 
 
 class LogProbScorer(CompletionScorer):

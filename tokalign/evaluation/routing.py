@@ -115,9 +115,13 @@ def print_routing(points: Mapping[str, Sequence[Mapping[str, Any]]], console: Co
             paired = point.get("minus_llm")
             difference = f"{100 * paired['difference']:+.1f}" if paired else ""
             table.add_row(
-                *(name, f"{100 * point['llm_rate']:.1f} %", f"{100 * point['accuracy']:.1f} %"),
-                *(f"{100 * low:.1f} – {100 * high:.1f}", f"{point['activated_parameters']:,.0f}"),
-                *(f"{point['full_cost']:,.0f}", difference),
+                name,
+                f"{100 * point['llm_rate']:.1f} %",
+                f"{100 * point['accuracy']:.1f} %",
+                f"{100 * low:.1f} – {100 * high:.1f}",
+                f"{point['activated_parameters']:,.0f}",
+                f"{point['full_cost']:,.0f}",
+                difference,
             )
     (console or Console()).print(table)
 

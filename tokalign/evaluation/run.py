@@ -7,9 +7,6 @@ and two runs can be compared long after their models are gone.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, SamplingParams
+from tokalign.generation.rollouts import Extract, Match
 from tokalign.prompts import render_prompt
+from tokalign.stage.contract import SIDES
 from tokalign.stage.errors import ContractError
+from tokalign.stage.files import write_json_atomically
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
+from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import accuracy, paired_bootstrap, pass_at_k_report, sampled_accuracy
 
 METRICS = "metrics.json"
-Extract = Callable[[str], str | None]
-Match = Callable[[str | None, str | None], bool]
 
 
 def evaluate(
@@ -90,7 +89,7 @@ def evaluate(
                 top_p=top_p,
                 max_tokens=max_tokens,
                 stop=tuple(stop),
-                seed=problem_seed(seed, row["id"]),
+                seed=problem_seed(seed, row["id"], "evaluation"),
             )
             for row in rows
         ]
@@ -200,7 +199,7 @@ def compare_logps(run: str | Path, other: str | Path) -> dict[str, Any]:
     if list(first["id"]) != list(second["id"]):
         raise ContractError(f"{run} and {other} scored different pairs; score both with the same preferences.")
     changes: dict[str, Any] = {}
-    values = {side: (list(first[f"{side}_logp"]), list(second[f"{side}_logp"])) for side in ("chosen", "rejected")}
+    values = {side: (list(first[f"{side}_logp"]), list(second[f"{side}_logp"])) for side in SIDES}
     values["margin"] = (
         [c - r for c, r in zip(values["chosen"][0], values["rejected"][0], strict=True)],
         [c - r for c, r in zip(values["chosen"][1], values["rejected"][1], strict=True)],
@@ -219,17 +218,9 @@ def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, promp
     return render_prompt(row["prompt"], tokenizer, prompt_format)
 
 
-def problem_seed(seed: int, identity: str) -> int:
-    """Seed of one problem's samples, the same wherever and beside whatever it is evaluated."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:7], "big")
-
-
 def write_metrics(output_dir: str | Path, metrics: Mapping[str, Any]) -> None:
     """Write `metrics.json` atomically."""
-    file = Path(output_dir) / METRICS
-    temporary = file.with_name(f".{METRICS}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_json_atomically(Path(output_dir) / METRICS, metrics)
 
 
 def _by_id(rows: Dataset, column: str) -> dict[str, float]:

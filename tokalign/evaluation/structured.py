@@ -32,7 +32,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.evaluation.run import problem_seed, prompt_ids
+from tokalign.evaluation.run import prompt_ids
 from tokalign.generation.protocol import Completion, Engine, SamplingParams
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.content import equal, leaf_f1
@@ -44,6 +44,7 @@ from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
+from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import accuracy, mean_interval, paired_bootstrap, share_interval
 
 TIMING = "timing"  # folder of one file a process start
@@ -107,7 +108,7 @@ def evaluate_structured(
         each = [
             SamplingParams(
                 temperature=temperature,
-                seed=problem_seed(seed, row["id"]),
+                seed=problem_seed(seed, row["id"], "evaluation"),
                 max_tokens=max_tokens,
                 stop=tuple(stop),
                 json_schema=(row.get("schema") or schema) if constrained else None,

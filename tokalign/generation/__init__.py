@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from tokalign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from tokalign.generation.arguments import EngineArguments, load_engine
+    from tokalign.generation.arguments import EngineArguments
+    from tokalign.generation.engines import load_engine
     from tokalign.generation.protocol import Completion, Engine, SamplingParams, continue_from_prefixes
 
 __all__ = [
@@ -17,7 +18,8 @@ __all__ = [
     "load_engine",
 ]
 _HOMES = {
-    "arguments": ("EngineArguments", "load_engine"),
+    "arguments": ("EngineArguments",),
+    "engines": ("load_engine",),
     "protocol": ("Completion", "Engine", "SamplingParams", "continue_from_prefixes"),
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

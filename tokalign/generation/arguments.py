@@ -1,16 +1,14 @@
-"""The arguments that name an engine, and the engine that they name."""
+"""The arguments that name an engine and say how it is loaded; `tokalign.generation.engines` loads it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tokalign.generation.protocol import Engine
-
 
 @dataclass
 class EngineArguments:
-    """Command-line and YAML arguments of `load_engine`, for `TrlParser`."""
+    """Command-line and YAML arguments of `tokalign.generation.load_engine`, for `TrlParser`."""
 
     model: str = field(metadata={"help": "Hub id or path of the model (OpenAI engine: of its tokenizer too)."})
     engine: Literal["transformers", "vllm", "openai"] = field(
@@ -76,20 +74,3 @@ class EngineArguments:
         default="xgrammar",
         metadata={"help": "transformers, vllm: library that constrains completions to a JSON Schema, where asked to."},
     )
-
-
-def load_engine(arguments: EngineArguments) -> Engine:
-    """The engine that `arguments.engine` names, loaded and ready. Only its own dependencies are imported."""
-    if arguments.engine == "transformers":
-        from tokalign.generation.transformers_engine import TransformersEngine
-
-        return TransformersEngine(arguments)
-    if arguments.engine == "vllm":
-        from tokalign.generation.vllm_engine import VLLMEngine
-
-        return VLLMEngine(arguments)
-    if arguments.engine == "openai":
-        from tokalign.generation.openai_engine import OpenAIEngine
-
-        return OpenAIEngine(arguments)
-    raise ValueError(f"engine is {arguments.engine!r}: use `transformers`, `vllm` or `openai`.")

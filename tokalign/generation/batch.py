@@ -10,23 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
+from tokalign.generation.constrained import Grammars, Matcher
 from tokalign.generation.protocol import Completion, Ids, SamplingParams
 from tokalign.generation.sampling import sample, uniforms, wide_dtype
-
-if TYPE_CHECKING:
-    from tokalign.generation.constrained import Grammars, Matcher
 
 # Logits looked at together while sampling; bounds its float64 temporaries to a few hundred MB at any vocabulary.
 SAMPLED_LOGITS = 2**24
 
 
 @dataclass(slots=True)
-class Row:
+class SampledRow:
     """One completion to be drawn."""
 
     request: int
@@ -70,7 +68,7 @@ class Plan:
 class Batch:
     """Rows in flight: `columns` have one entry a row, `logits` (B, V) are those of each row's next token."""
 
-    def __init__(self, rows: list[Row], start: Prefilled, which: list[int], plan: Plan):
+    def __init__(self, rows: list[SampledRow], start: Prefilled, which: list[int], plan: Plan):
         device = start.logits.device
 
         def column(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
@@ -131,7 +129,9 @@ class Batch:
                 allowed = logits.masked_fill(c["banned"][part] & now[:, None], -torch.inf)
             if grammars is not None:
                 allowed = logits.clone() if allowed is logits else allowed
-                grammars.mask_(allowed, self.rows[part], done[part])
+                rows = self.rows[part]
+                matchers = [None if d else row.matcher for row, d in zip(rows, done[part], strict=True)]
+                grammars.mask_(allowed, matchers, [row.request for row in rows])
             ids = sample(allowed, u[part], c["temperature"][part], c["top_p"][part])[:, None]
             drawn.append((ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)))
         self.last = torch.cat([ids for ids, _ in drawn])

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-if TYPE_CHECKING:
-    from tokalign.generation.batch import Row
 
 GRAMMARS_KEPT = 1024  # compiled schemas an engine; a data set may have one a row
 # A number that has begun and cannot end here.
@@ -72,29 +70,32 @@ class Grammars:
         except (ValueError, RuntimeError) as error:
             raise refused(prompt, error) from error
 
-    def mask_(self, logits: torch.Tensor, rows: list[Row], done: list[bool]) -> None:
-        """Put −inf, in place, on the ids that the rows' schemas forbid; free rows and those that are done stay.
+    def mask_(self, logits: torch.Tensor, matchers: Sequence[Matcher | None], prompts: Sequence[int]) -> None:
+        """Put −inf, in place, on the ids that each row's document cannot go on with.
 
         Args:
             logits: (B, V), −inf where an id is banned.
-            rows, done: B of each.
+            matchers: B of them; None for a row without a schema, and for one whose document is done.
+            prompts: B numbers of prompts, for the error.
 
         Raises:
             ValueError: a schema and the bans together leave a row no id.
         """
-        bits = torch.full((len(rows), self._words), -1, dtype=torch.int32)
-        bound = [k for k, row in enumerate(rows) if row.matcher is not None and not done[k]]
+        # The libraries fill one bit an id. All bits are set at first, so a row without a matcher is not masked.
+        bits = torch.full((len(matchers), self._words), -1, dtype=torch.int32)
+        bound = [k for k, matcher in enumerate(matchers) if matcher is not None]
         for k in bound:
-            rows[k].matcher.fill(bits, k)  # type: ignore[union-attr]
+            matchers[k].fill(bits, k)  # type: ignore[union-attr]
         places = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = (bits.to(logits.device)[:, :, None] >> places) & 1
         logits.masked_fill_(allowed.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+        # Sampling from a row of −inf would give any id at all.
         dead = (logits.amax(-1) == -torch.inf).tolist()
         for k in bound:
             if dead[k]:
                 raise ValueError(
-                    f"Prompt {rows[k].request} has come to a place where no token is left that its json_schema "
-                    "allows and that is not banned: lift the ban, or use a tokenizer that can spell the document."
+                    f"Prompt {prompts[k]} has come to a place where no token is left that its json_schema allows and "
+                    "that is not banned: lift the ban, or use a tokenizer that can spell the document."
                 )
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import render_prompt
-from tokalign.rewards import answers_match, extract_answer
 from tokalign.stage.jobs import Dropped
+from tokalign.stage.seeds import problem_seed
 
+Extract = Callable[[str], str | None]  # a text's final answer
+Match = Callable[[str | None, str | None], bool]  # whether an answer is the reference's
 TOO_LONG = "prompt longer than max_prompt_length"
-
-
-def row_seed(seed: int, problem_id: Any) -> int:
-    """Seed of one problem's rollouts, the same in every process and shard."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{problem_id}".encode()).digest()[:8], "big") >> 1
 
 
 def sampler(
     engine: Engine,
     params: SamplingParams,
     *,
+    extract: Extract,
+    match: Match,
     seed: int = 0,
     prompt_format: str = "chat",
     max_prompt_length: int | None = None,
@@ -31,6 +29,8 @@ def sampler(
     """The job's function: problems in, for each its rollouts or why it was dropped.
 
     Args:
+        extract, match: read the final answer out of a completion, and compare it with the problem's reference
+            (`tokalign.rewards.extract_answer`, `answers_match`).
         params: of every problem; each gets its own seed from `seed` and its id.
         prompt_format: as in `render_prompt`.
         max_prompt_length: longer prompts are dropped; None is what the model can hold.
@@ -43,14 +43,14 @@ def sampler(
     def sample(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Dropped]:
         prompts = [render_prompt(problem["prompt"], tokenizer, prompt_format) for problem in problems]
         kept = [i for i, ids in enumerate(prompts) if limit is None or len(ids) <= limit]
-        each = [replace(params, seed=row_seed(seed, problems[i]["id"])) for i in kept]
+        each = [replace(params, seed=problem_seed(seed, problems[i]["id"], "rollouts")) for i in kept]
         items: list[list[dict[str, Any]] | Dropped] = [Dropped(TOO_LONG) for _ in problems]
         for i, completions in zip(kept, engine.generate([prompts[i] for i in kept], each), strict=True):
             rows = []
             for number, completion in enumerate(completions):
                 text = str(tokenizer.decode(completion.token_ids, skip_special_tokens=True))
                 reference = problems[i]["answer"]
-                answer = extract_answer(text) if reference else None  # following instructions has no final answer
+                answer = extract(text) if reference else None  # following instructions has no final answer
                 rollout = {
                     "prompt_ids": prompts[i],
                     "completion_ids": completion.token_ids,
@@ -59,7 +59,7 @@ def sampler(
                     "logprobs": completion.logprobs,
                     "sample": number,
                     "extracted": answer,
-                    "correct": answers_match(answer, reference) if reference else None,
+                    "correct": match(answer, reference) if reference else None,
                 }
                 rows.append({**problems[i], **rollout})
             items[i] = rows

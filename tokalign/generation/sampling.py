@@ -46,6 +46,16 @@ def uniforms(seeds: torch.Tensor, samples: torch.Tensor, steps: torch.Tensor) ->
     return _shift(bits, 64 - keep).to(dtype) * 2.0**-keep
 
 
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy (N,) in nats of the distributions with these logits (N, V) float32: −Σ p log p = log Z − Σ p z.
+
+    A banned id, whose logit is −inf, contributes nothing.
+    """
+    total = logits.logsumexp(dim=-1)
+    # In place, since V may be 150 000. A banned id gives 0 · −inf = NaN; NaN among the logits still shows in `total`.
+    return total - (logits - total[:, None]).exp_().mul_(logits).nan_to_num_(nan=0.0).sum(dim=-1)
+
+
 def sample(
     logits: torch.Tensor,
     u: torch.Tensor,

@@ -6,19 +6,11 @@ The engines mask their own steps; this is for code that only calls `generate`, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from tokalign.generation.constrained import Grammars, Matcher
-
-
-@dataclass
-class _Row:
-    matcher: Matcher
-    request: int
 
 
 class SchemaLogitsProcessor(LogitsProcessor):
@@ -43,26 +35,25 @@ class SchemaLogitsProcessor(LogitsProcessor):
         backend: str = "xgrammar",
     ):
         self._tokenizer, self._schemas, self._end_ids, self._backend = tokenizer, list(schemas), list(end_ids), backend
-        self._rows: list[Any] = []
-        self._done: list[bool] = []
+        self._matchers: list[Matcher | None] = []  # None once the completion has ended
 
     @property
     def used(self) -> bool:
         """Whether any step has been masked."""
-        return bool(self._rows)
+        return bool(self._matchers)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores (B, V) with −inf where a row's schema has no such continuation of `input_ids` (B, T)."""
-        if not self._rows:  # the width of the logits, which may exceed the vocabulary, is known only now
+        if not self._matchers:  # the width of the logits, which may exceed the vocabulary, is known only now
             self._grammars = Grammars(self._backend, self._tokenizer, scores.shape[1], self._end_ids)
-            self._rows = [_Row(self._grammars.matcher(schema, i), i) for i, schema in enumerate(self._schemas)]
-            self._done = [False] * len(self._rows)
+            self._matchers = [self._grammars.matcher(schema, i) for i, schema in enumerate(self._schemas)]
         else:
             for i, token in enumerate(input_ids[:, -1].tolist()):
-                if not self._done[i] and token in self._end_ids:
-                    self._done[i] = True
-                elif not self._done[i]:
-                    self._rows[i].matcher.accept(token)
+                matcher = self._matchers[i]
+                if matcher is not None and token in self._end_ids:
+                    self._matchers[i] = None
+                elif matcher is not None:
+                    matcher.accept(token)
         scores = scores.clone()  # generate may still need the scores that it gave
-        self._grammars.mask_(scores, self._rows, self._done)
+        self._grammars.mask_(scores, self._matchers, range(len(self._matchers)))
         return scores

@@ -32,7 +32,7 @@ from transformers import (
 
 from tokalign.generation.adapters import adapter_config
 from tokalign.generation.arguments import EngineArguments
-from tokalign.generation.batch import Batch, Plan, Prefilled, Row
+from tokalign.generation.batch import Batch, Plan, Prefilled, SampledRow
 from tokalign.generation.cache import is_plain, new_cache
 from tokalign.generation.constrained import Grammars
 from tokalign.generation.protocol import (
@@ -142,7 +142,7 @@ class TransformersEngine:
         with self._using(adapter):
             shared: list[Any] = []
 
-            def prefill(rows: list[Row]) -> tuple[Prefilled, list[int]]:
+            def prefill(rows: list[SampledRow]) -> tuple[Prefilled, list[int]]:
                 if not shared:
                     cache = new_cache(self.model.config)
                     ids = torch.tensor([whole], device=self.device)
@@ -163,11 +163,11 @@ class TransformersEngine:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    def _rows(self, prompts: Sequence[Ids], each: list[SamplingParams]) -> list[Row]:
+    def _rows(self, prompts: Sequence[Ids], each: list[SamplingParams]) -> list[SampledRow]:
         for i, params in enumerate(each):
             if params.json_schema is not None:  # compiled now, so that a bad one stops the call at once
                 self._loaded_grammars().matcher(params.json_schema, i)
-        rows: list[Row] = []
+        rows: list[SampledRow] = []
         groups: dict[tuple[int, ...], int] = {}
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -175,7 +175,7 @@ class TransformersEngine:
             if self.max_length is not None:
                 limit = min(limit, self.max_length - len(prompt))
             group = groups.setdefault(tuple(prompt), len(groups))
-            rows += [Row(i, group, prompt, params, seed, k, limit) for k in range(params.draws)]
+            rows += [SampledRow(i, group, prompt, params, seed, k, limit) for k in range(params.draws)]
         return rows
 
     def _loaded_grammars(self) -> Grammars:
@@ -184,7 +184,7 @@ class TransformersEngine:
         return self._grammars
 
     @torch.inference_mode()
-    def _run(self, rows: list[Row], prefill: Callable[[list[Row]], tuple[Prefilled, list[int]]]) -> None:
+    def _run(self, rows: list[SampledRow], prefill: Callable[[list[SampledRow]], tuple[Prefilled, list[int]]]) -> None:
         """Complete every row. Longest first: later rows then never widen the batch that they join."""
         if not rows:
             return
@@ -239,7 +239,7 @@ class TransformersEngine:
         )
         return output.logits[:, -1].to(ids.device)
 
-    def _prefill_prompts(self, rows: list[Row]) -> tuple[Prefilled, list[int]]:
+    def _prefill_prompts(self, rows: list[SampledRow]) -> tuple[Prefilled, list[int]]:
         """Each distinct prompt of `rows` once, padded on the left, and which of them each row continues."""
         place: dict[int, int] = {}
         which = [place.setdefault(row.group, len(place)) for row in rows]
@@ -254,7 +254,7 @@ class TransformersEngine:
         return Prefilled(cache, mask, logits), which
 
     def _prefill_prefixes(
-        self, rows: list[Row], shared: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self, rows: list[SampledRow], shared: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[Prefilled, list[int]]:
         """Each distinct prefix of `rows` from the `shared` keys and values (1, heads, L, d) of the longest one.
 
@@ -319,7 +319,7 @@ class TransformersEngine:
         self._adapters[path] = name
 
 
-def _collect(rows: list[Row], each: list[SamplingParams]) -> list[list[Completion]]:
+def _collect(rows: list[SampledRow], each: list[SamplingParams]) -> list[list[Completion]]:
     """Completions by request, in the caller's order."""
     results: list[list[Completion]] = [[] for _ in each]
     for row in rows:

@@ -19,72 +19,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
-from tokalign.statistics import share_interval
+from tokalign.statistics import auroc, auroc_interval, hit, share_interval
 
 CHANCE = "chance"  # the baseline that every report holds
-
-
-def auroc(scores: Sequence[float] | np.ndarray, is_target: Sequence[bool] | np.ndarray) -> float:
-    """Chance that a target token scores below another token, ties counted half; 0.5 is no information.
-
-    Args:
-        scores: (N,) finite scores, low = suspicious.
-        is_target: (N,) booleans.
-
-    Raises:
-        ValueError: lengths differ, or one of the two groups is empty.
-    """
-    scores, is_target = np.asarray(scores, dtype=np.float64), np.asarray(is_target, dtype=bool)
-    if scores.shape != is_target.shape or scores.ndim != 1:
-        raise ValueError(f"scores {scores.shape} and is_target {is_target.shape} must be vectors of one length.")
-    targets = int(is_target.sum())
-    others = len(scores) - targets
-    if targets == 0 or others == 0:
-        raise ValueError(f"AUROC needs targets and other tokens; there are {targets} and {others}.")
-    ranks = stats.rankdata(-scores)
-    return float((ranks[is_target].sum() - targets * (targets + 1) / 2) / (targets * others))
-
-
-def auroc_interval(
-    scores: np.ndarray,
-    is_target: np.ndarray,
-    rows: np.ndarray,
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap over rows of `auroc`; `rows` (N,) is the row 0..R−1 of each token.
-
-    A resample is one weight a row, so tokens are sorted once and each resample costs one pass over them.
-    """
-    order = np.argsort(-scores, kind="stable")
-    ordered = -scores[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # first token of each group of equal scores
-    target, row = is_target[order], rows[order]
-    count = int(rows.max()) + 1
-    generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(samples):
-        weight = generator.multinomial(count, np.full(count, 1 / count))[row]
-        hits = np.add.reduceat(np.where(target, weight, 0), starts)
-        others = np.add.reduceat(np.where(target, 0, weight), starts)
-        below = np.cumsum(others) - others  # other tokens that look less suspicious than this group
-        pairs = hits.sum() * others.sum()
-        if pairs:
-            values.append(float((hits * (below + others / 2)).sum() / pairs))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def hit(scores: Sequence[float] | np.ndarray, target: int, *, within: int = 0) -> float:
-    """Chance that the lowest score, one of the lowest at random, is at most `within` tokens from `target`."""
-    scores = np.asarray(scores)
-    lowest = np.flatnonzero(scores == scores.min())
-    return float((np.abs(lowest - target) <= within).mean())
 
 
 def report(

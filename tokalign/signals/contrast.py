@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.signals.scorer import CompletionScorer
+from tokalign.generation.scorer import CompletionScorer
 
 CPU_TILE_BYTES = 8 << 20  # logits of a tile, exponentials included: small enough to stay near the cache
 SMALLEST_BLOCK = 2048  # words of the vocabulary in one matrix product
@@ -222,11 +222,16 @@ class ContrastiveScorer(CompletionScorer):
         A matrix product over many positions reads and packs the large weight once for all of them: on a CPU that is
         twice as fast as tiles of few positions and the whole vocabulary, in the same memory.
         """
+        # The head is linear, so the two logits are combined before it, as states: one product with the weight, not two.
+        # A cap on logits is not linear; there both models' tiles are made and capped first.
         if self.softcap is None:
             dtype = positive.dtype
             positive = positive.float().mul_(1 + self.beta).sub_(negative, alpha=self.beta).to(dtype)
         weight, bias = self.head.weight, self.head.bias
         block = max(1, self.tile_bytes // (entry * len(token_ids)))
+        # Softmax over a vocabulary that is seen block by block (online normaliser, arXiv 1805.02867): keep the highest
+        # logit so far and the sum of exp(logit − highest); when a block raises the highest, the sum is scaled down to
+        # it.
         highest = positive.new_full((len(token_ids),), -torch.inf, dtype=torch.float32)
         total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
         for start in range(0, weight.shape[0], block):
@@ -235,10 +240,12 @@ class ContrastiveScorer(CompletionScorer):
             tile = self._transform(linear(positive, *part))
             if self.softcap is not None:
                 tile.mul_(1 + self.beta).sub_(self._transform(linear(negative, *part)), alpha=self.beta)
+            # The logit of the token itself is in one block only; in the others a clamped index reads a value that is
+            # not used.
             within = token_ids - start
             inside = (within >= 0) & (within < tile.shape[1])
-            found = tile.gather(-1, within.clamp(0, tile.shape[1] - 1)[:, None]).squeeze(-1)
-            chosen = torch.where(inside, found, chosen)
+            here = tile.gather(-1, within.clamp(0, tile.shape[1] - 1)[:, None]).squeeze(-1)
+            chosen = torch.where(inside, here, chosen)
             before, highest = highest, torch.maximum(highest, tile.amax(dim=-1))
             total = total * (before - highest).exp() + tile.sub_(highest[:, None]).exp_().sum(dim=-1)
         return ((chosen - highest).exp() / total).clamp_(max=1.0)  # rounding can pass 1 by one unit

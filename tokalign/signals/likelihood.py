@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokalign.generation.scorer import CompletionScorer
 from tokalign.signals.prompting import token_reward
-from tokalign.signals.scorer import CompletionScorer
 
 SIGNALS = ("logprob", "entropy", "implicit_reward")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.signals.scorer import CompletionScorer
+from tokalign.generation.scorer import CompletionScorer
 
 
 def token_reward(better_logps: torch.Tensor, worse_logps: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,13 @@ draw fresh samples. Counting again the samples that chose the token would make t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokalign.generation.protocol import Completion, Engine, SamplingParams, continue_from_prefixes
+from tokalign.stage.seeds import derived_seed
 from tokalign.statistics import pass_at_k_report
 
 Verify = Callable[[list[int]], bool]  # ids of a whole completion -> does it end in the right answer?
@@ -72,12 +72,6 @@ def critical_position(rollout_accuracy: Sequence[float], *, threshold: float = 0
         if score >= threshold:  # nothing before this token can be followed by low scores only
             break
     return first
-
-
-def derived_seed(seed: int, *names: object) -> int:
-    """A seed for one part of the work, the same whatever shard or process does it."""
-    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # engines take seeds below 2**63
 
 
 def rollout_estimate(

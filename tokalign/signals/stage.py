@@ -13,8 +13,6 @@ from tokalign.stage.contract import check_preferences
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
 
-SIDES = ("chosen", "rejected")
-
 
 def load_pairs(path_or_id: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """A preferences stage whose ids are this tokenizer's: by its manifest, or where it has none by its rows' text.

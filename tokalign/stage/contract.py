@@ -18,12 +18,21 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.stage.errors import ContractError
 
+SIDES = ("chosen", "rejected")  # of a pair; a signal stands in the columns chosen_<signal> and rejected_<signal>
 STAGES: dict[str, tuple[str, ...]] = {
     "problems": ("id", "prompt", "answer"),
     "structured": ("id", "prompt", "answer", "schema"),
     "rollouts": (
-        *("id", "prompt", "answer", "prompt_ids", "completion_ids", "completion"),
-        *("finish_reason", "logprobs", "sample", "correct"),
+        "id",
+        "prompt",
+        "answer",
+        "prompt_ids",
+        "completion_ids",
+        "completion",
+        "finish_reason",
+        "logprobs",
+        "sample",
+        "correct",
     ),
     "preferences": ("id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"),
     "sft": ("id", "prompt", "completion", "prompt_ids", "completion_ids", "input_ids", "completion_mask"),
@@ -53,24 +62,12 @@ _RANGES = {
 _BATCH = 1000  # rows in memory at a time while checking or hashing
 
 
-# ------------------------------------------------------------------------------------------------------- manifests
-
-
-# ---------------------------------------------------------------------------------------------------------- hashes
-
-
-# --------------------------------------------------------------------------------------------------------- loading
-
-
-# ----------------------------------------------------------------------------------------------------------- rows
-
-
 def check_preferences(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     signals: Sequence[str] = (),
-    sides: Sequence[str] = ("chosen", "rejected"),
+    sides: Sequence[str] = SIDES,
     text_rows: int = 32,
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
@@ -192,8 +189,8 @@ def _check_scores(
 ) -> None:
     lengths = _lengths(arrays[column])
     if (bad := np.flatnonzero(lengths != ids_lengths)).size:
-        found = "is missing" if lengths[bad[0]] < 0 else f"has {lengths[bad[0]]} scores"
-        wrong = f"{found} for {ids_lengths[bad[0]]} ids in `{ids_column}`"
+        what_is_there = "is missing" if lengths[bad[0]] < 0 else f"has {lengths[bad[0]]} scores"
+        wrong = f"{what_is_there} for {ids_lengths[bad[0]]} ids in `{ids_column}`"
         _refuse(arrays, bad[0], first, column, wrong, "score these rows again")
     values, rows = _flat(arrays[column])
     if (bad := np.flatnonzero(~np.isfinite(values))).size:
@@ -214,7 +211,7 @@ def _check_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_rows:
             row = read[index]
         except UnicodeDecodeError:
             raise ContractError(f"Row {index}: a text is not UTF-8; rebuild the pairs.") from None
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             text = row[side]
             if isinstance(text, list) and text and isinstance(text[-1], dict):
                 text = text[-1].get("content")  # messages: the text that the ids hold is in the last one

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_text_atomically(file: Path, text: str) -> None:
@@ -18,6 +20,11 @@ def write_text_atomically(file: Path, text: str) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     fsync_folder(file.parent)
+
+
+def write_json_atomically(file: Path, content: Any) -> None:
+    """`write_text_atomically` of JSON for people and programs. NaN and infinity are refused: JSON has neither."""
+    write_text_atomically(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager

@@ -48,6 +48,9 @@ _POLL_SECONDS = 0.2  # how often a process that has finished looks for the other
 _SHARED_SECONDS = 30.0  # how long a network file system may take to show another machine's file
 
 
+Row = dict[str, Any]  # of a stage, by column
+
+
 class Dropped(NamedTuple):
     """An input row that gives no output row, with the reason to count; `counts` adds counts of its parts."""
 
@@ -62,7 +65,7 @@ class Kept(NamedTuple):
     counts: Mapping[str, int]
 
 
-Item = dict[str, Any] | list[dict[str, Any]] | Dropped | Kept
+Item = Row | list[Row] | Dropped | Kept
 
 
 def run_job(

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from tokalign.stage.errors import ContractError
-from tokalign.stage.files import write_text_atomically
+from tokalign.stage.files import write_json_atomically
 
 MANIFEST = "manifest.json"
 
@@ -31,8 +31,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
     """Write `manifest.json` into folder `path` atomically."""
     Path(path).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text_atomically(Path(path) / MANIFEST, text)
+    write_json_atomically(Path(path) / MANIFEST, manifest)
 
 
 def manifest_of(dataset: Dataset) -> dict[str, Any] | None:

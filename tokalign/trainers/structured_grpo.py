@@ -33,7 +33,7 @@ from trl.data_utils import is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
 from tokalign.rewards import StructuredReward
-from tokalign.rewards.structured.documents.reading import Limits
+from tokalign.rewards.structured.documents.document import Limits
 from tokalign.stage.errors import ContractError
 
 logger = get_logger(__name__)
@@ -248,7 +248,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode, group = self._mode_and_group()
         names = self.structured.active
-        rows = self.structured.score_batch(completions)  # scored already: the same list of completions
+        rows = self.structured.last_scores  # of these completions, by TRL's call of the reward
         values = [[float("nan") if row[name] is None else row[name] for name in names] for row in rows]
         gathered = self.accelerator.gather(torch.tensor(values, device=self.accelerator.device))
         for name, column in zip(names, gathered.unbind(-1), strict=True):

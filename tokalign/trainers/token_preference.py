@@ -34,14 +34,13 @@ from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
-from tokalign.stage.contract import STAGES, check_preferences
+from tokalign.stage.contract import SIDES, STAGES, check_preferences
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.manifest import manifest_of
 
 logger = get_logger(__name__)
 
-SIDES = ("chosen", "rejected")
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REVISION = "revision_"  # prefix of the batch keys that only T-REG's collator adds
 _ADDED = ("token_signal", "ref_token_logps")

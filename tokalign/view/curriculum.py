@@ -10,10 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 COMPONENTS = ("validity", "format", "structure", "schema", "correctness", "length")
 COLOURS = {name: f"C{i}" for i, name in enumerate(COMPONENTS)}  # the same in every panel
@@ -29,12 +26,12 @@ def curriculum(
         log_history: of a trainer's state.
         name: the reward's name, prefix of its metrics.
     """
-    found = {
+    means = {
         component: [(int(e["step"]), float(e[key])) for e in log_history if e.get(key) is not None]
         for component in COMPONENTS
         for key in (f"{name}/{component}",)
     }
-    return {component: points for component, points in found.items() if points}
+    return {component: points for component, points in means.items() if points}
 
 
 def first_step(points: Sequence[tuple[int, float]], share: float = 0.5) -> int | None:
@@ -56,9 +53,8 @@ def plot_curriculum(
         path: picture to write.
         window: points of the running mean.
     """
-    figure, axes = plt.subplots(
-        1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(5 * len(runs), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)
     for axis, (title, history) in zip(axes[0], runs.items(), strict=True):
         for component, points in curriculum(history, name).items():
             steps, values = [s for s, _ in points], [v for _, v in points]
@@ -81,4 +77,3 @@ def plot_curriculum(
     names = [name for name in COMPONENTS if name in lines]
     figure.legend([lines[name] for name in names], names, fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -20,12 +20,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.stage.contract import SIDES
 from tokalign.stage.errors import ContractError
 
 UNDECODED = "\ufffd"  # what decoders put where bytes are not (yet) a character
 MAX_PENDING = 32  # tokens that may wait for a character to be complete; one character needs at most 4
 STEPS = 10  # colour steps of a scale
-SIDES = ("chosen", "rejected")
 # Shown in place of characters that HTML cannot hold, that would be invisible, or that reorder the text around them.
 _CONTROL = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
 _CONTROL |= {code: "\u2421" for code in (0x7F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -195,7 +195,7 @@ def _piece_markup(piece: str) -> Markup:
 
 
 def _find_signals(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> list[str]:
-    found: dict[str, None] = {}
+    signals: dict[str, None] = {}
     for row in rows:
         for side in sides:
             for column, value in row.items():
@@ -207,8 +207,8 @@ def _find_signals(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> li
                     and all(isinstance(v, float) or v is None for v in value)
                     and len(value)
                 ):
-                    found.setdefault(column.removeprefix(f"{side}_"))
-    return list(found)
+                    signals.setdefault(column.removeprefix(f"{side}_"))
+    return list(signals)
 
 
 def _read_row(

@@ -19,6 +19,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tokalign.stage.contract import SIDES
+
 # Okabe and Ito's colours, which people with any colour vision tell apart; black comes first for the base model.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -237,7 +239,7 @@ def _curves_figure(curves: Mapping[str, Curve]) -> str:
         figure = Figure(figsize=(WIDTH, 4.8))
         panels = figure.subplots(2, 1, sharex=True)
         for i, (method, curve) in enumerate(curves.items()):
-            for axes, side in zip(panels, ("chosen", "rejected"), strict=True):
+            for axes, side in zip(panels, SIDES, strict=True):
                 if len(curve[side]) != len(curve["step"]):
                     raise ValueError(
                         f"Curve of {method!r}: `{side}` has {len(curve[side])} values for {len(curve['step'])} steps; "

@@ -93,9 +93,16 @@ def trained_model(preset: str, *, world: list[str] | None = None) -> Path:
     subprocess.run([*builder, "--train", "1", "--validation", "1", "--test", "1", *world], check=True)
     subprocess.run(
         [
-            *(sys.executable, str(REPOSITORY / "recipes" / "sft.py"), "--config", str(recipe)),
-            *("--model_name_or_path", str(work / "world" / preset), "--dataset_name", str(work / "world" / "sft")),
-            *("--output_dir", str(work / "model")),
+            sys.executable,
+            str(REPOSITORY / "recipes" / "sft.py"),
+            "--config",
+            str(recipe),
+            "--model_name_or_path",
+            str(work / "world" / preset),
+            "--dataset_name",
+            str(work / "world" / "sft"),
+            "--output_dir",
+            str(work / "model"),
         ],
         check=True,
     )

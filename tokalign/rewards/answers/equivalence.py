@@ -136,8 +136,8 @@ def _serve() -> None:
 
     @lru_cache(maxsize=4096)
     def expression(latex: str) -> Any:
-        found = parse(f"${latex}$", extraction, fallback_mode="no_fallback", parsing_timeout=ALARM_SECONDS)
-        return found[0] if found else None
+        trees = parse(f"${latex}$", extraction, fallback_mode="no_fallback", parsing_timeout=ALARM_SECONDS)
+        return trees[0] if trees else None
 
     @lru_cache(maxsize=4096)
     def sample(latex: str) -> Any:

@@ -155,12 +155,14 @@ def _rational(integer: str, decimals: str = "", denominator: str = "1") -> Fract
 
 def _number(text: str) -> Form | None:
     """Read `text`, all of it, as one number with an optional currency, power of ten and unit."""
+    # The sign stands before the currency or behind it (-$5, $-5); with both there is no number.
     head = _SIGN_AND_CURRENCY.match(text)
     assert head is not None  # every part is optional
     start, negative = head.end(), "-" in (head[1], head[3])
     if head[1] and head[3]:
         return None
     value: Fraction | str | None
+    # From the longest reading to the shortest: "1 3/4" begins with the number 1, and "6/8" with the number 6.
     if match := _MIXED.match(text, start):
         value = _rational(match[2] or match[4], "", match[3] or match[5])
         whole = _rational(match[1])
@@ -178,6 +180,7 @@ def _number(text: str) -> Form | None:
     if isinstance(value, Fraction) and (power := _POWER_OF_TEN.match(text, end)):
         value *= Fraction(10) ** int(power[1] or power[2] or power[3])
         end = power.end()
+    # All of the text must have been read: "5 apples" is a quantity, "5 + x" is none.
     unit = _unit(text[end:]) if len(text) - end <= 200 else None
     if value is None or unit is None:
         return None
@@ -202,8 +205,10 @@ _CLOSES = {"(": ")", "[": "]", "{": "}"}
 
 def unwrap(text: str) -> str:
     """Take off what only surrounds an answer: math delimiters, boxes, emphasis, outer braces, final punctuation."""
+    # Wrappers stand in each other in any order (`**$\\boxed{7}$.**`), so peel until nothing changes.
     for _ in range(DEPTH_CAP):
         before = text
+        # An exclamation mark at the end may be a factorial, which is no punctuation.
         text = text.strip().strip("*`").rstrip(".,;:!").strip() if "!" not in text[-2:] else text.strip()
         for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$")):
             if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
@@ -240,9 +245,9 @@ def _split(text: str, separators: tuple[str, ...]) -> list[str]:
     r"""Split at separators outside all brackets, `\{ \}` included. Linear in the text."""
     parts, start, depth, index = [], 0, 0, 0
     while index < len(text):
-        if depth == 0 and (found := next((s for s in separators if text.startswith(s, index)), None)):
+        if depth == 0 and (separator := next((s for s in separators if text.startswith(s, index)), None)):
             parts.append(text[start:index])
-            index += len(found)
+            index += len(separator)
             start = index
             continue
         if text[index] == "\\" and text[index + 1 : index + 2] not in ("{", "}"):
@@ -271,6 +276,8 @@ def _elements(parts: list[str], depth: int, *, flatten: bool) -> tuple[Form, ...
 
 
 def _form(text: str, depth: int = 0) -> Form:
+    # The order decides what an ambiguous text is. Numbers first, for a comma or slash in one separates nothing; then
+    # what a single pattern tells; structure last, because it reads its parts by this same function.
     text = unwrap(text)
     if form := _number(text):
         return form
@@ -289,6 +296,8 @@ def _form(text: str, depth: int = 0) -> Form:
 
 def _composite(text: str, depth: int) -> Form | None:
     """A form with parts, or None. Every branch looks at the outermost structure only and reads the parts again."""
+    # The name first: in "x = (1, 2)" it belongs to the whole. Then a matrix, whose cells may hold commas. Then the
+    # separators that bind least, so that "(1, 2), (3, 4)" is a list of two pairs and not one long pair.
     if match := _ASSIGNMENT.fullmatch(text):
         inner = _form(match[2], depth + 1)
         if not inner.name:

@@ -68,6 +68,7 @@ def _last_marked(text: str) -> str | None:
 
 def _last_boxed(text: str) -> str | None:
     """Content of the last complete box, braces nested to any depth; one pass over the text."""
+    # A stack rather than a pattern: boxes hold braces of any depth, and a completion may leave some open.
     open_braces: list[int] = []  # start of the content for a box, -1 for any other brace
     best: tuple[int, int] | None = None
     for token in _BOX_TOKENS.finditer(text):
@@ -84,14 +85,15 @@ def _last_boxed(text: str) -> str | None:
 
 def _last_phrase(text: str) -> str | None:
     """What follows the last "answer is", "answer:" or line-initial "A:", up to the end of the sentence."""
-    phrases = [found.end() for found in _PHRASE.finditer(text)]
-    if not phrases:
+    ends = [phrase.end() for phrase in _PHRASE.finditer(text)]
+    if not ends:
         return None
-    content = text[phrases[-1] :].lstrip(" \t\n*_")
+    content = text[ends[-1] :].lstrip(" \t\n*_")
     if math := _INLINE_MATH.match(content):
         return math[1] or math[2]
     if end := _SENTENCE_END.search(content):
         content = content[: end.start()]
+    # People write the sum before its result; the result is the answer, unless the left side names an unknown.
     left, equals, right = content.rpartition("=")  # "3 + 4 = 7"
     if equals and not any(map(str.isalpha, left)) and read_form(right).kind == "number":
         return right
@@ -109,10 +111,10 @@ def _json_answer(text: str) -> str | None:
         return None
     try:
         # numbers stay text: exact, and of any length
-        found = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        document = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except (json.JSONDecodeError, RecursionError):
         return None
-    answer = found.get("answer")
+    answer = document.get("answer")
     if isinstance(answer, list) and all(isinstance(element, str) for element in answer):
         answer = ", ".join(answer)
     return answer if isinstance(answer, str) else None
@@ -134,6 +136,7 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
     if len(text) <= TEXT_CAP and (answer := _json_answer(text)) is not None:
         return _tidy(answer)
     text = text[-TEXT_CAP:]
+    # From the most deliberate mark to the least. The last one counts: a solution may box steps on its way.
     for find in (_last_marked, _last_boxed, _last_phrase):
         if (content := find(text)) is not None and (answer := _tidy(content)) is not None:
             return answer
@@ -157,6 +160,8 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 
 @lru_cache(maxsize=65_536)
 def _symbolically_equal(prediction: str, reference: str) -> bool:
+    # What may reach a computer algebra system: short, without words, and without what has no closed form or would take
+    # it minutes. The text is written by a policy that is paid for passing this test.
     sides = []
     for text in (prediction, reference):
         # four letters in a row are a word, and to a computer algebra system words are products: east = seat
@@ -184,6 +189,7 @@ def _same(prediction: Form, reference: Form, deadline: float) -> bool:
         return False
     if prediction.unit and reference.unit and prediction.unit != reference.unit:
         return False
+    # Shape before content: (1, 2), the list 1, 2 and the number 12 stay apart, whatever the library makes of them.
     if prediction.parts or reference.parts:
         if prediction.kind != reference.kind or len(prediction.parts) != len(reference.parts):
             return False
@@ -213,10 +219,10 @@ def _same_in_any_order(prediction: Sequence[Form], reference: Sequence[Form], de
         else:
             later.append(form)
     for form in later:
-        found = next((other for other in left if _same(form, other, deadline)), None)
-        if found is None:
+        partner = next((other for other in left if _same(form, other, deadline)), None)
+        if partner is None:
             return False
-        left.remove(found)
+        left.remove(partner)
     return True
 
 

@@ -46,6 +46,8 @@ def agreement(value: Any, reference: Any, *, text_match: TextMatch = "exact") ->
     kind = type(value)
     if kind is not type(reference):
         return 1.0 if equal(value, reference) else 0.0  # 1 and 1.0
+    # Divided by the keys of either side: leaving out a wrong key does not shrink the denominator, and inventing one
+    # enlarges it, so neither pays.
     total = 0.0
     if kind is dict:
         common = 0
@@ -76,9 +78,9 @@ def leaf_f1(value: Any, reference: Any) -> float:
     return _f1(Counter(_leaves(value, ())), Counter(_leaves(reference, ())))
 
 
-def _f1(found: Counter[Any], wanted: Counter[Any]) -> float:
-    total = found.total() + wanted.total()
-    return 1.0 if total == 0 else 2 * (found & wanted).total() / total
+def _f1(given: Counter[Any], wanted: Counter[Any]) -> float:
+    total = given.total() + wanted.total()
+    return 1.0 if total == 0 else 2 * (given & wanted).total() / total
 
 
 def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -107,12 +109,15 @@ def allowed_agreement(call: Any, reference: Mapping[str, Any]) -> float:
     arguments = call.get("arguments")
     if not isinstance(arguments, dict):
         return 0.0
+    # The function counts as one more argument that is right, so a call of the right function is worth something even if
+    # all its arguments are wrong, and less than one with a right argument.
     right, total = _allowed_arguments(arguments, reference["arguments"])
     return (1 + right) / (1 + total)
 
 
 def _allowed_arguments(arguments: Mapping[str, Any], allowed: Mapping[str, Any]) -> tuple[int, int]:
     right = total = 0
+    # Over the arguments of either side, so that an invented argument costs as a missing one does.
     for key in allowed.keys() | arguments.keys():
         if key not in arguments and "" in allowed[key]:
             continue

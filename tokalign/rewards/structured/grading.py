@@ -72,9 +72,13 @@ class Walk:
     def top(self, shape: Shape, value: Any) -> Grade:
         """The grade of a whole document; nothing where no key or item is there that the schema asks for."""
         keys, full = self.grade(shape, value)
+        # Taken now: the questions below grade parts of the value once more, which must not count its invented keys
+        # again.
         invented, options = self.invented, shape.options or [shape]
         if type(value) in _CONTAINERS:
             asked = [child for option in options for child in self._asked(option, value)]
+            # An object has credit for being one. Without this, `{}` and an object of invented keys alone would be
+            # answers.
             if not asked:
                 return Grade(0.0, 0.0, False, invented, self)
             return Grade(keys, full, any(self.grade(child, item)[0] > 0 for child, item in asked), invented, self)
@@ -86,6 +90,7 @@ class Walk:
         """The first fault in words, with its place (a JSON pointer); None where the grade sees none."""
         if min(self.grade(shape, value)) == 1.0:
             return None
+        # The alternative that the grade took is the one that was meant, so its faults are the ones to name.
         if shape.options:
             return self.fault(max(shape.options, key=lambda option: self.grade(option, value)), value, place)
         where, kind = place[:200] or "the document", type_of(value)
@@ -99,14 +104,14 @@ class Walk:
                 child = shape.known(key) or (ANY if key in shape.required else None)
                 if child is None:
                     return f"{where}: the key {key[:100]!r} is not in the schema"
-                found = self.fault(child, item, f"{place}/{key}")
-                if found is not None:
-                    return found
+                fault = self.fault(child, item, f"{place}/{key}")
+                if fault is not None:
+                    return fault
         elif isinstance(value, list):
             for index, item in enumerate(value):
-                found = self.fault(shape.item(index), item, f"{place}/{index}")
-                if found is not None:
-                    return found
+                fault = self.fault(shape.item(index), item, f"{place}/{index}")
+                if fault is not None:
+                    return fault
             return f"{where}: {len(value)} items"
         else:
             try:
@@ -136,16 +141,20 @@ class Walk:
             return self._best(shape.options, value)
         if shape.types is not None and type_of(value) not in shape.types:
             return 0.0, 0.0
+        # A constant tells alternatives apart (`"kind": "circle"`). Had another constant of the right type full credit,
+        # every alternative would fit equally well, and the wrong one could be graded beside the value.
         if shape.bounds is None or shape.bounds.is_valid(value):
             return 1.0, 1.0
         return (BOUND, BOUND) if shape.constant else (1.0, BOUND)
 
     def _container(self, shape: Shape, value: Any) -> tuple[float, float]:
+        # By identity, which is safe because shapes and values live as long as the walk, and cheap for large values.
         at = (id(shape), id(value))
         if at in self.known:
             keys, full, invented = self.known[at]
             self.invented += invented
             return keys, full
+        # The library sees in one call that a part has no fault; only parts with one are walked through in Python.
         before = self.invented
         if shape.perfect is not None and shape.perfect.is_valid(value):
             keys, full = 1.0, 1.0
@@ -165,6 +174,9 @@ class Walk:
 
     def _best(self, options: list[Shape], value: Any) -> tuple[float, float]:
         self._visit(len(options))
+        # Each alternative starts from the same count of invented keys, and the best one's is kept: the keys that
+        # another alternative does not know were never meant for it. Two alternatives may tie by types and differ by
+        # bounds, so the best of `full` is taken by itself; otherwise their order in the schema would decide.
         before, best, invented = self.invented, (-1.0, 0.0), 0
         for option in options:
             self.invented = before
@@ -179,6 +191,9 @@ class Walk:
         if shape is ANY:
             return 1.0, 1.0
         self._visit(len(value))
+        # The equation of the class, for both grades in one pass. Required keys are in numerator and denominator, so one
+        # that is missing costs. All else is in the denominator alone: an optional key that is sound changes nothing, so
+        # that padding does not pay, and each fault adds its own part, so that many sound keys cannot average it away.
         properties, required = shape.properties, shape.required
         base = PRESENT if required else 1.0
         credit_keys = credit_full = base
@@ -193,6 +208,7 @@ class Walk:
                     continue
                 known = ANY
             keys, full = self.grade(known, item)
+            # PRESENT whatever the value: a wrong value is worth more than none, or deleting it would pay.
             if key in required:
                 credit_keys += PRESENT + (1 - PRESENT) * keys
                 credit_full += PRESENT + (1 - PRESENT) * full
@@ -204,6 +220,7 @@ class Walk:
     def _array(self, shape: Shape, value: list[Any]) -> tuple[float, float]:
         if shape is ANY:
             return 1.0, 1.0
+        # Faults of items are summed, never averaged: a long list of sound items cannot hide a faulty one.
         fault_keys = fault_full = 0.0
         if shape.items is not None or shape.prefix:
             self._visit(len(value))
@@ -212,5 +229,6 @@ class Walk:
                 fault_keys += 1 - keys
                 fault_full += 1 - full
         beyond = 0 if shape.max_items is None else max(0, len(value) - shape.max_items)
+        # With 1 added above and below, the empty list keeps some credit for its type and each missing item costs.
         share = min(1.0, (1 + len(value)) / (1 + shape.min_items))
         return share / (1 + beyond + fault_keys), share / (1 + beyond + fault_full)

@@ -29,22 +29,13 @@ instead of a malus.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal
 
 from tokalign.rewards.structured import rl_struct
-from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement
-from tokalign.rewards.structured.documents.reading import (
-    FORMATS,
-    MISSING,
-    Document,
-    Format,
-    Limits,
-    Source,
-    check_limits,
-    decode_json,
-    read_document,
-    text_of,
-)
+from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement, equal
+from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
+from tokalign.rewards.structured.documents.reading import check_limits, decode_json, read_document, text_of
 from tokalign.rewards.structured.grading import Grade, TooManyValues
 from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
 
@@ -80,6 +71,9 @@ class StructuredReward:
         schema_column, reference_column: dataset columns.
         limits: most bytes, depth and values of a completion.
         name: name of the reward and prefix of its metrics.
+
+    Attributes:
+        last_scores: what the last `score_batch` gave.
 
     Raises:
         SchemaError: an invalid schema, with the place in it.
@@ -128,7 +122,8 @@ class StructuredReward:
         self.limits = limits or Limits()
         self.__name__ = name  # TRL names metrics and table columns by it
         self._references: dict[tuple[str, CompiledSchema], Any] = {}
-        self._batch: tuple[tuple[Any, Any, Any], list[dict[str, Any]]] | None = None
+        self.last_scores: list[dict[str, Any]] = []
+        self._shared: tuple[Any, set[str], list[dict[str, Any]]] = (None, set(), [])
 
     # -------------------------------------------------------------------------------------------------- one completion
 
@@ -158,7 +153,8 @@ class StructuredReward:
 
     def _components(self, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
         if self.preset is not None:
-            return self._total(rl_struct.components(self, completion, reference, schema))
+            bounds = (self.min_length, self.max_length)
+            return self._total(rl_struct.components(completion, reference, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)
@@ -174,9 +170,9 @@ class StructuredReward:
     ) -> dict[str, Any]:
         grade, perfect = self._grade(document.value, reference, schema)
         if not document.whole or not grade.attempt:
-            made = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
-            made["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
-            return self._total(made)
+            scores = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
+            scores["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
+            return self._total(scores)
         return self._total(
             {
                 "structure": structure(grade),
@@ -228,12 +224,12 @@ class StructuredReward:
         return 1.0 if perfect and within else 0.0
 
     def _of_nothing(self, reason: Any, reference: Any) -> dict[str, Any]:
-        made: dict[str, Any] = dict.fromkeys(COMPONENTS, 0.0)
+        scores: dict[str, Any] = dict.fromkeys(COMPONENTS, 0.0)
         if reference is MISSING:
-            made["correctness"] = None
+            scores["correctness"] = None
         if self.min_length is None and self.max_length is None:
-            made["length"] = None
-        return self._total({**made, "_reason": reason})
+            scores["length"] = None
+        return self._total({**scores, "_reason": reason})
 
     def _fault(self, document: Document, schema: CompiledSchema, grade: Grade) -> str:
         try:
@@ -242,9 +238,9 @@ class StructuredReward:
             error = None
         return error or "nothing of what the schema asks for"
 
-    def _total(self, made: dict[str, Any]) -> dict[str, Any]:
-        made["total"] = sum([weight * made[name] for name, weight in self.weights.items() if made[name]], 0.0)
-        return made
+    def _total(self, scores: dict[str, Any]) -> dict[str, Any]:
+        scores["total"] = sum([weight * scores[name] for name, weight in self.weights.items() if scores[name]], 0.0)
+        return scores
 
     # ------------------------------------------------------------------------------------------- schemas and references
 
@@ -308,17 +304,9 @@ class StructuredReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[dict[str, Any]]:
-        """`score` of every completion; the same batch is scored and logged once however many components ask for it.
-
-        Without columns, what was found for these completions with theirs.
-        """
-        asked = (completions, columns.get(self.schema_column), columns.get(self.reference_column))
-        if self._batch is not None:
-            given = asked if columns else (completions,)
-            if all(now is before for now, before in zip(given, self._batch[0], strict=False)):
-                return self._batch[1]
-        schemas = asked[1] or [None] * len(completions)
-        references = asked[2] or [None] * len(completions)
+        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch."""
+        schemas = columns.get(self.schema_column) or [None] * len(completions)
+        references = columns.get(self.reference_column) or [None] * len(completions)
         rows: list[dict[str, Any]] = []
         reasons: list[str | None] = []
         for index, completion in enumerate(completions):
@@ -335,7 +323,7 @@ class StructuredReward:
             if log_extra is not None:
                 reasons.append(reason() if callable(reason) else reason)
             rows.append(row)
-        self._batch = (asked, rows)
+        self.last_scores = rows
         for component in self.active:
             values = [row[component] for row in rows if row[component] is not None]
             if log_metric is not None and values:
@@ -345,6 +333,18 @@ class StructuredReward:
         if log_extra is not None:
             log_extra("reason", reasons)
         return rows
+
+    def score_shared(self, component: str, completions: Sequence[Any], **columns: Any) -> list[dict[str, Any]]:
+        """`score_batch` for one of several components: a batch is scored and logged for the first that asks for it.
+
+        What a batch holds decides, not which list it is: lists may be changed and used again. A component that asks a
+        second time has a new batch before it, though it be equal to the last one.
+        """
+        asked = [completions, columns.get(self.schema_column), columns.get(self.reference_column)]
+        if component in self._shared[1] or not equal(asked, self._shared[0]):
+            self._shared = (deepcopy(asked), set(), self.score_batch(completions, **columns))
+        self._shared[1].add(component)
+        return self._shared[2]
 
     @property
     def active(self) -> list[str]:
@@ -370,7 +370,8 @@ class ComponentReward:
     def __call__(
         self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] = (), **columns: Any
     ) -> list[float | None]:
-        return [row[self.component] for row in self.reward.score_batch(completions, **columns)]
+        rows = self.reward.score_shared(self.component, completions, **columns)
+        return [row[self.component] for row in rows]
 
 
 def structure(grade: Grade) -> float:

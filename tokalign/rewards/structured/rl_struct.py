@@ -13,32 +13,40 @@ on size and depth hold for this reward too.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokalign.rewards.structured.content import token_f1
-from tokalign.rewards.structured.documents.reading import MISSING, Fault, Source, check_limits, text_of, unreadable
-
-if TYPE_CHECKING:
-    from tokalign.rewards.structured.reward import StructuredReward
-    from tokalign.rewards.structured.schemas import CompiledSchema
+from tokalign.rewards.structured.documents.document import MISSING, Fault, Limits, Source
+from tokalign.rewards.structured.documents.reading import check_limits, text_of, unreadable
 
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "correctness": 0.5, "length": 0.1}
 
 
-def components(reward: StructuredReward, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
-    """The paper's components of a completion; correctness is None without a reference, length without bounds."""
+def components(
+    completion: Source,
+    reference: Any,
+    schema: dict[str, Any] | bool,
+    bounds: tuple[int | None, int | None],
+    limits: Limits,
+) -> dict[str, Any]:
+    """The paper's components of a completion.
+
+    Args:
+        reference: parsed; MISSING makes correctness None.
+        schema: JSON Schema; only its `required` is read.
+        bounds: fewest and most characters; without any, length is None.
+    """
     text = text_of(completion)
-    fault = unreadable(text, reward.limits)
+    fault = unreadable(text, limits)
     if fault is not None:
         text = ""
-    required = schema.schema.get("required", []) if isinstance(schema.schema, dict) else []
+    required = schema.get("required", []) if isinstance(schema, dict) else []
+    shortest, longest = bounds
     length = None
-    if reward.min_length is not None or reward.max_length is not None:
-        within = (
-            (reward.min_length or 0) <= len(text) <= (float("inf") if reward.max_length is None else reward.max_length)
-        )
+    if shortest is not None or longest is not None:
+        within = (shortest or 0) <= len(text) and (longest is None or len(text) <= longest)
         length = 0.0 if within else -0.1
-    error = fault or _syntax_error(text, reward)
+    error = fault or _syntax_error(text, limits)
     return {
         "structure": float(bool(text) and all(key in text for key in required)),
         "format": 0.5 * ("```" in text) + 0.3 * ("json" in text),
@@ -50,9 +58,9 @@ def components(reward: StructuredReward, completion: Source, reference: Any, sch
     }
 
 
-def _syntax_error(text: str, reward: StructuredReward) -> str | None:
+def _syntax_error(text: str, limits: Limits) -> str | None:
     try:
-        check_limits(text, reward.limits)
+        check_limits(text, limits)
         json.loads(text)
     except (Fault, ValueError, RecursionError) as error:
         return str(error)[:200]

@@ -91,6 +91,7 @@ def compile_schema(schema: Any) -> CompiledSchema:
     if isinstance(schema, str) and _is_text(schema):
         return compile_text(schema)
     try:
+        # By its text, so that equal schemas are compiled once, whether they come from a file, a model class or a row.
         return compile_text(json.dumps(load_schema(schema)))
     except SchemaError:
         raise
@@ -162,9 +163,9 @@ class CompiledSchema:
         The grade of this very value spares a second pass. Raises `TooManyValues`.
         """
         walk = None if grade is None else grade.walk
-        found = (walk or Walk(_MAX_VALUES)).fault(self.shape, value, "")
-        if found is not None or self.is_valid(value):
-            return found
+        fault = (walk or Walk(_MAX_VALUES)).fault(self.shape, value, "")
+        if fault is not None or self.is_valid(value):
+            return fault
         if self._refers:  # the validator remembers nothing while it explains: it would take gigabytes for recursion
             return "the document: a rule of the schema is broken"
         try:
@@ -223,22 +224,24 @@ def _close(schema: Any) -> Any:
         return [_close(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made: dict[str, Any] = {}
+    # A copy of the schema in which every object that names its keys refuses others: then one call of the library says
+    # whether a document is valid *and* has no invented key, and most documents need no grading in Python.
+    closed: dict[str, Any] = {}
     for word, item in schema.items():
         if word in NAMED and isinstance(item, dict):
-            made[word] = {name: _close(member) for name, member in item.items()}
+            closed[word] = {name: _close(member) for name, member in item.items()}
         else:
-            made[word] = item if word in DATA else _close(item)
+            closed[word] = item if word in DATA else _close(item)
     keyed = schema.get("type") == "object" and ("properties" in schema or "patternProperties" in schema)
-    properties, required = made.get("properties", {}), schema.get("required", [])
+    properties, required = closed.get("properties", {}), schema.get("required", [])
     # the metaschema sees to these types, but for what stands under a keyword that it does not know
     if not isinstance(properties, dict) or not isinstance(required, list):
-        return made
+        return closed
     if keyed and "additionalProperties" not in schema:
-        made["additionalProperties"] = False
+        closed["additionalProperties"] = False
         unnamed: dict[str, Any] = {name: {} for name in required if isinstance(name, str)}
-        made["properties"] = unnamed | properties  # a required key is never invented
-    return made
+        closed["properties"] = unnamed | properties  # a required key is never invented
+    return closed
 
 
 NO_SCHEMA = CompiledSchema(True)

@@ -20,10 +20,10 @@ _MAX_SHAPES = 10_000
 _NAMES = {str: "string", bool: "boolean", int: "integer", dict: "object", list: "array", type(None): "null"}
 OBJECT_WORDS = {"properties", "required", "patternProperties", "additionalProperties", "propertyNames"}
 ARRAY_WORDS = {"items", "prefixItems", "contains", "minItems", "maxItems", "uniqueItems"}
-_SCALAR_WORDS = {
-    *("enum", "const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    *("minLength", "maxLength", "pattern", "format", "not"),
-}
+_SCALAR_WORDS = set(
+    "enum const minimum maximum exclusiveMinimum exclusiveMaximum multipleOf "
+    "minLength maxLength pattern format not".split()
+)
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 DATA = ("enum", "const", "default", "examples")  # values, not schemas
 
@@ -88,10 +88,14 @@ class ShapeCompiler:
 
     def shape(self, schemas: tuple[Any, ...]) -> Shape:
         """Shape of a place that all of `schemas` describe."""
+        # Schemas with the same parts describe the same place. A shape is known before it is filled, so that a recursive
+        # schema finds itself there and becomes a cycle.
         parts = {id(part): part for schema in schemas for part in self._parts(schema, set())}
         key = tuple(parts)
         if key in self.made:
             return self.made[key]
+        # Alternatives below alternatives multiply. A place beyond the bound is not graded: full validation alone judges
+        # it.
         if len(self.made) >= _MAX_SHAPES:
             return ANY
         shape = self.made[key] = Shape()
@@ -131,6 +135,7 @@ class ShapeCompiler:
         return target
 
     def _fill(self, shape: Shape, parts: list[Any]) -> None:
+        # `false` holds for nothing, so no type is right here.
         if any(part is False for part in parts):
             shape.types = frozenset()
             return
@@ -138,15 +143,17 @@ class ShapeCompiler:
             for word in ("anyOf", "oneOf"):
                 branches = part.get(word)
                 if isinstance(branches, list) and len(branches) <= _MAX_OPTIONS:
+                    # What stands beside the alternatives holds for each of them. References and `allOf` have been
+                    # followed into parts of their own already; followed again here they might never end.
                     followed = ("$ref", "allOf")
                     others = [self._without(p, (*followed, word) if p is part else followed) for p in parts]
-                    found: list[Shape] = []
+                    options: list[Shape] = []
                     for branch in branches:
-                        made = self.shape((*others, branch))
-                        if made not in self.filling:  # an alternative to itself says nothing
-                            found += made.options or [made]
-                    if len(found) <= _MAX_OPTIONS:
-                        shape.options = found
+                        option = self.shape((*others, branch))
+                        if option not in self.filling:  # an alternative to itself says nothing
+                            options += option.options or [option]
+                    if len(options) <= _MAX_OPTIONS:
+                        shape.options = options
                     else:
                         shape.additional = shape  # anything goes
                     return
@@ -155,10 +162,11 @@ class ShapeCompiler:
         self._fill_object(shape, parts)
         self._fill_array(shape, parts)
         self.filling = outer
+        # The library judges what remains to be said of scalars, in one validator for all parts.
         if any(_SCALAR_WORDS & part.keys() for part in parts):
-            said = [{key: item for key, item in part.items() if key in _SCALAR_WORDS} for part in parts]
+            bounds = [{key: item for key, item in part.items() if key in _SCALAR_WORDS} for part in parts]
             try:
-                shape.bounds = validators.validator({**self.dialect, "allOf": said})
+                shape.bounds = validators.validator({**self.dialect, "allOf": bounds})
                 shape.constant = any("const" in part or len(part.get("enum", ())) == 1 for part in parts)
             except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError):
                 shape.bounds = None  # `not` with a reference: left to the full validation
@@ -209,6 +217,8 @@ class ShapeCompiler:
         return self.without_[key]
 
     def _additional(self, parts: list[Any]) -> Shape | None:
+        # JSON Schema allows keys that a schema does not speak of; the grade does not. Else an answer could be padded
+        # with keys of its own at no cost. Only a schema that says what further keys hold lets them in.
         given = [part["additionalProperties"] for part in parts if "additionalProperties" in part]
         if any(schema is False for schema in given):
             return None
@@ -221,21 +231,23 @@ class ShapeCompiler:
 
 
 def _types(parts: list[Any]) -> frozenset[str] | None:
+    # All parts hold, so a type must be allowed by each. A part without `type` may still name its type by its other
+    # words.
     allowed: frozenset[str] | None = None
     for part in parts:
-        said = part.get("type")
-        if said is None:
+        types = part.get("type")
+        if types is None:
             if "const" in part:
-                said = [type_of(part["const"])]
+                types = [type_of(part["const"])]
             elif isinstance(part.get("enum"), list):
-                said = [type_of(value) for value in part["enum"]]
+                types = [type_of(value) for value in part["enum"]]
             elif OBJECT_WORDS & part.keys():
-                said = ["object"]
+                types = ["object"]
             elif ARRAY_WORDS & part.keys():
-                said = ["array"]
+                types = ["array"]
             else:
                 continue
-        now = frozenset([said] if isinstance(said, str) else said)
+        now = frozenset([types] if isinstance(types, str) else types)
         if "number" in now:
             now |= {"integer"}
         allowed = now if allowed is None else allowed & now

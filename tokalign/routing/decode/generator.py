@@ -48,7 +48,7 @@ class RoutedCompletion(Completion):
 
 
 @dataclass(eq=False, slots=True)
-class Row:
+class RoutedRow:
     """One completion in flight."""
 
     key: int
@@ -204,9 +204,9 @@ class RoutedGenerator:
                 if token.finish_reason is not None:
                     i, k = place[key]
                     results[i][k] = _completion(written.pop(key), stats)
-        ordered = [[found[k] for k in sorted(found)] for found in results]
+        ordered = [[draws[k] for k in sorted(draws)] for draws in results]
         return [
-            [_copy(found[0]) for _ in range(p.n)] if p.greedy else found for found, p in zip(ordered, each, strict=True)
+            [_copy(draws[0]) for _ in range(p.n)] if p.greedy else draws for draws, p in zip(ordered, each, strict=True)
         ]
 
     def stream(self, prompt: Ids, params: SamplingParams, *, sample: int = 0) -> Iterator[RoutedToken]:
@@ -240,8 +240,8 @@ class RoutedBatch:
     def __init__(self, generator: RoutedGenerator):
         self.generator = generator
         self.stats = RoutedStats()
-        self.rows: list[Row] = []  # row r is row r of both caches
-        self.waiting: deque[Row] = deque()
+        self.rows: list[RoutedRow] = []  # row r is row r of both caches
+        self.waiting: deque[RoutedRow] = deque()
         self._models = (CachedModel(generator.slm), CachedModel(generator.llm))
         self._columns: dict[str, torch.Tensor] = {}
         self._changed = True  # rows have come or gone since the columns were made
@@ -257,7 +257,7 @@ class RoutedBatch:
             limit = min(limit, longest - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._next_key += 1
-        self.waiting.append(Row(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt)))
+        self.waiting.append(RoutedRow(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt)))
         return self._next_key
 
     def cancel(self, key: int) -> None:
@@ -441,7 +441,7 @@ class RoutedBatch:
         return dict(zip(places, texts, strict=True))
 
     def _finish(
-        self, row: Row, written: tuple[int, float], by_llm: bool, score: float | None, tail: str
+        self, row: RoutedRow, written: tuple[int, float], by_llm: bool, score: float | None, tail: str
     ) -> RoutedToken:
         """Append a token to its row and see whether it is the last."""
         token, logprob = written

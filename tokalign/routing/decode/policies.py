@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-from tokalign.generation.sampling import uniforms
-from tokalign.routing.router.model import TokenRouter, row_features
+from tokalign.generation.sampling import entropy, uniforms
+from tokalign.routing.router.model import TokenRouter
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class EntropyPolicy:
         samples: torch.Tensor,
         steps: torch.Tensor,
     ) -> torch.Tensor:
-        return row_features(None, logits, top_k=0, shared_vocab=logits.shape[1], needs=("entropy",))["entropy"]
+        return entropy(logits.float())
 
 
 class RandomPolicy:

@@ -62,9 +62,9 @@ def served_threshold(
             scores = np.array([s for completion in done for s in completion.scores if s is not None])
             tokens = sum(len(completion.token_ids) for completion in done)
             rate = sum(completion.stats.llm_tokens for completion in done) / tokens
-            found = ServedThreshold(policy.threshold, rate, tokens, len(prompts))
+            served = ServedThreshold(policy.threshold, rate, tokens, len(prompts))
             if best is None or abs(rate - target_rate) < abs(best.llm_rate - target_rate):
-                best = found
+                best = served
             if abs(rate - target_rate) <= tolerance:
                 break
             policy.threshold = float(np.quantile(scores, 1 - target_rate, method="higher"))

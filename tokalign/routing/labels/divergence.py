@@ -25,11 +25,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, Ids, SamplingParams, continue_from_prefixes
-from tokalign.signals.scorer import CompletionScorer
-
-# The classes of a token, in the column `label`.
-IDENTICAL, NEUTRAL, DIVERGENT, INVALID = 0, 1, 2, -1
-LABELS = {IDENTICAL: "identical", NEUTRAL: "neutral", DIVERGENT: "divergent", INVALID: "invalid"}
+from tokalign.generation.scorer import CompletionScorer
+from tokalign.routing.labels.features import INPUTS, TENSORS, row_features
 
 # From this many prefix tokens of one answer on, its branches are worth a call of their own that shares one prefill.
 SHARED_PREFILL = 16_384
@@ -143,18 +140,13 @@ class DivergenceScorer(CompletionScorer):
 
     def _read(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What one tile of positions gives, hidden states (P, d) and the tokens chosen there (P,)."""
-        logits = self._logits(hidden)[:, : self.shared_vocab]
-        total = logits.logsumexp(dim=-1)
-        read = {
-            "predicted": logits.argmax(dim=-1).int(),
-            "logprobs": logits.gather(-1, token_ids[:, None]).squeeze(-1) - total,
-        }
-        if self.features:
-            read["hidden"] = hidden.half()
-            read["top_logits"] = logits.topk(self.top_k, dim=-1).values.half()
-            # −Σ p log p = log Z − Σ p z
-            read["entropy"] = total - (logits - total[:, None]).exp_().mul_(logits).sum(dim=-1)
-        return read
+        logits = self._logits(hidden)
+        shared = logits[:, : self.shared_vocab]
+        needs = INPUTS if self.features else ("token",)
+        read = row_features(hidden, logits, top_k=self.top_k, shared_vocab=self.shared_vocab, needs=needs)
+        # The features of a long answer are gigabytes; on their way to the disk they have the disk's types.
+        read = {name: values.to(getattr(torch, np.dtype(TENSORS[name]).name)) for name, values in read.items()}
+        return {**read, "logprobs": shared.gather(-1, token_ids[:, None]).squeeze(-1) - shared.logsumexp(dim=-1)}
 
 
 def end_ids(model: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -350,10 +342,10 @@ def _answers(forks: Sequence[Fork], open_: Sequence[int], least: int) -> Iterato
 
 def spans(keys: Iterable[Any]) -> dict[Any, range]:
     """Where the rows of each key are in a stage that holds them one after the other."""
-    found: dict[Any, range] = {}
+    rows_of: dict[Any, range] = {}
     start = 0
     for key, group in groupby(keys):
         length = sum(1 for _ in group)
-        found[key] = range(start, start + length)
+        rows_of[key] = range(start, start + length)
         start += length
-    return found
+    return rows_of

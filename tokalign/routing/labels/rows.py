@@ -20,9 +20,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.rewards import answers_match, extract_answer
+from tokalign.routing.labels.classes import IDENTICAL, INVALID
 from tokalign.routing.labels.divergence import (
-    IDENTICAL,
-    INVALID,
     DivergenceScorer,
     Fork,
     Prefill,
@@ -31,6 +30,7 @@ from tokalign.routing.labels.divergence import (
     own_branch,
     spans,
 )
+from tokalign.routing.labels.features import write_features
 from tokalign.routing.labels.report import invalid_count
 from tokalign.routing.labels.verdicts import (
     CUT_OFF,
@@ -41,17 +41,14 @@ from tokalign.routing.labels.verdicts import (
     outcome_verdict,
     question_text,
 )
-from tokalign.routing.router.features import write_features
-from tokalign.signals.rollout import derived_seed
-from tokalign.stage.jobs import Dropped, Item, Kept
+from tokalign.stage.jobs import Dropped, Item, Kept, Row
+from tokalign.stage.seeds import derived_seed
 
 SPLITS = ("train", "calibration", "test")
 UNFINISHED = "the answer did not end within max_tokens"
 EMPTY = "the answer is empty"
 NO_ANSWER = "no `answer` to verify with"
 NOT_CONTINUED = "left out by max_branches_per_answer"
-
-Row = dict[str, Any]
 
 
 def row_name(row: Row) -> str:
@@ -191,10 +188,10 @@ class BranchGrower:
 
     def chosen(self, row: Row) -> list[int]:
         """The differences of a row that are continued, the same in every process."""
-        found = differences(row["slm_ids"], llm_choices(row))
-        if self.most is None or len(found) <= self.most:
-            return found
-        return sorted(random.Random(derived_seed(self.seed, row_name(row))).sample(found, self.most))
+        positions = differences(row["slm_ids"], llm_choices(row))
+        if self.most is None or len(positions) <= self.most:
+            return positions
+        return sorted(random.Random(derived_seed(self.seed, row_name(row))).sample(positions, self.most))
 
 
 # ---------------------------------------------------------------------------------------------------------- labels
@@ -234,16 +231,16 @@ class Labeller:
 
     def __call__(self, batch: list[Row]) -> list[Item]:
         grown = [self.lookup.of(row) for row in batch]
-        pairs = [(row, branch) for row, found in zip(batch, grown, strict=True) for branch in found]
+        pairs = [(row, branch) for row, branches in zip(batch, grown, strict=True) for branch in branches]
         if self.judge is None:
-            said = iter([self.outcome(row, branch) for row, branch in pairs])
+            verdicts = iter([self.outcome(row, branch) for row, branch in pairs])
         else:  # no judge is started for a shard without differences
-            said = iter(self.judge([self.comparison(row, branch) for row, branch in pairs]) if pairs else [])
+            verdicts = iter(self.judge([self.comparison(row, branch) for row, branch in pairs]) if pairs else [])
         items: list[Item] = []
-        for row, found in zip(batch, grown, strict=True):
-            told = {branch["position"]: next(said) for branch in found}
+        for row, branches in zip(batch, grown, strict=True):
+            by_position = {branch["position"]: next(verdicts) for branch in branches}
             no_answer = self.judge is None and not row["answer"]
-            items.append(Dropped(NO_ANSWER) if no_answer else self.labelled(row, told))
+            items.append(Dropped(NO_ANSWER) if no_answer else self.labelled(row, by_position))
         return items
 
     def outcome(self, row: Row, branch: Row) -> Verdict:

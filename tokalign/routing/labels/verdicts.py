@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import read_template, render_prompt
-from tokalign.routing.labels.divergence import DIVERGENT, INVALID, NEUTRAL
+from tokalign.routing.labels.classes import DIVERGENT, INVALID, NEUTRAL
 from tokalign.stage.errors import ContractError
 
 BUILT_IN = Path(__file__).parent / "judge_templates"
@@ -92,11 +92,11 @@ class JudgeTemplate:
         for part in ("system", "user", "same", "different"):
             if not isinstance(getattr(self, part), str):
                 raise ContractError(f"{where} `{part}` is missing or not a text; write system, user, same, different.")
-        found = _FIELD.findall(self.user)
+        fields = _FIELD.findall(self.user)
         listed = ", ".join(f"{{{field}}}" for field in FIELDS)
-        if missing := [field for field in FIELDS if field not in found]:
+        if missing := [field for field in FIELDS if field not in fields]:
             raise ContractError(f"{where} `user` lacks the field {{{missing[0]}}}; put in all of {listed}.")
-        if unknown := [field for field in found if field not in FIELDS]:
+        if unknown := [field for field in fields if field not in FIELDS]:
             raise ContractError(f"{where} `user` has the unknown field {{{unknown[0]}}}; the fields are {listed}.")
         if not self.same or not self.different or self.same == self.different:
             raise ContractError(f"{where} `same` and `different` must be two different words.")
@@ -159,13 +159,13 @@ def judge_verdicts(
     parsed = [parse_verdict(reply, template) for reply in replies]
     verdicts = []
     for k in range(0, len(parsed), len(orders)):
-        said = parsed[k : k + len(orders)]
-        if said[0] is None or None in said:
+        opinions = parsed[k : k + len(orders)]
+        if opinions[0] is None or None in opinions:
             verdicts.append(Verdict(INVALID, NO_VERDICT))
-        elif len(set(said)) > 1:
+        elif len(set(opinions)) > 1:
             verdicts.append(Verdict(INVALID, DISAGREE))
         else:
-            verdicts.append(Verdict(said[0]))
+            verdicts.append(Verdict(opinions[0]))
     return verdicts
 
 

@@ -14,7 +14,6 @@ label a second round on policy, or let the server's budget controller track the 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +22,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from tokalign.routing.router.features import DIVERGENT, RouterDataset
-from tokalign.routing.router.metrics import check_tokens, interval, plot_reports, router_report
+from tokalign.routing.labels.classes import DIVERGENT
+from tokalign.routing.router.features import RouterDataset
+from tokalign.routing.router.metrics import check_tokens, plot_reports, router_report
 from tokalign.routing.router.model import TokenRouter
-from tokalign.stage.files import write_text_atomically
+from tokalign.stage.files import write_json_atomically
 from tokalign.stage.manifest import MANIFEST
+from tokalign.statistics import percentile_interval
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,8 @@ def measure(
         return np.bincount(response, weights=which, minlength=count)
 
     tokens, sent = per_response(np.ones(len(scores))), per_response(routed)
-    wanted, found = per_response(divergent), per_response(divergent & routed)
-    columns = np.stack([sent, tokens, found, wanted, found == wanted, np.ones(count)], axis=1)  # (R, 6)
+    wanted, recalled = per_response(divergent), per_response(divergent & routed)
+    columns = np.stack([sent, tokens, recalled, wanted, recalled == wanted, np.ones(count)], axis=1)  # (R, 6)
 
     def shares(sums: np.ndarray) -> np.ndarray:
         ratios = sums[..., ::2] / np.maximum(sums[..., 1::2], 1)
@@ -165,7 +166,7 @@ def measure(
         accuracy=accuracy,
         n_tokens=len(scores),
         n_responses=count,
-        ci={name: interval(spread[:, i]) for i, name in enumerate(("rate", "recall", "accuracy"))},
+        ci={name: list(percentile_interval(spread[:, i])) for i, name in enumerate(("rate", "recall", "accuracy"))},
     )
 
 
@@ -201,20 +202,20 @@ def check_dataset(router: TokenRouter, dataset: RouterDataset) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    for name, own, found in (
+    for name, own, theirs in (
         ("hidden size", router.config.hidden_size, dataset.hidden_size),
         ("number of top logits", router.config.top_k, dataset.top_k),
     ):
-        if own != found:
+        if own != theirs:
             raise ValueError(
-                f"The features of {dataset.folder} have {name} {found}, but the router was made for {own}; use labels "
+                f"The features of {dataset.folder} have {name} {theirs}, but the router was made for {own}; use labels "
                 "of its SLM."
             )
     trained = (router.config.slm or {}).get("weights_hash")
-    found = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
-    if trained is not None and found is not None and trained != found:
+    theirs = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
+    if trained is not None and theirs is not None and trained != theirs:
         raise ValueError(
-            f"The features of {dataset.folder} are of another SLM (weights {found[:12]}) than the router's "
+            f"The features of {dataset.folder} are of another SLM (weights {theirs[:12]}) than the router's "
             f"({trained[:12]}); use labels of its SLM."
         )
     if "token" in router.config.inputs and not router.has_embedding:
@@ -277,7 +278,7 @@ def report_on(
     report["split"] = dataset.folder.name
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_text_atomically(Path(folder) / "report.json", json.dumps(report, indent=2) + "\n")
+        write_json_atomically(Path(folder) / "report.json", report)
         plot_reports({router.config.architecture: report}, Path(folder) / "report.png")
     return report
 

@@ -38,8 +38,12 @@ def write_model_card(
     )
     parameters = sum(parameter.numel() for parameter in router.parameters())
     lines = [
-        *("---", data.to_yaml(), "---", ""),
-        *("# Token router", ""),
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        "# Token router",
+        "",
         f"Scores each next token of `{slm}`: a token that scores at least the threshold goes to the large model "
         "(R2R, arXiv 2505.21600).",
         "",

@@ -1,21 +1,11 @@
-"""What a router reads at each position of a completion, in files beside the labels.
+"""The labelled positions that a router is trained on: features stay on disk, a batch reads the rows that it needs.
 
-"Position t" is where token t of a completion is chosen, so its features are the small model's (SLM's) at the token
-before it: `hidden` (what its LM head reads), `top_logits` (the largest logits over the ids that the pair shares),
-`predicted` (their argmax) and `entropy` (nats). One safetensors file holds the positions of one shard of responses,
-one after the other; a stage's rows say where their own begin (`features_file`, `features_first`).
-
-Size: 2 (d + k) + 8 bytes a position, 3.28 GB a million positions at d = 1536 and k = 100. Files are memory-mapped, so
-a dataset larger than memory is read where it lies; nothing here unpickles.
+`tokalign.routing.labels.features` says what the features are and how their files look.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,131 +13,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from torch.utils.data import Dataset, Sampler
 
+from tokalign.routing.labels.classes import DIVERGENT
+from tokalign.routing.labels.features import finite_positions, open_features
 from tokalign.stage.contract import check_lists, check_values
 from tokalign.stage.errors import ContractError
-from tokalign.stage.files import fsync_folder
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of
 
-TENSORS = {"hidden": np.float16, "top_logits": np.float16, "predicted": np.int32, "entropy": np.float32}
-DIVERGENT = 2  # the label that a router is to find
-_NAMES = {np.float16: "F16", np.float32: "F32", np.int32: "I32"}  # as a header spells the types
-_LONGEST = 1 << 31  # of a dimension; numpy takes no number of any size
-_LENGTH = 8  # bytes before the header, which say how long it is
-_HEADER = 1 << 20  # bytes; ours has a few hundred
 _OPEN = 64  # files mapped at a time, several times a sampler's window
-
-
-# ----------------------------------------------------------------------------------------------------------- files
-
-
-def write_features(folder: Path, ids: Sequence[str], arrays: dict[str, np.ndarray]) -> str:
-    """Write the features of the responses `ids`, one after the other, atomically; the name of the file.
-
-    The name follows from `ids`, so a shard that is done again replaces its own file.
-
-    Args:
-        folder: made if absent.
-        ids: of the responses, in order.
-        arrays: `hidden` (N, d), `top_logits` (N, k), `predicted` (N,), `entropy` (N,), of any numeric type; N counts
-            the positions of all responses.
-
-    Raises:
-        ValueError: a tensor is missing, lengths differ, or a value is not finite in the type that is stored.
-    """
-    if arrays.keys() != TENSORS.keys():
-        raise ValueError(f"Features need the tensors {', '.join(TENSORS)}, not {', '.join(arrays)}.")
-    with np.errstate(over="ignore"):  # an overflow is found below
-        stored = {name: np.ascontiguousarray(arrays[name], dtype=dtype) for name, dtype in TENSORS.items()}
-    positions = {len(array) for array in stored.values()}
-    if len(positions) != 1:
-        lengths = ", ".join(f"{name} {len(array)}" for name, array in stored.items())
-        raise ValueError(f"Features of one shard must have one length, not {lengths}.")
-    for name, array in stored.items():
-        if not (finite := _finite(array)).all():
-            raise ValueError(
-                f"Position {int(np.argmin(finite))} of the responses {ids[0]!r} to {ids[-1]!r} has a `{name}` that is "
-                f"not a finite {np.dtype(TENSORS[name]).name}; drop the response, or run the SLM in fp32 if it "
-                "overflowed."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"features-{hashlib.sha256(chr(0).join(ids).encode()).hexdigest()[:16]}.safetensors"
-    for left_over in folder.glob(f".{name}.*.tmp"):  # by a killed process; a shard is one process's at a time
-        left_over.unlink()
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    try:
-        save_file(stored, temporary)
-    except SafetensorError as error:  # how it tells of a full disk; the half-written file takes room
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{folder} does not take the file {name} ({error}); make room and start again.") from error
-    with open(temporary, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, folder / name)
-    fsync_folder(folder)
-    return name
-
-
-def _finite(array: np.ndarray) -> np.ndarray:
-    """Whether all values of a position are finite (N,)."""
-    return np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
-
-
-def open_features(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a feature file: read-only views of the mapped file, nothing is read yet.
-
-    Raises:
-        ContractError: the file is missing, cut short, or does not hold what `write_features` writes.
-    """
-    remedy = "rerun the prefill stage of scripts/label_routing.py"
-    try:
-        raw = np.memmap(file, dtype=np.uint8, mode="r")
-    except FileNotFoundError:
-        raise ContractError(f"Feature file {file} is missing; {remedy}.") from None
-    except ValueError:  # numpy cannot map an empty file
-        raise ContractError(f"Feature file {file} is empty; {remedy}.") from None
-    length = int.from_bytes(raw[:_LENGTH].tobytes(), "little")
-    if len(raw) < _LENGTH or length > min(_HEADER, len(raw) - _LENGTH):
-        raise ContractError(f"Feature file {file} is cut short or no safetensors file; {remedy}.")
-    try:
-        header = json.loads(raw[_LENGTH : _LENGTH + length].tobytes())
-        entries = {name: header[name] for name in TENSORS}
-        tensors = {name: (e["dtype"], tuple(e["shape"]), tuple(e["data_offsets"])) for name, e in entries.items()}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ContractError(f"Feature file {file} does not hold the tensors {', '.join(TENSORS)}; {remedy}.") from None
-    data = raw[_LENGTH + length :]
-    views = {}
-    for name, (dtype, shape, offsets) in tensors.items():
-        if dtype != _NAMES[TENSORS[name]]:
-            raise ContractError(f"Feature file {file}: `{name}` has type {str(dtype)[:40]}; {remedy}.")
-        dimensions = 2 if name in ("hidden", "top_logits") else 1
-        numbers = all(type(n) is int and n >= 0 for n in [*shape, *offsets])
-        if len(shape) != dimensions or len(offsets) != 2 or not numbers or max(shape) >= _LONGEST:
-            raise ContractError(f"Feature file {file}: `{name}` has shape {str(list(shape))[:80]}; {remedy}.")
-        size = np.dtype(TENSORS[name]).itemsize
-        for dimension in shape:
-            size *= dimension
-        if offsets[1] - offsets[0] != size or offsets[1] > len(data):
-            raise ContractError(f"Feature file {file} is cut short: `{name}` does not fit in it; {remedy}.")
-        views[name] = data[offsets[0] : offsets[1]].view(TENSORS[name]).reshape(shape)
-    spans = sorted(offsets for _, _, offsets in tensors.values())
-    if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise ContractError(f"Feature file {file}: its tensors overlap; {remedy}.")
-    if len({len(view) for view in views.values()}) != 1:
-        raise ContractError(f"Feature file {file}: its tensors differ in length; {remedy}.")
-    return views
 
 
 @functools.lru_cache(maxsize=_OPEN)
 def _opened(file: str, written: int) -> dict[str, np.ndarray]:
     """`open_features`, kept; `written` (when the file was) tells a file from its successor of the same name."""
     return open_features(Path(file))
-
-
-# --------------------------------------------------------------------------------------------------------- dataset
 
 
 class RouterDataset(Dataset):
@@ -225,7 +106,7 @@ class RouterDataset(Dataset):
                     batch[name] = np.empty((len(items), *view.shape[1:]), dtype=kind)
                 batch[name][own] = view[self._positions[items[own]]]
         for name, values in batch.items():
-            if not (finite := _finite(values)).all():
+            if not (finite := finite_positions(values)).all():
                 bad = items[np.argmin(finite)]
                 row = int(self.responses[bad])
                 raise ContractError(
@@ -292,9 +173,9 @@ class RouterDataset(Dataset):
                 where = f"Row {number} (id {row_id!r})"
                 length = len(lists["completion_ids"][index])
                 for column in ("slm_ids", "label"):
-                    if (found := len(lists[column][index])) != length:
+                    if (entries := len(lists[column][index])) != length:
                         raise ContractError(
-                            f"{where}: `{column}` has {found} entries for {length} tokens in `completion_ids`; "
+                            f"{where}: `{column}` has {entries} entries for {length} tokens in `completion_ids`; "
                             f"{remedy}."
                         )
                 label = lists["label"][index]  # a null is NaN here, which no comparison passes

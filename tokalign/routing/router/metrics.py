@@ -8,7 +8,7 @@ bootstraps over *responses*.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tokalign.routing.router.features import DIVERGENT
-from tokalign.signals.agreement import auroc
+from tokalign.routing.labels.classes import DIVERGENT
+from tokalign.statistics import Ranking, area_under_roc, auroc, percentile_interval
 
 RATES = (0.02, 0.05, 0.1, 0.12, 0.15, 0.2, 0.3, 0.5)
 
 
-class Ranking:
-    """Tokens sorted by falling score, ties together: every curve is a cumulative sum over the groups of equal score.
+def ranking_of(scores: np.ndarray, labels: np.ndarray, responses: np.ndarray) -> Ranking:
+    """The divergent tokens among those with a verdict, ranked by score.
 
     Args:
         scores: (N,) finite.
@@ -33,36 +33,15 @@ class Ranking:
     Raises:
         ValueError: lengths differ, a score is not finite, or there is no divergent or no other token.
     """
-
-    def __init__(self, scores: np.ndarray, labels: np.ndarray, responses: np.ndarray):
-        scores, labels, responses = check_tokens(scores, labels, responses)
-        order = np.argsort(-scores, kind="stable")
-        self.scores = scores[order]
-        self.starts = np.flatnonzero(np.r_[True, self.scores[1:] != self.scores[:-1]])  # first token of each group
-        self.divergent = labels[order] == DIVERGENT
-        self.others = (labels[order] >= 0) & ~self.divergent
-        self.distinct, self._row = np.unique(responses[order], return_inverse=True)
-        if not self.divergent.any() or not self.others.any():
-            raise ValueError(
-                f"There are {int(self.divergent.sum())} divergent and {int(self.others.sum())} other tokens, and a "
-                "measure of how well they are told apart needs both; label more problems."
-            )
-
-    def sums(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Divergent, other and all tokens whose score is at least that of each group (G,), responses weighted."""
-        each = np.ones(len(self.scores), dtype=np.int64) if weights is None else weights[self._row]
-        hits, misses, everything = (
-            np.cumsum(np.add.reduceat(np.where(kind, each, 0), self.starts))
-            for kind in (self.divergent, self.others, np.ones(len(each), dtype=bool))
+    scores, labels, responses = check_tokens(scores, labels, responses)
+    divergent = labels == DIVERGENT
+    others = (labels >= 0) & ~divergent
+    if not divergent.any() or not others.any():
+        raise ValueError(
+            f"There are {int(divergent.sum())} divergent and {int(others.sum())} other tokens, and a measure of how "
+            "well they are told apart needs both; label more problems."
         )
-        return hits, misses, everything
-
-    def resamples(self, samples: int, seed: int) -> Iterator[np.ndarray]:
-        """Weights (R,) of the responses, one resample at a time."""
-        count = len(self.distinct)
-        generator = np.random.default_rng(seed)
-        for _ in range(samples):
-            yield generator.multinomial(count, np.full(count, 1 / count))
+    return Ranking(scores, divergent, others, responses)
 
 
 def check_tokens(
@@ -82,12 +61,6 @@ def check_tokens(
     if not (finite := np.isfinite(scores)).all():
         raise ValueError(f"The score of token {int(np.argmin(finite))} is not finite; train the router again.")
     return scores, labels, responses
-
-
-def area_under_roc(hits: np.ndarray, others: np.ndarray) -> float:
-    """Chance that a divergent token scores above another, ties half; cumulative counts by falling score (G,)."""
-    h, o = np.diff(hits, prepend=0), np.diff(others, prepend=0)
-    return float((h * (others[-1] - others + o / 2)).sum() / (hits[-1] * others[-1]))
 
 
 def average_precision(hits: np.ndarray, others: np.ndarray) -> float:
@@ -134,11 +107,6 @@ def reliability(probability: np.ndarray, divergent: np.ndarray, *, bins: int = 1
     }
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """The middle 95 % of bootstrap values."""
-    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
-
-
 def router_report(
     scores: np.ndarray,
     labels: np.ndarray,
@@ -152,7 +120,7 @@ def router_report(
     """Everything that the scores of a held-out split say about a router.
 
     Args:
-        scores, labels, responses: (N,), see `Ranking`.
+        scores, labels, responses: (N,), see `ranking_of`.
         pos_weight: that the router was trained with; `reliability` is about scores freed of it.
         rates: LLM rates at which recall is reported.
         samples: bootstrap resamples of responses.
@@ -162,7 +130,7 @@ def router_report(
         `auprc`, each with `…_ci95`; `recall_at_rate`: by rate `recall` and `ci95`; `reliability`; `curve`: LLM `rate`
         and `recall` along the threshold, at most 200 points.
     """
-    ranking = Ranking(scores, labels, responses)
+    ranking = ranking_of(scores, labels, responses)
     hits, others, everything = ranking.sums()
     resampled: list[tuple[float, float, np.ndarray]] = []
     for weights in ranking.resamples(samples, seed):
@@ -176,15 +144,16 @@ def router_report(
     points = np.unique(np.linspace(0, len(hits) - 1, 200).astype(int))
     return {
         "tokens": len(told),
-        "responses": len(ranking.distinct),
+        "responses": len(ranking.rows),
         "invalid": int((~told).sum()),
         "divergent_share": float(divergent.mean()),
         "auroc": auroc(-np.asarray(scores)[told], divergent),
-        "auroc_ci95": interval(np.array([value for value, _, _ in resampled])),
+        "auroc_ci95": list(percentile_interval(np.array([value for value, _, _ in resampled]))),
         "auprc": average_precision(hits, others),
-        "auprc_ci95": interval(np.array([value for _, value, _ in resampled])),
+        "auprc_ci95": list(percentile_interval(np.array([value for _, value, _ in resampled]))),
         "recall_at_rate": {
-            f"{rate:g}": {"recall": float(recalls[i]), "ci95": interval(spread[:, i])} for i, rate in enumerate(rates)
+            f"{rate:g}": {"recall": float(recalls[i]), "ci95": list(percentile_interval(spread[:, i]))}
+            for i, rate in enumerate(rates)
         },
         "reliability": reliability(probabilities(np.asarray(scores)[told], pos_weight), divergent),
         "curve": {

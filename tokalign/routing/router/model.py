@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,9 +30,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
+from tokalign.routing.labels.features import INPUTS, row_features
 from tokalign.stage.hashes import weights_hash
 
-INPUTS = ("hidden", "token", "logits", "entropy")
 _ROWS = 8192  # of the embedding, read at a time
 
 
@@ -149,37 +148,6 @@ class RouterBlock(nn.Module):
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         return u + self.down(self.dropout(nn.functional.gelu(self.up(self.norm(u)))))
-
-
-def row_features(
-    hidden: torch.Tensor | None, logits: torch.Tensor, *, top_k: int, shared_vocab: int, needs: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """A router's inputs from what the SLM computes, for N next tokens; both engines decide by this function.
-
-    Args:
-        hidden: (N, d), what the SLM's LM head got; read only if needed.
-        logits: (N, V) of any type, V >= `shared_vocab`.
-        needs: of "hidden", "token", "logits", "entropy"; nothing else is computed.
-
-    Returns:
-        `hidden` (N, d) and `top_logits` (N, top_k) in their own types, `predicted` (N,) int64, `entropy` (N,) float32
-        in nats over the shared ids.
-    """
-    shared = logits[:, :shared_vocab]
-    features: dict[str, torch.Tensor] = {}
-    if "hidden" in needs:
-        if hidden is None:
-            raise ValueError("This router reads the SLM's hidden states; pass them, or train one without them.")
-        features["hidden"] = hidden
-    if "logits" in needs:
-        features["top_logits"] = shared.topk(top_k, dim=-1).values
-    if "token" in needs:
-        features["predicted"] = shared.argmax(dim=-1)
-    if "entropy" in needs:
-        log_probs = shared.float().log_softmax(dim=-1)
-        # A banned id has log-probability −inf and contributes nothing
-        features["entropy"] = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
-    return features
 
 
 class TokenRouter(PreTrainedModel):
@@ -387,10 +355,10 @@ class TokenRouter(PreTrainedModel):
                 f"{slm} has hidden size {hidden}, but the router was trained for {self.config.hidden_size}; use the "
                 f"SLM that it was trained for{self._slm_name()}."
             )
-        trained, found = (self.config.slm or {}).get("weights_hash"), weights_hash(slm)
-        if trained is not None and trained != found:
+        trained, given = (self.config.slm or {}).get("weights_hash"), weights_hash(slm)
+        if trained is not None and trained != given:
             raise ValueError(
-                f"The router was trained on another SLM than {slm} (weights {trained[:12]}, not {found[:12]}); use the "
+                f"The router was trained on another SLM than {slm} (weights {trained[:12]}, not {given[:12]}); use the "
                 f"one that it was trained for{self._slm_name()}, by the same path or id, or train one for this SLM."
             )
 
@@ -431,9 +399,9 @@ def _embedding_tensor(slm: str) -> tuple[str, str]:
 def _key(keys: list[str], name: str, slm: str) -> str:
     """The stored name of parameter `name`: checkpoints of the same model may have another prefix."""
     suffix = "." + ".".join(name.split(".")[-2:])
-    found = [key for key in keys if key == name] or [key for key in keys if key.endswith(suffix)]
-    if len(found) != 1:
+    alike = [key for key in keys if key == name] or [key for key in keys if key.endswith(suffix)]
+    if len(alike) != 1:
         raise ValueError(
-            f"{slm} has {len(found)} tensors that may be its input embedding {name!r}; save it with save_pretrained."
+            f"{slm} has {len(alike)} tensors that may be its input embedding {name!r}; save it with save_pretrained."
         )
-    return found[0]
+    return alike[0]

@@ -22,13 +22,15 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.router.calibration import check_dataset, router_inputs
 from tokalign.routing.router.card import write_model_card
-from tokalign.routing.router.features import DIVERGENT, RouterDataset, WindowSampler
-from tokalign.routing.router.metrics import Ranking, area_under_roc, average_precision, recall_at
+from tokalign.routing.router.features import RouterDataset, WindowSampler
+from tokalign.routing.router.metrics import average_precision, ranking_of, recall_at
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig, embedding_shape
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import weights_hash
+from tokalign.statistics import area_under_roc
 
 
 @dataclass
@@ -204,7 +206,7 @@ class RouterTrainer(Trainer):
         """`weighted_loss` in nats, AUROC, AUPRC, and the recall at an LLM rate of 12 % (the paper's is 11 to 15)."""
         logits = np.asarray(prediction.predictions, dtype=np.float64)
         labels = np.asarray(prediction.label_ids) > 0
-        ranking = Ranking(logits, labels * DIVERGENT, np.zeros(len(labels), dtype=int))
+        ranking = ranking_of(logits, labels * DIVERGENT, np.zeros(len(labels), dtype=int))
         hits, others, everything = ranking.sums()
         # −ln σ(f) = ln(1 + e^−f), −ln(1 − σ(f)) = ln(1 + e^f)
         losses = np.where(labels, self.pos_weight * np.logaddexp(0, -logits), np.logaddexp(0, logits))

@@ -24,7 +24,13 @@ COMPLETION_TOKENS = 16  # OpenAI's default `max_tokens` of /v1/completions; a ch
 
 # Fields that change nothing in the answer: clients send them for their own accounting.
 _IGNORED = {
-    *("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
 }
 # Fields of other servers, and the values with which they ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {

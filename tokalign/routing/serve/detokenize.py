@@ -93,10 +93,10 @@ class TextStream:
         """`new` and what was held before it, up to a stop string or what may become one."""
         self.length += len(new)
         text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        starts = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if starts:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(starts)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

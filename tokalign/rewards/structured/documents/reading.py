@@ -10,7 +10,7 @@ attributes are faults, not data. Nothing here resolves references, opens files o
 - partial: a document with text around it, or the well-formed beginning of one that breaks off;
 - none: no document, or a faulty one.
 
-JSON and tool calls are read here; `yaml_documents` and `xml_documents` read the other two into the same values.
+JSON and tool calls are read here; `documents/yaml.py` and `documents/xml.py` read the other two into the same values.
 """
 
 from __future__ import annotations
@@ -19,72 +19,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import pydantic_core
 
-Format = Literal["json", "yaml", "xml", "tool_call"]
-FORMATS: tuple[Format, ...] = ("json", "yaml", "xml", "tool_call")
-Source = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
-
-
-class _Missing:
-    """The value of a text that holds no document (None is a document: JSON's null)."""
-
-    def __repr__(self) -> str:
-        return "MISSING"
-
-
-MISSING = _Missing()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a completion may cost.
-
-    Args:
-        max_bytes: longest completion in UTF-8 bytes; a longer one is not parsed.
-        max_depth: deepest nesting of containers.
-        max_values: most values (keys not counted) of one document.
-    """
-
-    max_bytes: int = 1 << 18
-    max_depth: int = 64
-    max_values: int = 10_000
-
-    def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_depth", "max_values"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
-        if self.max_depth > 200:
-            raise ValueError(f"max_depth is {self.max_depth}; Python's own recursion allows at most 200 here.")
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """What was read.
-
-    Attributes:
-        value: the parsed document; MISSING where there is none.
-        error: why the text is not exactly one strict document, None if it is.
-        fenced: it stood in one Markdown fence.
-        outside: characters of the text that do not belong to the document.
-    """
-
-    value: Any
-    error: str | None = None
-    fenced: bool = False
-    outside: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether the completion is exactly one strict document."""
-        return self.error is None
-
-
-class Fault(ValueError):
-    """A document that no reading can mend: repeated keys, NaN, too deep. Its text says which."""
+from tokalign.rewards.structured.documents.document import MISSING, Document, Fault, Format, Limits, Source
+from tokalign.rewards.structured.documents.xml import decode_xml
+from tokalign.rewards.structured.documents.yaml import decode_yaml
 
 
 def text_of(completion: Source) -> str:
@@ -185,12 +126,12 @@ def one_block(text: str, output_format: Format) -> str | None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    by_key = dict(pairs)
+    if len(by_key) != len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise Fault(f"the key {repeated[:100]!r} is repeated")
-    return made
+    return by_key
 
 
 def _constant(name: str) -> NoReturn:
@@ -262,7 +203,7 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
         return Document(MISSING, "empty")
     reason = f"not JSON: {error.msg} at character {error.pos}"
     opener = re.compile(r"[\[{]" if wants_list else "{")
-    position, found = 0, None
+    position, document = 0, None
     for _ in range(_STARTS):
         match = opener.search(text, position)
         if match is None:
@@ -271,7 +212,7 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
         try:
             value, end = _DECODER.raw_decode(text, start)
         except json.JSONDecodeError as inner:
-            if found is None and inner.pos > start + 1:  # a document that breaks off, not a brace in prose
+            if document is None and inner.pos > start + 1:  # a document that breaks off, not a brace in prose
                 return _beginning(text, start, inner.pos, reason, limits)
             position = start + 1
             continue
@@ -279,14 +220,14 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
             raise
         except ValueError:
             raise Fault("an integer of thousands of digits") from None
-        if found is not None:
+        if document is not None:
             return Document(MISSING, "more than one document")  # nobody can tell which one is the answer
         part = text[start:end]
         _refuse_surrogates(part, value)
         check_limits(part, limits)  # quotes outside it may have hidden its brackets from the check of the whole text
-        found = Document(value, "text around the document", outside=len(text) - len(part))
+        document = Document(value, "text around the document", outside=len(text) - len(part))
         position = end
-    return found or Document(MISSING, reason)
+    return document or Document(MISSING, reason)
 
 
 def _beginning(text: str, start: int, end: int, reason: str, limits: Limits) -> Document:
@@ -391,16 +332,11 @@ def _openai_calls(parsed: Any, limits: Limits) -> list[Any]:
 
 
 def _read_yaml(text: str, limits: Limits, _: bool, __: Any) -> Document:
-    from tokalign.rewards.structured.documents.yaml import decode_yaml
-
-    return _read_markup(
-        text, "yaml", lambda body: decode_yaml(body.rstrip() + "\n", limits)
-    )  # a `|` block ends its line
+    # a block of text after `|` needs the end of its last line
+    return _read_markup(text, "yaml", lambda body: decode_yaml(body.rstrip() + "\n", limits))
 
 
 def _read_xml(text: str, limits: Limits, _: bool, types: Any) -> Document:
-    from tokalign.rewards.structured.documents.xml import decode_xml
-
     return _read_markup(text, "xml", lambda body: decode_xml(body.strip(), limits, types))
 
 

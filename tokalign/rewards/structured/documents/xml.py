@@ -17,7 +17,7 @@ from xml.etree.ElementTree import ParseError
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import DefusedXMLParser
 
-from tokalign.rewards.structured.documents.reading import Fault, Limits
+from tokalign.rewards.structured.documents.document import Fault, Limits
 
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,307})(\.[0-9]{1,400})?([eE][-+]?[0-9]{1,3})?")
 
@@ -96,12 +96,12 @@ def _value(element: _Element, types: Any) -> Any:
     shape = next((o for o in options if o is not None and o.types and o.types & {"array", "object"}), options[0])
     if shape is not None and shape.types and "array" in shape.types:
         return [_value(child, shape.item(i)) for i, child in enumerate(element.children)]
-    made: dict[str, Any] = {}
+    by_tag: dict[str, Any] = {}
     for child in element.children:
-        if child.tag in made:
+        if child.tag in by_tag:
             raise Fault(f"the element {child.tag[:100]!r} is repeated")
-        made[child.tag] = _value(child, None if shape is None else shape.known(child.tag))
-    return made
+        by_tag[child.tag] = _value(child, None if shape is None else shape.known(child.tag))
+    return by_tag
 
 
 def _scalar(text: str, wanted: set[str]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tokalign.rewards.structured.documents.reading import Fault, Limits
+from tokalign.rewards.structured.documents.document import Fault, Limits
 
 _TAG_DIRECTIVE = re.compile(r"^%TAG", re.MULTILINE)
 _INTEGER = re.compile(r"[-+]?[0-9]+")

@@ -45,7 +45,7 @@ def cut_piece(
     return Piece(ids, logprobs, read, end)
 
 
-class _NoTokenIds(ValueError):
+class _TextWithoutIds(ValueError):
     """The server speaks the protocol, but in text."""
 
 
@@ -311,7 +311,7 @@ async def _stream_completion(
                 if getattr(chunk, "choices", None):
                     yield _piece_of(chunk, unseen if first else 1, len(prefix) if first else 0, route)
                     first = False
-    except _NoTokenIds:
+    except _TextWithoutIds:
         raise
     except (ValueError, RecursionError) as error:  # the client lets json's own errors through, and httpx's too
         raise BrokenAnswer("the answer is not JSON") from error
@@ -325,7 +325,7 @@ def _piece_of(answer: Any, unseen: int, prompt: int, route: int | None) -> Piece
         raise BrokenAnswer("the answer holds several choices" if choices else "the answer holds no choice")
     ids, logprobs = read_choice(choices[0])
     if ids is None:
-        raise _NoTokenIds(
+        raise _TextWithoutIds(
             "A server answered without token ids: serve both models with vLLM, because text is never encoded again."
         )
     details = getattr(getattr(answer, "usage", None), "prompt_tokens_details", None)
@@ -354,10 +354,10 @@ def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str
         if not lengths:
             problem = f"{url}: it lists no model"
             continue
-        found = next(iter(lengths)) if name is None else name
-        if found not in lengths:
+        model_name = next(iter(lengths)) if name is None else name
+        if model_name not in lengths:
             raise ValueError(f"{url} serves {', '.join(lengths)[:300]}, not {name}: correct llm_name.")
-        return found, lengths[found]
+        return model_name, lengths[model_name]
     raise ConnectionError(f"No server of the {side} answers ({problem}): start it, or correct its address.")
 
 

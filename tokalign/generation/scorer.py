@@ -1,5 +1,7 @@
-"""What scorers share that read completions behind prompts: one base in memory, adapters on it, batches by token budget,
-and log-probabilities and entropies of the completion tokens.
+"""The other half of generation, which reads completions instead of writing them: what a model says of given tokens.
+
+Token signals, routing labels and evaluation score by it. It holds one base in memory with adapters on it, forms batches
+by a token budget, and gives log-probabilities and entropies of the completion tokens.
 
 The LM head sees completion positions only. A revision prompt, or a few-shot one, is several times as long as its
 completion, and with 128 k words the head of a small model costs more than its layers. (TRL's fused head meets every
@@ -30,6 +32,7 @@ CPU_LOGITS_BYTES = 128 << 20
 
 def _logit_transform(config) -> tuple[float, float | None]:
     """(scale, soft cap) that the model applies to its LM head's output; config names as in TRL's fused LM head."""
+    # Families of models scale their logits by a factor, by a divisor, or by a factor under the divisor's name.
     text_config = config.get_text_config()
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(text_config, name, None)
@@ -104,6 +107,7 @@ class CompletionScorer:
                 str(model), dtype=dtype, device_map=device_map or model_device()
             )
         self.base.eval()
+        # The embedding is where ids enter: its device takes the inputs, its rows bound the ids.
         embedding = next(self.base.get_input_embeddings().parameters())
         self.device, self.vocabulary = embedding.device, embedding.shape[0]
         self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
@@ -213,6 +217,8 @@ class CompletionScorer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids (B, L) padded on the right, the positions (B, L) whose next token is scored, and these tokens (P,)."""
         width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        # The state at position t predicts token t + 1, so the positions that are scored begin one before the
+        # completion.
         input_ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
         predicts = torch.zeros(len(prompts), width, dtype=torch.bool)
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -251,6 +257,8 @@ class CompletionScorer:
         with self._active(name):
             hidden = self._states(input_ids, predicts)
             token_ids = token_ids.to(self.head_device)
+            # The head meets a few positions at a time: fp32 logits of a whole batch over a large vocabulary are tens of
+            # GB. Each logit is 4 bytes, and the entropy needs a second tile of the same size for the probabilities.
             step = max(1, self.tile_bytes // ((8 if entropy else 4) * self.vocabulary))
             parts = [slice(start, start + step) for start in range(0, len(token_ids), step)]
             tiles = [_log_probs(self._logits(hidden[at]), token_ids[at], entropy) for at in parts]
@@ -262,6 +270,7 @@ def _log_probs(
     logits: torch.Tensor, token_ids: torch.Tensor, entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log-softmax at `token_ids` (P,) of fp32 `logits` (P, V), which are overwritten, and the entropy if asked."""
+    # In place throughout, since the tile is the largest tensor there is. Without the maximum taken off, exp overflows.
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     chosen = logits.gather(-1, token_ids[:, None]).squeeze(-1)
     if not entropy:

@@ -1,0 +1,69 @@
+"""What reading a completion gives, what it may cost, and the fault that no reading can mend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Format = Literal["json", "yaml", "xml", "tool_call"]
+FORMATS: tuple[Format, ...] = ("json", "yaml", "xml", "tool_call")
+Source = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+
+
+class _Missing:
+    """The value of a text that holds no document (None is a document: JSON's null)."""
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a completion may cost.
+
+    Args:
+        max_bytes: longest completion in UTF-8 bytes; a longer one is not parsed.
+        max_depth: deepest nesting of containers.
+        max_values: most values (keys not counted) of one document.
+    """
+
+    max_bytes: int = 1 << 18
+    max_depth: int = 64
+    max_values: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_depth", "max_values"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
+        if self.max_depth > 200:
+            raise ValueError(f"max_depth is {self.max_depth}; Python's own recursion allows at most 200 here.")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What was read.
+
+    Attributes:
+        value: the parsed document; MISSING where there is none.
+        error: why the text is not exactly one strict document, None if it is.
+        fenced: it stood in one Markdown fence.
+        outside: characters of the text that do not belong to the document.
+    """
+
+    value: Any
+    error: str | None = None
+    fenced: bool = False
+    outside: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the completion is exactly one strict document."""
+        return self.error is None
+
+
+class Fault(ValueError):
+    """A document that no reading can mend: repeated keys, NaN, too deep. Its text says which."""
