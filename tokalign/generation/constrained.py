@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tokalign.internals.transformers import bytes_to_unicode
 
 if TYPE_CHECKING:
     from tokalign.generation.batch import Row

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.internals.datasets import DatasetGenerationError, DatasetNotFoundError
 from tokalign.stage.contract import check_columns, remedy_for
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import is_hub_id, tokenizer_hash
