@@ -81,6 +81,11 @@ class SlotLayer(DynamicLayer):
         rows, slots = self.layout.capacity
         return like.new_zeros(rows, like.shape[1], slots + 1, like.shape[3])
 
+    def reset(self) -> None:
+        """Hold nothing, and no memory for it (transformers 5.16 keeps the buffers and fills them with zeros)."""
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
+
     def fit(self) -> None:
         """Move to buffers of the layout's capacity."""
         for name in ("keys", "values"):
