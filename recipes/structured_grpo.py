@@ -70,7 +70,7 @@ def main(
         plot_curriculum({"training": history}, output / "curriculum.png", trainer.structured.__name__)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()
     end_processes()
     return trainer
 

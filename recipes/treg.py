@@ -57,7 +57,7 @@ def main(script_args: TRegScriptArguments, training_args: TRegConfig, model_args
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()
     end_processes()
     return trainer
 

@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "lazy": set(),
     "losses": set(),
     "statistics": set(),
-    "stage": set(),
+    "stage": {"internals"},
     "prompts": {"stage"},
     "data": {"stage", "prompts"},
     "generation": {"stage", "prompts"},

@@ -1,4 +1,4 @@
-"""What `CriticalTokenDPOTrainer` relies on in TRL: when one fails, TRL has changed, and the message says where."""
+"""What the trainers of token preferences rely on in TRL: when one fails, TRL has changed; the message says where."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from tokalign.trainers import CriticalTokenDPOTrainer
-
-OVERRIDDEN = {
-    "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
-    "_set_signature_columns_if_needed": ["self"],
-    "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
-    "compute_ref_log_probs": ["self", "model", "inputs"],
-    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
-}
+from tests.contracts.names import is_private, shared_names
+from tokalign.internals.trl import DPO_OVERRIDDEN, DPO_USED, DataCollatorForPreference
+from tokalign.trainers import CriticalTokenDPOTrainer, TRegTrainer
 
 
-@pytest.mark.parametrize("name", OVERRIDDEN)
+@pytest.mark.parametrize("name", DPO_OVERRIDDEN)
 def test_overridden_methods_keep_their_arguments(name):
     theirs = list(inspect.signature(getattr(DPOTrainer, name)).parameters)
-    assert theirs == OVERRIDDEN[name], f"TRL's DPOTrainer.{name} now takes {theirs}: adapt our override."
-    assert list(inspect.signature(getattr(CriticalTokenDPOTrainer, name)).parameters) == theirs
+    for trainer in (CriticalTokenDPOTrainer, TRegTrainer):
+        ours = list(inspect.signature(getattr(trainer, name)).parameters)
+        assert ours == theirs, f"TRL's DPOTrainer.{name} takes {theirs} in this version: adapt our override."
+
+
+@pytest.mark.parametrize("trainer", [CriticalTokenDPOTrainer, TRegTrainer])
+def test_private_names_that_are_shared_with_trl_are_listed(trainer):
+    listed = {name for name in (*DPO_OVERRIDDEN, *DPO_USED) if is_private(name)}
+    assert shared_names(trainer) == listed, "correct the lists in tokalign/internals/trl.py"
 
 
 def test_constructor_takes_trls_arguments():

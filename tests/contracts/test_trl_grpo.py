@@ -8,23 +8,26 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
+from tests.contracts.names import shared_names
+from tokalign.internals.trl import GRPO_OVERRIDDEN, GRPO_USED, OTHERS_USED
 from tokalign.trainers import StructuredGRPOTrainer
 
-OVERRIDDEN = {
-    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-    "_generate_and_score_completions": ["self", "inputs"],
-}
 CALLED = {
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
     "_tokenize_prompts": ["prompts"],
 }
 
 
-@pytest.mark.parametrize("name", OVERRIDDEN)
+@pytest.mark.parametrize("name", GRPO_OVERRIDDEN)
 def test_overridden_methods_keep_their_arguments(name) -> None:
     theirs = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
-    assert theirs == OVERRIDDEN[name], f"TRL's GRPOTrainer.{name} now takes {theirs}: adapt our override."
-    assert list(inspect.signature(getattr(StructuredGRPOTrainer, name)).parameters) == theirs
+    ours = list(inspect.signature(getattr(StructuredGRPOTrainer, name)).parameters)
+    assert ours == theirs, f"TRL's GRPOTrainer.{name} takes {theirs} in this version: adapt our override."
+
+
+def test_private_names_that_are_shared_with_trl_are_listed() -> None:
+    listed = {*GRPO_OVERRIDDEN, *GRPO_USED}
+    assert shared_names(StructuredGRPOTrainer) == listed, "correct the lists in tokalign/internals/trl.py"
 
 
 @pytest.mark.parametrize("name", CALLED)
@@ -59,6 +62,11 @@ def test_metrics_tokenizer_and_engine_are_where_we_read_them() -> None:
     asleep = 'self.llm.wake_up(tags=["kv_cache"])', "self.llm.sleep(level=2)", "self._llm_weights_sleeping = True"
     assert all(line in engine for line in asleep), "TRL's engine sleeps otherwise now: adapt _generate_constrained."
     assert "merge_adapter()" in engine, "TRL hands adapters to vLLM otherwise now: say so in structured_grpo.py."
+
+
+def test_the_other_private_names_are_there() -> None:
+    assert hasattr(GRPOConfig, "_VALID_DICT_FIELDS") and "_llm_weights_sleeping" in inspect.getsource(VLLMGeneration)
+    assert set(OTHERS_USED) == {"_VALID_DICT_FIELDS", "_llm_weights_sleeping"}
 
 
 def test_gdpo_is_still_trls_option() -> None:

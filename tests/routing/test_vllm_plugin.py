@@ -76,15 +76,15 @@ def test_an_architecture_without_a_routed_class():
         routed_overrides(AutoConfig.for_model("gpt2", architectures=["GPT2LMHeadModel"]), "router", 1)
 
 
-@pytest.mark.parametrize("version", ["0.29.2", "0.31.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.29.2", "0.33.0", "1.0"])
 def test_another_vllm_is_refused(version, monkeypatch):
-    with pytest.raises(ImportError, match=rf"tested with vLLM 0\.30\.0 up to, not with, 0\.31, and this is {version}"):
+    with pytest.raises(ImportError, match=rf"tested with vLLM 0\.30\.0 up to, not with, 0\.33, and this is {version}"):
         check_vllm_version(version)
     monkeypatch.setenv("TOKALIGN_ANY_VLLM", "1")
     check_vllm_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.30.0", "0.30.0+cpu", "0.30.7"])
+@pytest.mark.parametrize("version", ["0.30.0", "0.30.0+cpu", "0.31.1", "0.32.0"])
 def test_a_supported_vllm_passes(version):
     check_vllm_version(version)
 

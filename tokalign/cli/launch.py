@@ -30,7 +30,7 @@ def launch(verb: list[str], words: list[str]) -> None:
     for name in PLACE:
         own.add_argument(f"--{name}")
     given, rest = own.parse_known_args(words)
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from tokalign.internals.accelerate import launch_command, launch_command_parser
 
     place = [part for name in PLACE if (value := getattr(given, name)) for part in (f"--{name}", value)]
     config = str(config_file(given.accelerate_config))

@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
-from datasets.exceptions import DatasetNotFoundError
 
 from tokalign.data.card import write_dataset_card
+from tokalign.internals.datasets import DatasetNotFoundError
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.processes import process_state

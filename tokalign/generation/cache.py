@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+
+from tokalign.internals.transformers import DynamicLayer
 
 ROOM = 64  # slots reserved at a time: a copy every 64 tokens, at most 64 unused slots a row
 

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tokalign.internals.transformers import bytes_to_unicode
 
 GRAMMARS_KEPT = 1024  # compiled schemas an engine; a data set may have one a row
 # A number that has begun and cannot end here.

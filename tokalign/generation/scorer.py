@@ -111,7 +111,7 @@ class CompletionScorer:
         embedding = next(self.base.get_input_embeddings().parameters())
         self.device, self.vocabulary = embedding.device, embedding.shape[0]
         self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-        base_name = str(self.base.config._name_or_path or type(self.base).__name__)
+        base_name = str(self.base.config.name_or_path or type(self.base).__name__)
         paths = {name: str(path) for name, path in adapters.items()}
         self.model = _load_adapters(self.base, paths, base_name) if paths else None
 

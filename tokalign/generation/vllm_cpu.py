@@ -27,8 +27,6 @@ def prepare_colocated_vllm(kv_cache_gib: int = 1) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("rollouts=vllm-colocate needs vLLM: run `make install-test`, or use --rollouts transformers.")
-    import vllm._custom_ops
-    import vllm.model_executor.layers.utils as layers
+    from tokalign.internals.vllm import keep_weights_loadable
 
-    vllm._custom_ops._supports_onednn = False
-    layers.check_cpu_sgl_kernel = lambda *args, **kwargs: False
+    keep_weights_loadable()

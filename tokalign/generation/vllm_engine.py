@@ -49,6 +49,8 @@ class VLLMEngine:
         import torch
         from vllm import LLM
 
+        from tokalign.internals.vllm import model_config_of
+
         self.arguments = arguments
         options: dict[str, Any] = {
             "gpu_memory_utilization": arguments.gpu_memory_utilization,
@@ -84,7 +86,7 @@ class VLLMEngine:
             **{name: value for name, value in options.items() if value is not None},
         )
         self._leading_space = needs_leading_space(self.tokenizer)
-        config = self._llm.llm_engine.model_config
+        config = model_config_of(self._llm)
         self.vocab_size: int = config.get_vocab_size()
         self.max_length: int = config.max_model_len
         self._adapters: dict[str, Any] = {}
@@ -108,13 +110,16 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Stop the engine's worker processes."""
-        self._llm.llm_engine.engine_core.shutdown()
+        from tokalign.internals.vllm import shut_down
+
+        shut_down(self._llm)
         self._spelled.cleanup()
 
     def _run(self, prompts: Sequence[Ids], each: Sequence[SamplingParams], lora: Any) -> list[list[Completion]]:
         from vllm import SamplingParams as VLLMParams
         from vllm import TokensPrompt
-        from vllm.exceptions import VLLMValidationError
+
+        from tokalign.internals.vllm import VLLMValidationError
 
         sampling = [
             VLLMParams(

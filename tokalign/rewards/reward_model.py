@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.models.llama import modeling_llama
 
+from tokalign.internals.transformers import let_old_code_load
 from tokalign.stage.batching import batches_by_length
 from tokalign.stage.processes import model_device
 
@@ -63,8 +63,7 @@ class RewardModel:
                 "an answer: give one with --reward_chat_template."
             )
         if trust_remote_code:
-            # ArmoRM's code, and that of models built from it, imports this text; transformers 5 has dropped it
-            vars(modeling_llama).setdefault("LLAMA_INPUTS_DOCSTRING", "")
+            let_old_code_load()
         self.model, loading = AutoModelForSequenceClassification.from_pretrained(
             model,
             dtype=dtype,

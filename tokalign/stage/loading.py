@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.internals.datasets import DatasetGenerationError, DatasetNotFoundError, loadable
 from tokalign.stage.contract import check_columns, remedy_for
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import is_hub_id, tokenizer_hash
@@ -101,7 +101,7 @@ def _load_folder(folder: Path, split: str) -> tuple[Dataset, dict[str, Any] | No
         files = sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*.parquet")])
         files = files or sorted(folder.glob("*.parquet"))
     if files:
-        names = {split: [str(file) for file in files]}
+        names = {split: [str(file) for file in loadable(files)]}
         try:  # pages are checked while they are read
             return load_dataset("parquet", data_files=names, split=split, fragment_scan_options=CHECKED), manifest
         except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Where an interrupted training goes on.
 
-The Trainer of transformers (5.23) writes a checkpoint file by file under its final name, weights first and
+The Trainer of transformers writes a checkpoint file by file under its final name, weights first and
 `trainer_state.json` last, and resumes from the folder with the highest step. A run that is killed while it saves leaves
 half a folder there, and every later resume fails at it. So the recipes choose the last checkpoint that is whole.
 """
@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
+
+from tokalign.internals.transformers import TRAINER_STATE_NAME
 
 logger = logging.get_logger(__name__)
 

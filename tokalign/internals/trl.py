@@ -1,0 +1,44 @@
+"""TRL's private names (run with TRL 1.15.0 and 1.16.0; docs/versions.md).
+
+Our trainers are subclasses, so what they override, call and read by inheritance is listed by name;
+tests/contracts/test_trl_dpo.py and test_trl_grpo.py compare the lists with the code on both sides.
+"""
+
+from trl.models import prepare_deepspeed
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
+
+__all__ = [
+    "DataCollatorForPreference",
+    "get_config_model_id",
+    "global_then_local_main_first",
+    "pad",
+    "prepare_deepspeed",
+]
+
+# Of DPOTrainer: the methods that ours override, and what else ours set, call or read.
+DPO_OVERRIDDEN = (
+    "_precompute_ref_logps",
+    "_prepare_dataset",
+    "_set_signature_columns_if_needed",
+    "compute_loss",
+    "compute_ref_log_probs",
+)
+DPO_USED = (
+    "_is_vision_dataset",
+    "_metrics",
+    "_name",
+    "_paper",
+    "_precompute_engine",
+    "_precompute_model_hash",
+    "_signature_columns",
+    "_tag_names",
+    "_tokenizer",
+)
+
+# Of GRPOTrainer, likewise.
+GRPO_OVERRIDDEN = ("_calculate_rewards", "_generate_and_score_completions")
+GRPO_USED = ("_generate_single_turn", "_metrics", "_tokenize_prompts", "_tokenizer")
+
+# Of GRPOConfig: fields that may be given as JSON. Of the vLLM engine that a GRPOTrainer holds: whether it is awake.
+OTHERS_USED = ("_VALID_DICT_FIELDS", "_llm_weights_sleeping")
