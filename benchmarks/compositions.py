@@ -29,6 +29,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from tokalign.cli.ledger_models import trained_model
 from tokalign.routing.labels.divergence import DivergenceScorer
 from tokalign.routing.labels.rows import SPLITS, add_slm_choices, split_indices
 from tokalign.routing.router.calibration import score_dataset
@@ -39,7 +40,6 @@ from tokalign.signals.rollout import derived_seed
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
-from tokalign.worlds.ledger_models import trained_model
 
 TREG = "recipes/treg.py"
 REFERENCE, DPO = "contrastive score", "none (plain DPO)"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from subprocess import CalledProcessError
 
+from tokalign.stage.errors import JobError
 from tokalign.stage.resources import resource, resource_names
 
 # Options of `accelerate launch` that may stand among the verb's. Only those that no verb has, since accelerate's own
@@ -31,11 +33,15 @@ def launch(verb: list[str], words: list[str]) -> None:
         own.add_argument(f"--{name}")
     given, rest = own.parse_known_args(words)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     place = [part for name in PLACE if (value := getattr(given, name)) for part in (f"--{name}", value)]
     config = str(config_file(given.accelerate_config))
     command = ["--config_file", config, *place, "--module", "tokalign", *verb, *rest]
-    launch_command(launch_command_parser().parse_args(command))
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except (CalledProcessError, ChildFailedError) as error:
+        raise JobError(f"`tokalign {' '.join(verb)}` failed on one of its processes, which says why above.") from error
 
 
 def config_file(name_or_path: str) -> Path:
