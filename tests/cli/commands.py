@@ -59,7 +59,7 @@ def command(words: list[str]) -> Command:
 
 def block_commands(page: Path) -> list[list[str]]:
     """The lines of a page's shell blocks that run something of ours, split as a shell does."""
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    text = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
     return _commands(text.replace("\\\n", " "))
 
 

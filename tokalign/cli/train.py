@@ -85,6 +85,8 @@ def train(
 
 def _load(name: str, split: str, script_args: DataArguments, tokenizer: Any = None) -> Dataset | IterableDataset:
     """A split of a stage, or of a dataset on the hub with TRL's options for one (configuration, streaming)."""
+    if Path(name).is_file():
+        split = "train"  # a file is one split, whatever it is used for
     if Path(name).exists() or not (script_args.dataset_config or script_args.dataset_streaming):
         return load_stage(name, split=split, tokenizer=tokenizer)
     return load_dataset(name, script_args.dataset_config, split=split, streaming=script_args.dataset_streaming)
