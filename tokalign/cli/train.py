@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from tokalign.stage.loading import load_stage
@@ -30,7 +29,7 @@ class DataArguments(ScriptArguments):
 def train(
     trainer_class: type[Any],
     script_args: DataArguments,
-    training_args: TrainingArguments,
+    training_args: Any,
     model_args: ModelConfig,
     *,
     needs: str,
@@ -41,14 +40,14 @@ def train(
     """Train or resume, save to `training_args.output_dir`, push if asked to, and return the trainer.
 
     Args:
-        trainer_class: a TRL trainer or one of ours.
+        trainer_class: a TRL trainer or one of ours; `training_args` is its configuration.
         needs: what `dataset_name` is, for the error where it is not given.
         tokenizer: the tokenizer that must have made the ids of a stage, where the trainer does not check it itself.
         before_push: called with the trained trainer; what it writes to `output_dir` is pushed too.
         given: further arguments of the trainer, such as a `model` that is not to be loaded.
 
     Raises:
-        ValueError: `dataset_name` is missing.
+        ValueError: `dataset_name` or `model_name_or_path` is missing.
         ContractError: the dataset cannot be read.
     """
     if script_args.dataset_name is None:
@@ -71,7 +70,7 @@ def train(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        **{"model": model_args.model_name_or_path, **given},
+        **{"model": model_of(model_args), **given},
     )
     trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.save_model(training_args.output_dir)
@@ -81,6 +80,13 @@ def train(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
     return trainer
+
+
+def model_of(model_args: ModelConfig) -> str:
+    """Hub id or folder of the model to train."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is required: a folder or a hub id.")
+    return model_args.model_name_or_path
 
 
 def _load(name: str, split: str, script_args: DataArguments, tokenizer: Any = None) -> Dataset | IterableDataset:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from tokalign.cli.train import DataArguments, train
+from tokalign.cli.train import DataArguments, model_of, train
 
 
 @dataclass
@@ -26,7 +26,7 @@ class SFTScriptArguments(DataArguments):
 
 def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
     """Train, save, return the trainer."""
-    model = model_args.model_name_or_path
+    model = model_of(model_args)
     tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
     given = {}
     if script_args.from_scratch:

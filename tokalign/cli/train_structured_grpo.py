@@ -40,6 +40,6 @@ def main(
 def write_curriculum(trainer: StructuredGRPOTrainer) -> None:
     """The log and its picture beside the model."""
     if trainer.is_world_process_zero():
-        output, history = Path(trainer.args.output_dir), trainer.state.log_history
+        output, history = Path(str(trainer.args.output_dir)), trainer.state.log_history
         write_text_atomically(output / "log_history.json", json.dumps(history, indent=1) + "\n")
         plot_curriculum({"training": history}, output / "curriculum.png", trainer.structured.__name__)
