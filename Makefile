@@ -18,7 +18,7 @@ LOWEST := .venv-lowest
 .PHONY: quickstart own-data install install-test lint types unit test test-lowest fuzz benchmarks benchmarks-quick clean
 
 quickstart: install
-	$(BIN)/python scripts/quickstart.py --config recipes/ledger/quickstart.yaml
+	$(BIN)/tokalign quickstart --config recipes/ledger/quickstart.yaml
 
 # make own-data SOURCE=path/to/gsm8k   the same pipeline on real text
 own-data: install

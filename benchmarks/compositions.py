@@ -29,6 +29,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from tokalign.cli.ledger_models import trained_model
 from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.labels.divergence import DivergenceScorer
 from tokalign.routing.labels.rows import SPLITS, add_slm_choices, split_indices
@@ -40,7 +41,6 @@ from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.seeds import derived_seed
-from tokalign.worlds.ledger_models import trained_model
 
 TREG = "recipes/treg.py"
 REFERENCE, DPO = "contrastive score", "none (plain DPO)"

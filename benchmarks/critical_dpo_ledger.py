@@ -28,11 +28,9 @@ from ledger_comparison import (
 from ledger_stages import LEDGER, MAX_TOKENS, over_seeds, write_json
 from trl import TrlParser
 
+from tokalign.cli.ledger_models import trained_model
 from tokalign.stage.loading import load_stage
-from tokalign.worlds.ledger_models import trained_model
-
-# ledger_stages has put scripts/ on the path
-from quickstart import logp_curve  # isort: skip
+from tokalign.view.results import logp_curve
 
 TDPO = "benchmarks/peers/tdpo.py"
 OURS = "critical-token DPO"

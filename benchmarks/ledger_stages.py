@@ -1,6 +1,6 @@
 """What the benchmarks on the ledger world run before they differ: from a base model to scored pairs, by seed.
 
-Each stage is a script or a recipe with the command line that a user would type (scripts/quickstart.py prints and keeps
+Each stage is a script or a recipe with the command line that a user would type (tokalign/cli/stages.py prints and keeps
 them); a killed benchmark goes on where it stopped.
 """
 
@@ -15,12 +15,11 @@ from typing import Any
 
 from scipy import stats
 
-from tokalign.worlds.ledger_models import trained_model
+from tokalign.cli.ledger_models import trained_model
+from tokalign.cli.stages import Stages
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-
-from quickstart import Stages  # noqa: E402  the quickstart's way of running a script, kept in one place
 
 LEDGER = "recipes/ledger"
 MAX_TOKENS = 96

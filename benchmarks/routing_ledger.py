@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
+from tokalign.cli.ledger_models import trained_model
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
@@ -37,7 +38,6 @@ from tokalign.routing.decode.policies import AlwaysLLM, EntropyPolicy, NeverLLM,
 from tokalign.routing.decode.served_rate import served_threshold
 from tokalign.routing.router.model import TokenRouter
 from tokalign.stage.loading import load_stage
-from tokalign.worlds.ledger_models import trained_model
 
 NEURAL = "neural router"
 ROUTERS = {

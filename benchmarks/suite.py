@@ -33,7 +33,7 @@ from pages.index import index
 from rich.console import Console
 from trl import TrlParser
 
-from tokalign.worlds.ledger_models import trained_model
+from tokalign.cli.ledger_models import trained_model
 
 PAGES = ("critical_token_dpo", "treg", "structured_grpo", "routing", "compositions", "speed", "reliability")
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")

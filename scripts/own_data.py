@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from quickstart import Stages, console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from trl import TrlParser
 
+from tokalign.cli.stages import Stages, console
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 class OwnDataArguments:
     """Where the text is, and how small the stand-in is."""
 
-    source: str = field(metadata={"help": "GSM8K as in data/gsm8k.py: a folder with train.jsonl, a file or a hub id."})
+    source: str = field(metadata={"help": "GSM8K as `tokalign data gsm8k` takes it: a folder, a file or a hub id."})
     output_dir: str = field(default="runs/own_data", metadata={"help": "Folder of all results."})
     problems: int = field(default=24, metadata={"help": "Problems that the stand-in learns, the shortest ones."})
     vocab_size: int = field(default=1500, metadata={"help": "Size of the tokenizer that is trained on the text."})
@@ -100,7 +100,7 @@ def main(args: OwnDataArguments) -> None:
     out = Path(args.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     stages, seed = Stages(out), ("--seed", args.seed)
-    stages.run("problems", "data/gsm8k.py", "--source", args.source, "--output_dir", out / "problems")
+    stages.run("problems", "data gsm8k", "--source", args.source, "--output_dir", out / "problems")
 
     problems = load_stage(str(out / "problems" / "train"), stage="problems")
     rows = shortest(problems, args.problems)
@@ -112,37 +112,37 @@ def main(args: OwnDataArguments) -> None:
         write_stand_in(problems, out / "stand_in", args.vocab_size)
     base = out / "base"
     stages.train(
-        *("learning by heart", "recipes/sft.py", base, "--model_name_or_path", out / "stand_in"),
+        *("learning by heart", "sft", base, "--model_name_or_path", out / "stand_in"),
         *("--dataset_name", out / "few_sft", "--from_scratch", "true", "--max_steps", args.steps, *CPU, *seed),
         *("--learning_rate", "3e-3", "--per_device_train_batch_size", 8, "--report_to", "none"),
         *("--save_strategy", "no", "--logging_steps", 50),
     )
     stages.run(
-        *("rollouts", "scripts/sample_rollouts.py", "--model", base, "--dataset", out / "few", *seed),
+        *("rollouts", "sample", "--model", base, "--dataset", out / "few", *seed),
         *("--output_dir", out / "rollouts", "--num_rollouts", 32, "--max_tokens", 200),
     )
     stages.run(
-        *("pairs", "scripts/build_pairs.py", "--dataset", out / "rollouts", "--output_dir", out / "preferences"),
+        *("pairs", "pairs", "--dataset", out / "rollouts", "--output_dir", out / "preferences"),
         *seed,
     )
     lora = ("--use_peft", "true", "--lora_r", 8, "--report_to", "none", "--logging_steps", 1, "--learning_rate", "1e-3")
     for side in ("positive", "negative"):
         stages.train(
-            *(f"{side} adapter", "recipes/sft.py", out / side, "--model_name_or_path", base, *CPU, *lora, *seed),
+            *(f"{side} adapter", "sft", out / side, "--model_name_or_path", base, *CPU, *lora, *seed),
             *("--lora_target_modules", "gate_proj", "up_proj", "down_proj", "--num_train_epochs", 3),
             *("--dataset_name", out / "preferences" / side),
         )
     stages.run(
-        *("contrastive scores", "scripts/score_contrast.py", "--model", base, "--output_dir", out / "scored"),
+        *("contrastive scores", "score contrast", "--model", base, "--output_dir", out / "scored"),
         *("--dataset", out / "preferences" / "pairs", "--positive", out / "positive", "--negative", out / "negative"),
     )
     stages.train(
-        *("critical-token DPO", "recipes/critical_dpo.py", out / "critical_token_dpo"),
+        *("critical-token DPO", "critical-dpo", out / "critical_token_dpo"),
         *("--model_name_or_path", base, "--dataset_name", out / "scored", "--max_steps", 2, *CPU, *lora, *seed),
         *("--lora_target_modules", "all-linear", "--per_device_train_batch_size", 4),
     )
     stages.run(
-        *("heatmap", "scripts/view.py", "--dataset", out / "scored", "--tokenizer", base),
+        *("heatmap", "view", "--dataset", out / "scored", "--tokenizer", base),
         *("--output", out / "heatmap.html"),
     )
     console.print(f"\nPairs and scores in {out / 'scored'}; look at [bold]{out / 'heatmap.html'}[/bold]")

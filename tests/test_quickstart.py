@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tokalign.cli.ledger_models import trained_model
 from tokalign.stage.loading import load_stage
-from tokalign.worlds.ledger_models import trained_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TOKALIGN_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -42,7 +42,7 @@ def base() -> Path:
 @pytest.mark.slow
 def test_quickstart_survives_an_interrupt_and_does_nothing_twice(base, tmp_path):
     out = tmp_path / "quickstart"
-    command = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), "--output_dir", str(out), *SMALL]
+    command = [sys.executable, "-m", "tokalign", "quickstart", "--output_dir", str(out), *SMALL]
     state, log = out / "state.json", tmp_path / "log"
     with open(log, "w") as stream:
         first = subprocess.Popen(
@@ -74,7 +74,7 @@ def test_quickstart_survives_an_interrupt_and_does_nothing_twice(base, tmp_path)
     for method in METHODS[1:]:
         assert (out / method / "adapter_model.safetensors").exists()
     page = (out / "report.html").read_text()
-    assert "critical-token DPO" in page and "rollout_estimate.py" in page
+    assert "critical-token DPO" in page and "tokalign score rollout" in page
     marked = load_stage(out / "marked", signals=["contrast"])
     assert all(len(row["rejected_contrast"]) == len(row["rejected_ids"]) for row in marked)
     assert all(0 <= row["first_error"] < len(row["rejected_ids"]) for row in marked)

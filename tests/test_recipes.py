@@ -1,26 +1,21 @@
-"""Every YAML under recipes/ is read by the script that its first comment names, and trains a tiny model for two steps.
+"""Every YAML under recipes/ is read by the verb that its first comment names, and trains a tiny model for two steps.
 
 The tiny model and data stand in for the YAML's own; everything else (losses, adapters, batch, schedule) is as written.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import re
-import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from trl import TrlParser
 
+from tests.cli.commands import Command, command, comment, indented_commands
 from tests.launch.support import write_preferences, write_sft
 from tests.routing.labels import write_labels
 
@@ -41,40 +36,26 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def script_of(path: Path) -> Path:
-    """The script that the launch command in the YAML's first comment runs on this YAML."""
-    comment = " ".join(line.lstrip("# ").rstrip("\\") for line in path.read_text().splitlines() if line.startswith("#"))
-    command = re.search(rf"((?:recipes|scripts)/\w+\.py)\s+--config\s+recipes/{re.escape(name_of(path))}", comment)
-    assert command is not None, f"{name_of(path)} does not open with the command that runs it"
-    return ROOT / command[1]
+def commands_of(path: Path) -> list[Command]:
+    """The commands in the YAML's header that read this YAML: the verb, and the same by a launcher."""
+    commands = [words for words in indented_commands(comment(path)) if f"recipes/{name_of(path)}" in words]
+    assert commands, f"{name_of(path)} does not open with the command that runs it"
+    return [command(words) for words in commands]
 
 
-def load_script(path: Path) -> ModuleType:
-    name = f"recipe_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def parse(path: Path, script: Path, overrides: dict[str, str]) -> tuple[Any, ...]:
-    """The arguments of the script's `main`, read as its command line reads them."""
-    types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
-    options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
-    return TrlParser(types).parse_args_and_config(["--config", str(path), *options])
+def options_of(overrides: dict[str, str]) -> list[str]:
+    return [part for key, value in overrides.items() for part in (f"--{key}", value)]
 
 
 @pytest.fixture(scope="module")
 def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
-    """Per training script, a dataset with all splits that a recipe may name."""
+    """Per training verb, a dataset with all splits that a recipe may name."""
     stages = {}
-    for script, write in (("sft", write_sft), ("critical_dpo", write_preferences), ("treg", write_preferences)):
-        folder = tmp_path_factory.mktemp(script)
+    for verbs, write in ((("sft",), write_sft), (("dpo", "critical-dpo", "treg"), write_preferences)):
+        folder = tmp_path_factory.mktemp(verbs[0])
         for split in ("train", "validation", "test"):
             write(folder / split, tiny_path, rows=8)
-        stages[script] = str(folder)
+        stages |= dict.fromkeys(verbs, str(folder))
     folder = tmp_path_factory.mktemp("structured_grpo")
     schema = {"type": "object", "properties": {"name": {}, "arguments": {"type": "object"}}, "required": ["name"]}
     answer = {"name": "f", "arguments": {"x": [1]}}  # a tool call's allowed values, or any document
@@ -88,7 +69,7 @@ def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
         for i in range(16)  # one generation batch of the widest recipe
     ]
     Dataset.from_list(rows).to_parquet(folder / "train.parquet")
-    stages["structured_grpo"] = str(folder)
+    stages["structured-grpo"] = str(folder)
     return stages
 
 
@@ -111,44 +92,44 @@ def test_all_recipes_are_there() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_is_read_without_unknown_keys(path: Path, tmp_path: Path) -> None:
-    script = script_of(path)
-    overrides = {"use_cpu": "true"} if script.parent.name == "recipes" else {}
-    parsed = parse(path, script, overrides)
+    first, *others = commands_of(path)
+    parsed = first.read()
+    assert all(len(other.read()) == len(parsed) for other in others)
     for key, value in yaml.safe_load(path.read_text()).items():
         if key == "report_to" and value == "none":
             value = []  # transformers' own reading of it
         assert [getattr(group, key) for group in parsed if hasattr(group, key)] == [value], key
     misspelt = tmp_path / path.name
     misspelt.write_text("lerning_rate: 1.0\n" + path.read_text())
+    options = [str(misspelt) if word == f"recipes/{name_of(path)}" else word for word in first.options]
     with pytest.raises(ValueError, match="lerning_rate"):
-        parse(misspelt, script, overrides)
+        first._replace(options=options).read()
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
 def test_recipe_trains_two_steps(path: Path, tiny_path: str, stages: dict[str, str], tmp_path: Path) -> None:
-    script = script_of(path)
+    recipe = commands_of(path)[0]
     overrides = {
         "model_name_or_path": tiny_path,
-        "dataset_name": stages[script.stem],
+        "dataset_name": stages[recipe.verb],
         "output_dir": str(tmp_path),
         "max_steps": "2",
         "logging_steps": "1",
         "save_strategy": "no",
-        "use_cpu": "true",
         "bf16": "false",
         "dtype": "float32",
         "report_to": "none",
         "disable_tqdm": "true",
     }
-    if script.stem == "structured_grpo":  # tests/launch/test_structured_grpo.py has vLLM's rollouts
+    if recipe.verb == "structured-grpo":  # tests/launch/test_structured_grpo.py has vLLM's rollouts
         overrides |= {"rollouts": "transformers", "max_completion_length": "8", "num_completions_to_print": "1"}
         overrides |= {"vllm_enable_sleep_mode": "false"}
-    trainer = load_script(script).main(*parse(path, script, overrides))
+    trainer = recipe.main(*recipe.read(*options_of(overrides)))
     assert trainer.state.global_step == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     options = yaml.safe_load(path.read_text())
-    if script.stem == "structured_grpo":  # a random model earns nothing: no gradient, but every stage was run
+    if recipe.verb == "structured-grpo":  # a random model earns nothing: no gradient, but every stage was run
         assert (tmp_path / "curriculum.png").exists() and trainer.num_generations == options["num_generations"]
         return
     if options.get("use_peft"):
@@ -232,11 +213,10 @@ def test_router_recipe_trains_two_steps(path: Path, labels: dict[str, str], tmp_
         "max_steps": "2",
         "logging_steps": "1",
         "per_device_train_batch_size": "8",
-        "use_cpu": "true",
         "disable_tqdm": "true",
     }
-    script = script_of(path)
-    trainer = load_script(script).main(*parse(path, script, overrides))
+    recipe = commands_of(path)[0]
+    trainer = recipe.main(*recipe.read(*options_of(overrides)))
     assert trainer.state.global_step == 2
     config = json.loads((tmp_path / "config.json").read_text())
     target = yaml.safe_load(path.read_text())["target_rate"]
@@ -257,30 +237,3 @@ def test_routers_hold_the_settings_of_the_paper() -> None:
         paper = {"learning_rate": 5e-5, "weight_decay": 5e-4, "num_train_epochs": 50}
         assert (paper | {"per_device_train_batch_size": 128}).items() <= options.items()
         assert not {"architecture", "inputs", "width", "num_blocks", "expansion", "dropout"} & set(options)
-
-
-def documented_commands() -> list[list[str]]:
-    """Every command in the shell blocks of the pages that walk through a method, split as a shell does."""
-    commands = []
-    for page in (
-        *(
-            ROOT / "docs" / name
-            for name in ("real_models.md", "treg.md", "structured_grpo.md", "routing.md", "routing_labels.md")
-        ),
-        ROOT / "recipes" / "README.md",
-    ):
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            commands += [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
-    return commands
-
-
-@pytest.mark.parametrize("command", documented_commands(), ids=lambda command: " ".join(command)[:60])
-def test_documented_command_is_read_by_its_script(command: list[str]) -> None:
-    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    launcher, script, arguments = command[:at], ROOT / command[at], command[at + 1 :]
-    if "--config_file" in launcher:
-        assert (ROOT / launcher[launcher.index("--config_file") + 1]).is_file()
-    if script.parent.name == "recipes":
-        arguments += ["--use_cpu", "true"]
-    types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
-    TrlParser(types).parse_args_and_config(arguments)  # raises or exits on an argument that the script lacks

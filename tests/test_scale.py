@@ -27,8 +27,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import TrlParser
 
+from tests.cli.commands import command, load_file
 from tests.launch.support import ROOT, free_port, launch_environment, write_preferences
-from tests.test_recipes import load_script
 from tokalign.routing.labels.features import write_features
 from tokalign.stage.loading import load_stage
 from tokalign.stage.shards import counts_of
@@ -244,19 +244,14 @@ def documented_commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-@pytest.mark.parametrize("command", documented_commands(), ids=lambda command: " ".join(command)[:60])
-def test_documented_command_is_read_by_its_script(command: list[str]) -> None:
-    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    launcher, script, arguments = command[:at], ROOT / command[at], command[at + 1 :]
-    if launcher[0] == "accelerate":
-        launch_command_parser().parse_args([*launcher[2:], command[at]])
-        config = launcher[launcher.index("--config_file") + 1] if "--config_file" in launcher else "Makefile"
-        assert (ROOT / config).is_file()
+@pytest.mark.parametrize("words", documented_commands(), ids=lambda words: " ".join(words)[:60])
+def test_documented_command_is_read_by_its_script(words: list[str]) -> None:
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    if words[0] == "accelerate":
+        launch_command_parser().parse_args([*words[2:at], words[at]])
     else:
-        assert launcher[0] == "sbatch" and (ROOT / launcher[-1]).is_file()
-    arguments += ["--use_cpu", "true"] if script.parent.name == "recipes" else []
-    types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
-    TrlParser(types).parse_args_and_config(arguments)
+        assert words[0] == "sbatch" and (ROOT / words[at - 1]).is_file()
+    command(words).read()
 
 
 SRUN = """#!/bin/bash
@@ -361,7 +356,7 @@ def test_two_machines_label_as_one_process(tiny_path: str, tmp_path: Path) -> No
     command = ["bash", str(SLURM / "label.sbatch"), script, *arguments, "--output_dir", str(tmp_path / "two")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    module = load_script(ROOT / script)
+    module = load_file(ROOT / script)
     types = [hint for name, hint in get_type_hints(module.main).items() if name != "return"]
     module.main(*TrlParser(types).parse_args_and_config([*arguments, "--output_dir", str(tmp_path / "one")]))
     two, one = (load_stage(tmp_path / name) for name in ("two", "one"))

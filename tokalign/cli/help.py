@@ -8,6 +8,7 @@ prints everything.
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -70,6 +71,13 @@ class _Source:
             raise ModuleNotFoundError(f"There is no module {module}.")
         self.tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         self.doc = ast.get_docstring(self.tree) or ""
+        self.constants = {
+            target.id: node.value
+            for node in self.tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
 
     def main_arguments(self) -> list[str]:
         """Names of the classes that `main` takes."""
@@ -81,8 +89,9 @@ class _Source:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ClassDef) and node.name == name:
                 title = (ast.get_docstring(node) or name).strip().splitlines()[0].rstrip(".")
+                title = re.sub(r"Configuration class for the \[`(\w+)`\]", r"Options of \1", title)  # TRL's form
                 options = [option for base in node.bases for option in self.options(ast.unparse(base), foreign)[1]]
-                own = list(_fields(node))
+                own = list(_fields(node, self.constants))
                 replaced = {option.name for option in own}
                 return title, [option for option in options if option.name not in replaced] + own
             if isinstance(node, ast.ImportFrom) and node.module and any(a.name == name for a in node.names):
@@ -93,33 +102,38 @@ class _Source:
         return name, []
 
 
-def _fields(node: ast.ClassDef) -> Iterator[Option]:
+def _fields(node: ast.ClassDef, constants: Mapping[str, ast.expr]) -> Iterator[Option]:
     for statement in node.body:
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
             continue
-        default, text = None, ""
+        default, text, kind = None, "", ast.unparse(statement.annotation).replace("'", "")
         value = statement.value
         if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
             keywords = {keyword.arg: keyword.value for keyword in value.keywords}
             if "default" in keywords:
-                default = _said(keywords["default"])
+                default = _said(keywords["default"], constants)
             elif "default_factory" in keywords:
                 factory = keywords["default_factory"]
-                default = _said(factory.body) if isinstance(factory, ast.Lambda) else "empty"
+                default = _said(factory.body, constants) if isinstance(factory, ast.Lambda) else "empty"
             if isinstance(metadata := keywords.get("metadata"), ast.Dict):
                 said = {ast.literal_eval(k): v for k, v in zip(metadata.keys, metadata.values, strict=True) if k}
                 text = ast.literal_eval(said["help"]) if "help" in said else ""
+                kind = _said(said["choices"], constants, "|") if "choices" in said else kind
         elif value is not None:
-            default = _said(value)
-        yield Option(statement.target.id, ast.unparse(statement.annotation).replace("'", ""), default, text)
+            default = _said(value, constants)
+        yield Option(statement.target.id, kind, default, text)
 
 
-def _said(value: ast.expr) -> str:
-    """A default as a reader types it: lists as words, None as unset."""
+def _said(value: ast.expr, constants: Mapping[str, ast.expr], between: str = " ") -> str:
+    """A default as a reader types it: lists as words, None as unset, a constant of the module by its value."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "list" and len(value.args) == 1:
+        value = value.args[0]  # list(STAGES)
+    if isinstance(value, ast.Name):
+        value = constants.get(value.id, value)
     try:
         literal = ast.literal_eval(value)
-    except ValueError:  # an expression, such as list(STAGES)
+    except ValueError:  # an expression, such as 1 << 18
         return ast.unparse(value)
     if literal is None:
         return "unset"
-    return " ".join(map(str, literal)) if isinstance(literal, list | tuple) else str(literal)
+    return between.join(map(str, literal)) if isinstance(literal, list | tuple | dict) and literal else str(literal)

@@ -6,14 +6,19 @@ after `--config` (TRL's parser). Help is read from the source (`tokalign.cli.hel
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import tokalign
 from tokalign.signals.registry import get, names
+from tokalign.stage.errors import ContractError, JobError, OptionError
+from tokalign.stage.resources import PACKAGE, recipe
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,11 @@ class Verb:
     module: str
     text: str
     parts: tuple[Verb, ...] = ()
+    first: str = ""  # the option that a bare first word stands for
 
 
-def _job(name: str, text: str, module: str | None = None) -> Verb:
-    return Verb(name, f"tokalign.cli.{module or name.replace('-', '_')}", text)
+def _job(name: str, text: str, first: str = "") -> Verb:
+    return Verb(name, f"tokalign.cli.{name.replace('-', '_')}", text, first=first)
 
 
 def _several(name: str, text: str, *parts: Verb) -> Verb:
@@ -48,7 +54,7 @@ def _scorers() -> list[Verb]:
 GROUPS: dict[str, tuple[Verb, ...]] = {
     "start": (
         _job("quickstart", "from nothing to a better model and a report, on a laptop"),
-        _job("recipes", "list the recipes that ship with the package, copy one"),
+        _job("recipes", "list the recipes that ship with the package, copy one", first="name"),
     ),
     "data": (
         _several(
@@ -117,17 +123,12 @@ def main(argv: list[str] | None = None) -> Any:
     if words[0] in ("-V", "--version", "version"):
         print(f"tokalign {tokalign.__version__}")
         return None
-    verb = VERBS.get(words[0]) or _unknown("tokalign", words[0], VERBS)
-    command, words = f"tokalign {verb.name}", words[1:]
+    verb, command, words = find(words)
     if verb.parts:
-        parts = {part.name: part for part in verb.parts}
-        if not words or words[0] in ("-h", "--help"):
-            from tokalign.cli.help import overview
+        from tokalign.cli.help import overview
 
-            print(overview({f"{command} WHAT": verb.parts}, usage=f"{command} WHAT [options]"))
-            return None
-        verb = parts.get(words[0]) or _unknown(command, words[0], parts)
-        command, words = f"{command} {verb.name}", words[1:]
+        print(overview({f"{command} WHAT": verb.parts}, usage=f"{command} WHAT [options]"))
+        return None
     if "-h" in words or "--help" in words:
         from tokalign.cli.help import verb_help
 
@@ -140,27 +141,87 @@ def main(argv: list[str] | None = None) -> Any:
     return run(verb.module, words, command)
 
 
+def find(words: list[str]) -> tuple[Verb, str, list[str]]:
+    """The verb that a command line names, the words that named it, and its options.
+
+    A verb that still has `parts` is one whose second word was left out.
+    """
+    name, *words = words
+    verb, command = VERBS.get(name) or _unknown("tokalign", name, VERBS), f"tokalign {name}"
+    if verb.parts and words and words[0] not in ("-h", "--help"):
+        parts = {part.name: part for part in verb.parts}
+        name, *words = words
+        verb, command = parts.get(name) or _unknown(command, name, parts), f"{command} {name}"
+    if verb.first and words and not words[0].startswith("-"):
+        words = [f"--{verb.first}", *words]
+    return verb, command, words
+
+
 def entry() -> None:
-    """The console command; what a verb returns is for callers from Python, not an exit code."""
-    main()
+    """The console command: what went wrong by the user's hand is one sentence on stderr and exit code 1.
+
+    `TOKALIGN_TRACEBACK=1` shows where it was raised. Callers from Python have `main`, whose errors are as raised.
+    """
+    try:
+        main()
+    except Exception as error:
+        if os.environ.get("TOKALIGN_TRACEBACK") or not is_said(error):
+            raise
+        raise SystemExit(f"tokalign: {error}") from None
+
+
+def is_said(error: BaseException) -> bool:
+    """Whether an error is a sentence of ours to the user, and not a fault in the code.
+
+    Ours by class, or an ordinary error that our own code raised with a sentence; Python's and the libraries' end
+    without a full stop or come from files of theirs.
+    """
+    if isinstance(error, ContractError | JobError | OptionError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+    return isinstance(error, ValueError | OSError) and ours and str(error).endswith(".")
 
 
 def run(module: str, words: list[str], command: str = "") -> Any:
-    """Read the options of a verb's `main` and call it; the processes of a launch end with it."""
-    from trl import TrlParser
+    """Read the options of a verb's `main` and call it; the processes of a launch end with it.
 
-    function = import_module(module).main
-    classes = [parameter.annotation for parameter in signature(function, eval_str=True).parameters.values()]
-    parser = TrlParser(classes, prog=command or None)
+    Raises:
+        OptionError: an option that there is not, in the YAML, or a value that a configuration refuses.
+    """
+    function = import_module(module).main  # before TRL: the verb may set what torch reads when it is imported
+    parser = parser_of(function, command)
     if "--help_all" in words:
         parser.print_help()
         return None
-    result = function(*parser.parse_args_and_config(words))
+    try:
+        options = parser.parse_args_and_config(with_shipped_config(words))
+    except ValueError as error:
+        raise OptionError(f"{command}: {error}") from error
+    result = function(*options)
     if "torch" in sys.modules:
         from tokalign.stage.processes import end_processes
 
         end_processes()
     return result
+
+
+def parser_of(function: Any, command: str = "") -> Any:
+    """TRL's parser for the dataclasses that a verb's `main` takes."""
+    from trl import TrlParser
+
+    classes = [parameter.annotation for parameter in signature(function, eval_str=True).parameters.values()]
+    return TrlParser(classes, prog=command or None)
+
+
+def with_shipped_config(words: list[str]) -> list[str]:
+    """`--config recipes/…` where there is no such file here is the one that the package ships."""
+    words = list(words)
+    if "--config" in words[:-1]:
+        at = words.index("--config") + 1
+        if not Path(words[at]).is_file():
+            words[at] = str(recipe(words[at]))
+    return words
 
 
 def _unknown(command: str, word: str, verbs: dict[str, Verb]) -> Any:

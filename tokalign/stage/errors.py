@@ -9,3 +9,7 @@ class ContractError(ValueError):
 
 class JobError(RuntimeError):
     """A job that cannot start or go on; the message says why in one sentence."""
+
+
+class OptionError(ValueError):
+    """Options that a command cannot take; the message names the option."""

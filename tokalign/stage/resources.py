@@ -26,3 +26,16 @@ def resource_names(folder: str, ending: str) -> list[str]:
     """Paths below a folder of the package, relative to it, of the files with this ending."""
     root = resource(folder)
     return sorted(str(file.relative_to(root)) for file in root.rglob(f"*{ending}"))
+
+
+def recipe(name: str) -> Path:
+    """The shipped YAML of a name such as "recipes/ledger/sft.yaml" or "ledger/sft".
+
+    Raises:
+        FileNotFoundError: the package does not ship it.
+    """
+    path = f"recipes/{name.removeprefix('recipes/').removesuffix('.yaml')}.yaml"
+    try:
+        return resource(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {name}; `tokalign recipes` lists those that are shipped.") from None

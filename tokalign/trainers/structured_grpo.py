@@ -39,10 +39,10 @@ logger = get_logger(__name__)
 ROLLOUTS = ("transformers", "vllm-colocate", "vllm-server")
 PLATEAU = 0.9  # share of groups without a single point in a component, from which on it is stuck
 REMEDIES = {
-    "structure": "show the schema or an example in the prompt, or start from an SFT checkpoint (recipes/sft.py)",
+    "structure": "show the schema or an example in the prompt, or start from an SFT checkpoint (`tokalign sft`)",
     "format": "say in the prompt whether a Markdown fence is wanted, or set `fence: optional`",
     "validity": "raise `max_completion_length` if completions are cut (completions/clipped_ratio), ask in the prompt "
-    "for the document alone, or start from an SFT checkpoint (recipes/sft.py)",
+    "for the document alone, or start from an SFT checkpoint (`tokalign sft`)",
     "schema": "show the schema in the prompt, or loosen its bounds and patterns until some completions meet them",
     "correctness": "raise `num_generations`, start with easier problems, or compare free text by `text_match: tokens`",
     "length": "widen `min_length` and `max_length` (characters)",
@@ -235,7 +235,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
         if self.use_vllm and not is_byte_encoded(self._tokenizer):
             raise ValueError(
                 "vLLM cannot constrain this tokenizer, whose decoder adds text of its own (docs/generation.md); leave "
-                "constrained_eval_share at 0 and use scripts/evaluate_structured.py --constrained true."
+                "constrained_eval_share at 0 and use `tokalign evaluate structured --constrained true`."
             )
 
     # ------------------------------------------------------------------------------------------------------ curriculum

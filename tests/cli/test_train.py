@@ -1,0 +1,54 @@
+"""What the training verbs share, at a tiny size, through the command."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from tests.trainers.preferences import as_text, preference_rows
+from tokalign.cli.main import main
+
+SHORT = {"max_steps": 3, "learning_rate": 1e-2, "beta": 0.5, "report_to": "none", "use_cpu": True, "bf16": False}
+
+
+def words(options: dict) -> list[str]:
+    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
+
+
+def test_dpo_is_the_stock_trainer(tiny_path, tmp_path):
+    """Weights after three steps on text, and the log, are those of TRL's `DPOTrainer` with the same arguments."""
+    (tmp_path / "text").mkdir()
+    rows = as_text(preference_rows(tiny_path, 8))
+    rows.to_parquet(tmp_path / "text" / "train.parquet")
+    common = {**SHORT, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no"}
+    names = {"model_name_or_path": tiny_path, "dataset_name": tmp_path / "text", "output_dir": tmp_path / "ours"}
+    ours = main(["dpo", *words({**common, **names, "dtype": "float32"})])
+    stock = DPOTrainer(tiny_path, args=DPOConfig(output_dir=str(tmp_path / "stock"), **common), train_dataset=rows)
+    stock.train()
+    other = dict(stock.model.named_parameters())
+    for name, weight in ours.model.named_parameters():
+        torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-6, msg=name)
+    for key in ("loss", "rewards/margins", "logps/chosen"):
+        logs = [[entry[key] for entry in t.state.log_history if key in entry] for t in (ours, stock)]
+        assert logs[0] == pytest.approx(logs[1], abs=1e-6) and len(logs[0]) == 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").num_parameters() == ours.model.num_parameters()
+
+
+def test_dpo_weighs_nothing(tiny_path, tmp_path):
+    with pytest.raises(ValueError, match="critical-dpo"):
+        (tmp_path / "weighted.yaml").write_text("weight_side: rejected\n")
+        main(["dpo", "--config", str(tmp_path / "weighted.yaml"), *words(SHORT), "--output_dir", str(tmp_path)])
+
+
+def test_another_dataset_is_evaluated_on(tiny_path, tmp_path):
+    for name, seed in (("train", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        Dataset.from_list(preference_rows(tiny_path, 4, seed=seed)).to_parquet(tmp_path / name / "part.parquet")
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset_name": tmp_path / "other"}
+    names = {"model_name_or_path": tiny_path, "dataset_name": tmp_path / "train", "output_dir": tmp_path / "out"}
+    trainer = main(["critical-dpo", *words({**SHORT, **names, **evaluation, "dtype": "float32"})])
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    assert (tmp_path / "out" / "model.safetensors").exists()

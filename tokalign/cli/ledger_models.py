@@ -1,0 +1,88 @@
+"""Trained base models of the ledger world, from a cache.
+
+Nothing is downloaded and no weights are in the repository: `trained_model` trains a preset once and keeps it outside
+the repository under a key made of everything that decides the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+
+from tokalign.cli.main import find
+from tokalign.stage.resources import recipe
+from tokalign.worlds.ledger_models import PRESETS
+
+SOURCES = ("tokalign.cli.train", "tokalign.cli.train_sft", "tokalign.worlds.ledger", "tokalign.worlds.ledger_models")
+
+SOURCES = ("tokalign.cli.train", "tokalign.cli.train_sft", "tokalign.worlds.ledger", "tokalign.worlds.ledger_models")
+
+
+def cache_folder() -> Path:
+    """Where trained models are kept: `$TOKALIGN_CACHE`, else `$XDG_CACHE_HOME/tokalign`, else `~/.cache/tokalign`."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokalign"
+    return Path(os.environ.get("TOKALIGN_CACHE", default))
+
+
+def cache_key(preset: str, world: list[str]) -> str:
+    """Key of a trained model: recipe YAML, builder arguments, library versions and the source code that decides it."""
+    digest = hashlib.sha256(repr((world, torch.__version__, transformers.__version__, trl.__version__)).encode())
+    digest.update(_recipe(preset).read_bytes())
+    builder = find(["data", "ledger"])[0].module
+    for module in (builder, *SOURCES):
+        digest.update(_source(module).read_bytes())
+    return f"{preset}-{digest.hexdigest()[:16]}"
+
+
+def _recipe(preset: str) -> Path:
+    return recipe(f"ledger/{preset.replace('ledger', 'base').replace('-', '_')}")
+
+
+def _source(module: str) -> Path:
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin)
+
+
+def trained_model(preset: str, *, world: list[str] | None = None) -> Path:
+    """Folder of the trained `preset`, trained now if the cache does not have it (minutes; the YAMLs say how many).
+
+    Args:
+        preset: "ledger-slm", "ledger-llm" or "ledger-slm-revise".
+        world: extra options of `tokalign data ledger`; "ledger-slm-revise" is made for `["--draft_share", "0.6"]`.
+
+    Raises:
+        subprocess.CalledProcessError: the builder or the training failed; its output is on the screen.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}: use one of {', '.join(PRESETS)}.")
+    world = world or []
+    target = cache_folder() / cache_key(preset, world)
+    if target.exists():
+        return target
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    _run("data", "ledger", "--output_dir", work / "world", "--train", 1, "--validation", 1, "--test", 1, *world)
+    data = ("--model_name_or_path", work / "world" / preset, "--dataset_name", work / "world" / "sft")
+    _run("sft", "--config", _recipe(preset), *data, "--output_dir", work / "model")
+    try:
+        os.rename(work / "model", target)  # whole or absent: a killed training leaves no half model in the cache
+    except OSError:
+        if not target.exists():  # otherwise another process finished first, with the same result
+            raise
+    shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _run(*words: object) -> None:
+    """`tokalign …` in a process of its own, so that the weights owe nothing to what the caller has done before."""
+    subprocess.run([sys.executable, "-m", "tokalign", *map(str, words)], check=True)

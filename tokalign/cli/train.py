@@ -1,0 +1,98 @@
+"""What the training verbs share: data by TRL's script arguments, the model's options, the run, and what is kept of it.
+
+A method's own file is its arguments and a `main` of a few lines that names its trainer (arguments as in TRL's scripts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from tokalign.stage.loading import load_stage
+from tokalign.trainers.checkpoints import resume_point
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """Data, besides TRL's script arguments."""
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Folder or hub id to evaluate on, where it is not `dataset_name`."}
+    )
+
+
+def train(
+    trainer_class: type[Any],
+    script_args: DataArguments,
+    training_args: Any,
+    model_args: ModelConfig,
+    *,
+    needs: str,
+    tokenizer: Any = None,
+    before_push: Callable[[Any], None] | None = None,
+    **given: Any,
+) -> Any:
+    """Train or resume, save to `training_args.output_dir`, push if asked to, and return the trainer.
+
+    Args:
+        trainer_class: a TRL trainer or one of ours; `training_args` is its configuration.
+        needs: what `dataset_name` is, for the error where it is not given.
+        tokenizer: the tokenizer that must have made the ids of a stage, where the trainer does not check it itself.
+        before_push: called with the trained trainer; what it writes to `output_dir` is pushed too.
+        given: further arguments of the trainer, such as a `model` that is not to be loaded.
+
+    Raises:
+        ValueError: `dataset_name` or `model_name_or_path` is missing.
+        ContractError: the dataset cannot be read.
+    """
+    if script_args.dataset_name is None:
+        raise ValueError(f"--dataset_name is required: {needs}.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    if "model" in given:
+        training_args.model_init_kwargs = None  # nothing is loaded
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        name = script_args.eval_dataset_name or script_args.dataset_name
+        eval_dataset = _load(name, script_args.dataset_test_split, script_args)
+    trainer = trainer_class(
+        args=training_args,
+        train_dataset=_load(script_args.dataset_name, script_args.dataset_train_split, script_args, tokenizer),
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        **{"model": model_of(model_args), **given},
+    )
+    trainer.train(resume_from_checkpoint=resume_point(training_args))
+    trainer.save_model(training_args.output_dir)
+    if before_push is not None:
+        before_push(trainer)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.end_training()
+    return trainer
+
+
+def model_of(model_args: ModelConfig) -> str:
+    """Hub id or folder of the model to train."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is required: a folder or a hub id.")
+    return model_args.model_name_or_path
+
+
+def _load(name: str, split: str, script_args: DataArguments, tokenizer: Any = None) -> Dataset | IterableDataset:
+    """A split of a stage, or of a dataset on the hub with TRL's options for one (configuration, streaming)."""
+    if Path(name).is_file():
+        split = "train"  # a file is one split, whatever it is used for
+    if Path(name).exists() or not (script_args.dataset_config or script_args.dataset_streaming):
+        return load_stage(name, split=split, tokenizer=tokenizer)
+    return load_dataset(name, script_args.dataset_config, split=split, streaming=script_args.dataset_streaming)
