@@ -12,8 +12,9 @@ from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.stage.contract import _BATCH
 from tokalign.stage.errors import ContractError
+
+BATCH = 1000  # rows in memory at a time while checking or hashing
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -75,7 +76,7 @@ def weights_hash(path_or_id: str | Path) -> str:
 def content_hash(dataset: Dataset) -> str:
     """sha256 over every value of a dataset in row order, streamed; the same however the rows are chunked on disk."""
     total = hashlib.sha256()
-    for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
+    for table in dataset.with_format("arrow").iter(batch_size=BATCH):
         for name, column in zip(table.column_names, table.columns, strict=True):
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
             batch = pa.record_batch([array], names=[name])
