@@ -133,7 +133,7 @@ def main(args: OwnDataArguments) -> None:
             *("--dataset_name", out / "preferences" / side),
         )
     stages.run(
-        *("contrastive scores", "scripts/score_contrast.py", "--model", base, "--output_dir", out / "scored"),
+        *("contrastive scores", "scripts/score.py", "contrast", "--model", base, "--output_dir", out / "scored"),
         *("--dataset", out / "preferences" / "pairs", "--positive", out / "positive", "--negative", out / "negative"),
     )
     stages.train(

@@ -165,20 +165,20 @@ def main(args: QuickstartArguments) -> dict[str, Any]:
             *("--model_name_or_path", base, "--dataset_name", out / "preferences" / side, *seed),
         )
     stages.run(
-        *("contrastive scores", "scripts/score_contrast.py", "--model", base, "--dataset", pairs),
+        *("contrastive scores", "scripts/score.py", "contrast", "--model", base, "--dataset", pairs),
         *("--positive", out / "positive", "--negative", out / "negative", "--output_dir", out / "scored"),
     )
     stages.run(
-        *("true first errors", "scripts/mark_first_errors.py", "--dataset", out / "scored", "--tokenizer", base),
+        *("true first errors", "scripts/score.py", "first-error", "--dataset", out / "scored", "--tokenizer", base),
         *("--problems", world / "train", "--output_dir", out / "marked"),
     )
     stages.run(
-        *("rollout estimate", "scripts/rollout_estimate.py", "--model", base, "--dataset", pairs),
+        *("rollout estimate", "scripts/score.py", "rollout", "--model", base, "--dataset", pairs),
         *("--max_rows", args.estimate_rows, "--n", args.continuations, "--max_tokens", args.max_tokens),
         *("--output_dir", out / "rollout_estimate", *seed),
     )
     stages.run(
-        *("agreement", "scripts/compare_signals.py", "--datasets", out / "marked", out / "rollout_estimate"),
+        *("agreement", "scripts/compare.py", "--datasets", out / "marked", out / "rollout_estimate"),
         *("--output_dir", out / "agreement"),
     )
 

@@ -23,6 +23,7 @@ from trl import TrlParser
 
 from tests.launch.support import write_preferences, write_sft
 from tests.routing.labels import write_labels
+from tokalign.cli.main import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -44,9 +45,17 @@ def name_of(path: Path) -> str:
 def script_of(path: Path) -> Path:
     """The script that the launch command in the YAML's first comment runs on this YAML."""
     comment = " ".join(line.lstrip("# ").rstrip("\\") for line in path.read_text().splitlines() if line.startswith("#"))
-    command = re.search(rf"((?:recipes|scripts)/\w+\.py)\s+--config\s+recipes/{re.escape(name_of(path))}", comment)
+    launched = rf"((?:recipes|scripts)/\w+\.py)\s+([\w-]+\s+)?--config\s+recipes/{re.escape(name_of(path))}"
+    command = re.search(launched, comment)
     assert command is not None, f"{name_of(path)} does not open with the command that runs it"
-    return ROOT / command[1]
+    return file_of(command[1], (command[2] or "").split())[0]
+
+
+def file_of(script: str, words: list[str]) -> tuple[Path, list[str]]:
+    """The file whose `main` a script with these words after it runs, and the words that are its options."""
+    verb = VERBS.get(Path(script).stem)
+    part = next((part for part in verb.parts if words and part.name == words[0]), None) if verb else None
+    return (ROOT / script, words) if part is None else (ROOT / f"{part.module.replace('.', '/')}.py", words[1:])
 
 
 def load_script(path: Path) -> ModuleType:

@@ -28,7 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import TrlParser
 
 from tests.launch.support import ROOT, free_port, launch_environment, write_preferences
-from tests.test_recipes import load_script
+from tests.test_recipes import file_of, load_script
+from tokalign.cli.main import main
 from tokalign.routing.router.features import write_features
 from tokalign.stage.loading import load_stage
 from tokalign.stage.shards import counts_of
@@ -255,6 +256,7 @@ def test_documented_command_is_read_by_its_script(command: list[str]) -> None:
     else:
         assert launcher[0] == "sbatch" and (ROOT / launcher[-1]).is_file()
     arguments += ["--use_cpu", "true"] if script.parent.name == "recipes" else []
+    script, arguments = file_of(command[at], arguments)
     types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
     TrlParser(types).parse_args_and_config(arguments)
 
@@ -356,14 +358,12 @@ def test_two_machines_label_as_one_process(tiny_path: str, tmp_path: Path) -> No
     """label.sbatch as it is, with the real launcher: two machines of one process each, on this one's CPU."""
     dataset = write_preferences(tmp_path / "pairs", tiny_path, rows=12)
     arguments = ["--model", tiny_path, "--dataset", dataset, "--shard_size", "2", "--dtype", "float32"]
-    script = "scripts/score_likelihood.py"
+    command = ["scripts/score.py", "likelihood", *arguments]
     environment = slurm(tmp_path) | {"GPUS_PER_NODE": "1"}
-    command = ["bash", str(SLURM / "label.sbatch"), script, *arguments, "--output_dir", str(tmp_path / "two")]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    launched = ["bash", str(SLURM / "label.sbatch"), *command, "--output_dir", str(tmp_path / "two")]
+    ended = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    module = load_script(ROOT / script)
-    types = [hint for name, hint in get_type_hints(module.main).items() if name != "return"]
-    module.main(*TrlParser(types).parse_args_and_config([*arguments, "--output_dir", str(tmp_path / "one")]))
+    main(["score", "likelihood", *arguments, "--output_dir", str(tmp_path / "one")])
     two, one = (load_stage(tmp_path / name) for name in ("two", "one"))
     assert len(one) == 12 and two.to_list() == one.to_list()
     files = sorted((tmp_path / "two").glob("*.parquet"))
