@@ -64,7 +64,7 @@ def test_quickstart_survives_an_interrupt_and_does_nothing_twice(base, tmp_path)
     for method in METHODS[1:]:
         assert (out / method / "adapter_model.safetensors").exists()
     page = (out / "report.html").read_text()
-    assert "critical-token DPO" in page and "rollout_estimate.py" in page
+    assert "critical-token DPO" in page and "score.py rollout" in page
     marked = load_stage(out / "marked", signals=["contrast"])
     assert all(len(row["rejected_contrast"]) == len(row["rejected_ids"]) for row in marked)
     assert all(0 <= row["first_error"] < len(row["rejected_ids"]) for row in marked)

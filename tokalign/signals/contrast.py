@@ -266,14 +266,21 @@ def main(arguments: Arguments) -> None:
     process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
-    adapters = {"positive": arguments.positive, "negative": arguments.negative}
+    scorer = ContrastiveScorer(
+        arguments.model,
+        tokenizer,
+        arguments.positive,
+        arguments.negative,
+        beta=arguments.beta,
+        **arguments.model_options(),
+    )
     score_pairs(
         arguments,
         rows,
         tokenizer,
-        ContrastiveScorer(arguments.model, tokenizer, **adapters, beta=arguments.beta, **arguments.model_options()),
+        scorer,
         name="score_contrast",
         signals=["contrast"],
-        weights={"model": arguments.model, **adapters},
+        weights={key: getattr(arguments, key) for key in ("model", "positive", "negative")},
         parameters={"beta": arguments.beta},
     )

@@ -136,17 +136,14 @@ def main(arguments: Arguments) -> None:
     process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
+    scorer = LikelihoodScorer(
+        arguments.model, tokenizer, arguments.adapter, signals=arguments.signals, **arguments.model_options()
+    )
     score_pairs(
         arguments,
         rows,
         tokenizer,
-        LikelihoodScorer(
-            arguments.model,
-            tokenizer,
-            arguments.adapter,
-            signals=arguments.signals,
-            **arguments.model_options(),
-        ),
+        scorer,
         name="score_likelihood",
         signals=arguments.signals,
         weights={"model": arguments.model, "adapter": arguments.adapter},

@@ -206,7 +206,7 @@ def _check_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_rows:
         except UnicodeDecodeError:
             raise ContractError(f"Row {index}: a text is not UTF-8; rebuild the pairs.") from None
         for side in ("chosen", "rejected"):
-            decoded = tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True)
+            decoded = str(tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True))  # typed for batches too
             text = row[side]
             if isinstance(text, list) and text and isinstance(text[-1], dict):
                 # Messages: the template may put more around the last one's text (a line break, an empty thought), and
