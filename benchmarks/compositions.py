@@ -140,11 +140,11 @@ def composed(run: SeedRun, args: CompositionsArguments) -> Path:
     """The first pairs of a seed with every signal: each stage adds its columns to the one before."""
     out, stages, seed = run.out, run.stages, ("--seed", run.seed)
     stages.run(
-        *("true first errors", "scripts/mark_first_errors.py", "--dataset", run.dataset("pairs")),
+        *("true first errors", "scripts/score.py", "first-error", "--dataset", run.dataset("pairs")),
         *("--tokenizer", run.base, "--problems", out / "world" / "train", "--output_dir", out / "marked"),
     )
     stages.run(
-        *("rollout estimate", "scripts/rollout_estimate.py", "--model", run.base, "--dataset", out / "marked"),
+        *("rollout estimate", "scripts/score.py", "rollout", "--model", run.base, "--dataset", out / "marked"),
         *("--max_rows", args.pairs, "--n", args.continuations, "--max_tokens", MAX_TOKENS),
         *("--output_dir", out / "estimate", *seed),
     )
@@ -154,11 +154,11 @@ def composed(run: SeedRun, args: CompositionsArguments) -> Path:
             *("--model_name_or_path", run.base, "--dataset_name", out / "preferences" / side, *seed),
         )
     stages.run(
-        *("contrastive scores", "scripts/score_contrast.py", "--model", run.base, "--dataset", out / "estimate"),
+        *("contrastive scores", "scripts/score.py", "contrast", "--model", run.base, "--dataset", out / "estimate"),
         *("--positive", out / "positive", "--negative", out / "negative", "--output_dir", out / "scored"),
     )
     stages.run(
-        *("likelihood", "scripts/score_likelihood.py", "--model", run.base, "--signals", "logprob", "entropy"),
+        *("likelihood", "scripts/score.py", "likelihood", "--model", run.base, "--signals", "logprob", "entropy"),
         *("--dataset", out / "scored", "--output_dir", out / "likelihood"),
     )
     rewarded = score_token_rewards(stages, out, str(args.eval_model), out / "likelihood")

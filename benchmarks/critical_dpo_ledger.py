@@ -90,7 +90,7 @@ def scored(run: SeedRun) -> Path:
             *("--model_name_or_path", run.base, "--dataset_name", run.out / "preferences" / side, "--seed", run.seed),
         )
     run.stages.run(
-        *("contrastive scores", "scripts/score_contrast.py", "--model", run.base, "--dataset", run.dataset("pairs")),
+        *("contrastive scores", "scripts/score.py", "contrast", "--model", run.base, "--dataset", run.dataset("pairs")),
         *("--positive", run.out / "positive", "--negative", run.out / "negative", "--output_dir", run.out / "scored"),
     )
     return run.out / "scored"
@@ -100,7 +100,7 @@ def rollout_estimate(run: SeedRun, args: CriticalDPOLedgerArguments) -> dict[str
     """pass@k with and without the critical token, and tokens and forward passes of both estimates an answer."""
     folder = run.out / "rollout_estimate"
     run.stages.run(
-        *("rollout estimate", "scripts/rollout_estimate.py", "--model", run.base, "--dataset", run.dataset("pairs")),
+        *("rollout estimate", "scripts/score.py", "rollout", "--model", run.base, "--dataset", run.dataset("pairs")),
         *("--max_rows", args.estimate_rows, "--n", args.continuations, "--max_tokens", MAX_TOKENS),
         *("--output_dir", folder, "--seed", run.seed),
     )

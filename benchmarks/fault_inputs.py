@@ -111,21 +111,26 @@ def jobs_on(inputs: Inputs) -> list[Job]:
     def script(name: str, *arguments: str, shard: int, files: tuple[str, ...] = ()) -> Job:
         return Job(name, f"scripts/{name}.py", (*arguments, "--shard_size", str(shard)), files)
 
+    def score(name: str, what: str, *arguments: str, shard: int) -> Job:
+        return Job(name, "scripts/score.py", (what, *arguments, "--shard_size", str(shard)))
+
     return [
         Job(
             "ledger", "data/ledger.py", (*to, "--train", "2000", "--validation", "400", "--test", "400", "--sft", "900")
         ),
         script("sample_rollouts", *small, *problems, *to, *few, "--num_rollouts", "2", shard=4),
         script("build_pairs", "--dataset", inputs.rollouts, *to, shard=2),
-        script("score_contrast", *small, *both, *pairs, *to, shard=4),
-        script("score_likelihood", *small, "--adapter", inputs.positive, *LIKELIHOODS, *pairs, *to, shard=4),
+        score("score_contrast", "contrast", *small, *both, *pairs, *to, shard=4),
+        score(
+            "score_likelihood", "likelihood", *small, "--adapter", inputs.positive, *LIKELIHOODS, *pairs, *to, shard=4
+        ),
         script("score_rewards", "--dataset", inputs.rollouts, "--reward_model", inputs.judge, *to, shard=8),
-        script("score_token_rewards", *small, "--templates", "ledger", *pairs, *to, shard=4),
-        script("rollout_estimate", *small, *pairs, *to, *few, "--n", "2", "--max_rows", "10", shard=1),
+        score("score_token_rewards", "token-reward", *small, "--templates", "ledger", *pairs, *to, shard=4),
+        score("rollout_estimate", "rollout", *small, *pairs, *to, *few, "--n", "2", "--max_rows", "10", shard=1),
         Job(
             "mark_first_errors",
-            "scripts/mark_first_errors.py",
-            (*pairs, "--problems", inputs.world + "/train", "--tokenizer", inputs.slm, *to),
+            "scripts/score.py",
+            ("first-error", *pairs, "--problems", inputs.world + "/train", "--tokenizer", inputs.slm, *to),
         ),
         script(
             *("label_routing", "--model", inputs.llm, *pair, "--num_problems", "24"),

@@ -4,7 +4,7 @@ r"""How time and memory grow: with tokens, rows and vocabulary for the two score
     python benchmarks/growth.py --device cuda --dtype bfloat16 --hidden_size 2048 --layers 16 --processes 1
 
 One thing grows, all else stays. Contrastive scores and token rewards run on random Llamas in this process, the sizes of
-a curve in turns; the fastest of the repeats counts. The job is scripts/score_likelihood.py on made-up pairs, one thread
+a curve in turns; the fastest of the repeats counts. The job is `tokalign score likelihood` on made-up pairs, one thread
 a process; its rate counts work alone (reading a shard to writing it), by the process that worked longest. Each curve is
 fitted with y = c · x^e by least squares on logarithms: e = 1 is linear, 0 flat. Peaks are extra memory, as in
 contrast.py. Writes results.json to `output_dir`.
@@ -219,7 +219,7 @@ def job_rate(folder: Path, processes: int, arguments: GrowthArguments) -> dict[s
         config = "cpu.yaml" if arguments.device == "cpu" else "ddp.yaml"
         command += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
         command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
-    command += ["scripts/score_likelihood.py", "--model", str(folder / "model"), "--dataset", str(folder / "pairs")]
+    command += ["scripts/score.py", "likelihood", "--model", str(folder / "model"), "--dataset", str(folder / "pairs")]
     command += ["--output_dir", str(output), "--token_budget", str(arguments.token_budget)]
     command += ["--shard_size", str(max(1, arguments.job_rows // 16))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}

@@ -60,7 +60,7 @@ def build_pairs(stages: Stages, out: Path, base: str, *, problems: int, rollouts
 def score_token_rewards(stages: Stages, out: Path, model: str, dataset: Path) -> Path:
     """Self-generated token rewards of `model` on `dataset`; the folder of the scored stage."""
     stages.run(
-        *("token rewards", "scripts/score_token_rewards.py", "--model", model, "--dataset", dataset),
+        *("token rewards", "scripts/score.py", "token-reward", "--model", model, "--dataset", dataset),
         *("--templates", "ledger", "--output_dir", out / "rewarded"),
     )
     return out / "rewarded"

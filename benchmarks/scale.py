@@ -500,7 +500,7 @@ accelerate launch --config_file accelerate_configs/zero2.yaml recipes/treg.py \\
     --config recipes/llama-3-8b-instruct/treg.yaml --precompute_ref_log_probs true
 accelerate launch --config_file accelerate_configs/zero3.yaml recipes/critical_dpo.py \\
     --config recipes/llama-3-70b/critical_dpo.yaml
-accelerate launch --config_file accelerate_configs/ddp.yaml scripts/score_contrast.py \\
+accelerate launch --config_file accelerate_configs/ddp.yaml scripts/score.py contrast \\
     --model meta-llama/Meta-Llama-3-8B --dtype bfloat16 --dataset runs/llama-3-8b-gsm8k/pairs \\
     --positive runs/llama-3-8b-gsm8k/positive_sft --negative runs/llama-3-8b-gsm8k/negative_sft \\
     --output_dir runs/llama-3-8b-gsm8k/signals
@@ -524,7 +524,7 @@ Under SLURM ([train.sbatch](../accelerate_configs/slurm/train.sbatch),
 ```bash
 sbatch --nodes=8 accelerate_configs/slurm/train.sbatch recipes/critical_dpo.py \\
     --config recipes/llama-3-70b/critical_dpo.yaml --gradient_accumulation_steps 1 --save_strategy steps --save_steps 50
-sbatch --nodes=4 accelerate_configs/slurm/label.sbatch scripts/score_contrast.py \\
+sbatch --nodes=4 accelerate_configs/slurm/label.sbatch scripts/score.py contrast \\
     --model meta-llama/Meta-Llama-3-8B --dtype bfloat16 --dataset runs/llama-3-8b-gsm8k/pairs \\
     --positive runs/llama-3-8b-gsm8k/positive_sft --negative runs/llama-3-8b-gsm8k/negative_sft \\
     --output_dir runs/llama-3-8b-gsm8k/signals

@@ -9,17 +9,18 @@ problems, rollouts, pairs and adapters. AUROC of "is the target" and hit@1, as m
 tokens through a model for each scored token. Training a model or an adapter is not counted as a cost. Writes
 results.json; pages/treg.py and pages/critical_token_dpo.py show it.
 
-A new signal joins by one line in SIGNALS, once a script writes its column `rejected_<signal>`.
+A new signal joins by one line in SIGNALS, once it is in the table of signals and a command writes its column.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from ledger_stages import (
     LEDGER,
     MAX_TOKENS,
@@ -36,25 +37,17 @@ from rich.table import Table
 from trl import TrlParser
 
 from tokalign.signals.agreement import report
+from tokalign.signals.registry import Signal, get
 from tokalign.stage.loading import load_stage
 
-
-class Signal(NamedTuple):
-    """A column `rejected_<column>`; `sign` 1: low is suspicious, −1: high is; `passes` of a model over the tokens."""
-
-    column: str
-    sign: int
-    passes: float
-
-
 SIGNALS = {
-    "contrastive score": Signal("contrast", 1, 2),
-    "T-REG reward (eval model)": Signal("token_reward", 1, 2),
-    "log-prob (eval model)": Signal("eval_logprob", 1, 1),
-    "DPO implicit reward": Signal("implicit_reward", 1, 2),
-    "entropy": Signal("entropy", -1, 1),
-    "log-prob": Signal("logprob", 1, 1),
-    "random": Signal("random", 1, 0),
+    "contrastive score": get("contrast"),
+    "T-REG reward (eval model)": get("token_reward"),
+    "log-prob (eval model)": replace(get("logprob"), name="eval_logprob"),
+    "DPO implicit reward": get("implicit_reward"),
+    "entropy": get("entropy"),
+    "log-prob": get("logprob"),
+    "random": Signal("random", "random", 0.0, 1.0, "share", "low", passes=0),
 }
 RENAMED = {"eval_likelihood": {"rejected_logprob": "rejected_eval_logprob"}}  # two models' columns of one name
 TARGETS = {"first_error": "true first error", "critical_index": "rollout estimate"}
@@ -98,7 +91,7 @@ def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
             *(*base, "--dataset_name", out / "preferences" / side),
         )
     stages.run(
-        *("contrastive scores", "scripts/score_contrast.py", "--model", args.base, "--dataset", pairs),
+        *("contrastive scores", "scripts/score.py", "contrast", "--model", args.base, "--dataset", pairs),
         *("--positive", out / "positive", "--negative", out / "negative", "--output_dir", out / "contrast"),
     )
     stages.train(
@@ -112,16 +105,16 @@ def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
     }
     for name, options in likelihood.items():
         stages.run(
-            *(name.replace("_", " "), "scripts/score_likelihood.py", *options),
+            *(name.replace("_", " "), "scripts/score.py", "likelihood", *options),
             *("--dataset", pairs, "--output_dir", out / name),
         )
     rewarded = score_token_rewards(stages, out, args.eval_model, pairs)
     stages.run(
-        *("true first errors", "scripts/mark_first_errors.py", "--dataset", pairs, "--tokenizer", args.base),
+        *("true first errors", "scripts/score.py", "first-error", "--dataset", pairs, "--tokenizer", args.base),
         *("--problems", out / "world" / "train", "--output_dir", out / "marked"),
     )
     stages.run(
-        *("rollout estimate", "scripts/rollout_estimate.py", "--model", args.base, "--dataset", pairs),
+        *("rollout estimate", "scripts/score.py", "rollout", "--model", args.base, "--dataset", pairs),
         *("--max_rows", args.estimate_rows, "--n", args.continuations, "--max_tokens", MAX_TOKENS),
         *("--output_dir", out / "estimate", "--seed", seed),
     )
@@ -146,7 +139,7 @@ def agreement(folders: list[Path], seed: int) -> dict[str, Any]:
         for row in rows:
             row["rejected_random"] = [draw.random() for _ in row["rejected_ids"]]
         scores = {
-            name: [[signal.sign * value for value in row[f"rejected_{signal.column}"]] for row in rows]
+            name: [signal.suspicion(np.asarray(row[f"rejected_{signal.name}"])) for row in rows]
             for name, signal in SIGNALS.items()
         }
         results[target] = report(scores, [row[target] for row in rows], costs=costs(rows, folders), samples=2)
@@ -157,7 +150,7 @@ def costs(rows: list[dict[str, Any]], folders: list[Path]) -> dict[str, float]:
     """Tokens through a model for each scored token; revision prompts are longer than the prompt by what they quote."""
     scored = sum(len(row["rejected_ids"]) for row in rows)
     one_pass = sum(len(row["prompt_ids"]) for row in rows) / scored + 1
-    found = {name: signal.passes * one_pass for name, signal in SIGNALS.items()}
+    found = {name: (signal.passes or 0) * one_pass for name, signal in SIGNALS.items()}
     manifest = json.loads((folders[0] / "manifest.json").read_text())
     found["T-REG reward (eval model)"] = manifest["model_tokens"] / manifest["scored_tokens"]
     return found

@@ -65,7 +65,7 @@ def main(args: TRegLedgerArguments) -> dict[str, Any]:
         rate = comparison.rates["DPO"]
         adapter, folder = run.train("DPO", rate), run.out / f"implicit_{rate:g}"
         run.stages.run(
-            *("implicit rewards", "scripts/score_likelihood.py", "--model", run.base, "--adapter", adapter),
+            *("implicit rewards", "scripts/score.py", "likelihood", "--model", run.base, "--adapter", adapter),
             *("--signals", "implicit_reward", "--dataset", run.dataset("rewarded")),
             *("--output_dir", folder),
         )

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +24,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl import TrlParser
 
-from tests.cli.commands import command, load_file
+from tests.cli.commands import command
 from tests.launch.support import ROOT, free_port, launch_environment, write_preferences
+from tokalign.cli.main import main
 from tokalign.routing.labels.features import write_features
 from tokalign.stage.loading import load_stage
 from tokalign.stage.shards import counts_of
@@ -351,14 +350,12 @@ def test_two_machines_label_as_one_process(tiny_path: str, tmp_path: Path) -> No
     """label.sbatch as it is, with the real launcher: two machines of one process each, on this one's CPU."""
     dataset = write_preferences(tmp_path / "pairs", tiny_path, rows=12)
     arguments = ["--model", tiny_path, "--dataset", dataset, "--shard_size", "2", "--dtype", "float32"]
-    script = "scripts/score_likelihood.py"
+    command = ["scripts/score.py", "likelihood", *arguments]
     environment = slurm(tmp_path) | {"GPUS_PER_NODE": "1"}
-    command = ["bash", str(SLURM / "label.sbatch"), script, *arguments, "--output_dir", str(tmp_path / "two")]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    launched = ["bash", str(SLURM / "label.sbatch"), *command, "--output_dir", str(tmp_path / "two")]
+    ended = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    module = load_file(ROOT / script)
-    types = [hint for name, hint in get_type_hints(module.main).items() if name != "return"]
-    module.main(*TrlParser(types).parse_args_and_config([*arguments, "--output_dir", str(tmp_path / "one")]))
+    main(["score", "likelihood", *arguments, "--output_dir", str(tmp_path / "one")])
     two, one = (load_stage(tmp_path / name) for name in ("two", "one"))
     assert len(one) == 12 and two.to_list() == one.to_list()
     files = sorted((tmp_path / "two").glob("*.parquet"))

@@ -30,6 +30,7 @@ from tokalign.routing.labels.verdicts import load_judge_template
 from tokalign.routing.router.card import write_model_card
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
+from tokalign.signals.registry import get
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError
 from tokalign.stage.loading import load_stage
@@ -88,7 +89,7 @@ def shard(data: bytes) -> None:
         (stage / "train.parquet").write_bytes(data)
         with refusals(ContractError):
             rows = load_stage(stage, stage="preferences", signals=SIGNALS)
-            check_preferences(rows, tokenizer(), signals=SIGNALS)
+            check_preferences(rows, tokenizer(), signals=[get(name) for name in SIGNALS])
             numbers = [name for name in rows.column_names if name.endswith(("_ids", *SIGNALS))]
             for row in rows.select_columns(numbers):  # what passed is what a trainer may rely on
                 for column in ("prompt_ids", "chosen_ids", "rejected_ids"):

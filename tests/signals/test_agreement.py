@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tokalign.signals.agreement import CHANCE, plot_reports, print_report, report
+from tokalign.signals.agreement import (
+    CHANCE,
+    agreement,
+    plot_reports,
+    print_report,
+    report,
+    tokens_per_scored_token,
+)
+from tokalign.signals.registry import get
 
 
 def wrong_solutions(count=60, seed=0):
@@ -53,3 +61,49 @@ def test_report_refusals_name_row_and_signal():
         report(broken, targets)
     with pytest.raises(ValueError, match="Row 1: the target is token 99"):
         report(signals, [targets[0], 99, *targets[2:]])
+
+
+def planted(seed: int = 0) -> list[dict]:
+    """Wrong answers whose error every signal knows, each at its own suspicious end."""
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(8):
+        length, error = 6, number % 6
+        at_error = np.arange(length) == error
+        noise = rng.random(length) / 10
+        values = {
+            "contrast": np.where(at_error, 0.05, 0.8) + noise,
+            "entropy": np.where(at_error, 2.0, 0.1) + noise,
+            "logprob": np.where(at_error, -4.0, -0.2) - noise,
+            "token_reward": np.where(at_error, -0.4, 0.2) + noise,
+        }
+        ids = {"prompt_ids": [5] * 12, "chosen_ids": [6] * 3, "rejected_ids": [7] * length}
+        signals = {f"rejected_{name}": column.tolist() for name, column in values.items()}
+        rows.append({"id": str(number), **ids, **signals, "first_error": error, "token_reward_tokens": 90})
+    return rows
+
+
+def test_every_signal_is_read_from_its_suspicious_end():
+    """The entropy's is the high one: read from the other, it had an AUROC near 0."""
+    result = agreement(planted(), samples=20)["first_error"]
+    for name in ("contrast", "entropy", "logprob", "token_reward"):
+        assert result["signals"][name]["auroc"] == 1 and result["signals"][name]["hit1"] == 1
+
+
+def test_cost_is_the_jobs_count_or_passes_over_prompt_and_completion():
+    rows = planted()
+    costs = {
+        name: entry["tokens_per_scored_token"] for name, entry in agreement(rows)["first_error"]["signals"].items()
+    }
+    assert costs == {"contrast": 6, "entropy": 3, "logprob": 3, "token_reward": 10, CHANCE: 0}
+    for row in rows:
+        del row["token_reward_tokens"]
+    assert tokens_per_scored_token(get("token_reward"), rows) == 6
+    assert tokens_per_scored_token(get("rollout_accuracy"), rows) is None  # only its job can tell
+
+
+def test_a_signal_without_a_row_is_refused_in_one_sentence():
+    rows = [{**row, "rejected_margin": row["rejected_contrast"]} for row in planted()]
+    with pytest.raises(ValueError, match=r"no token signal 'margin'.*register") as error:
+        agreement(rows)
+    assert str(error.value).count("\n") == 0
+    assert set(agreement(rows, ["contrast"])["first_error"]["signals"]) == {"contrast", CHANCE}

@@ -12,10 +12,10 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from scripts import score_likelihood
 from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
-from tokalign.signals import LikelihoodScorer
+from tokalign.signals import LikelihoodScorer, likelihood
+from tokalign.signals.registry import get
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import JobError
 from tokalign.stage.jobs import run_job
@@ -227,9 +227,9 @@ def test_script(tiny_path, adapters, tmp_path):
     )
     options = {"model": tiny_path, "dataset": str(tmp_path / "pairs"), "output_dir": str(tmp_path / "scored")}
     options |= {"adapter": adapters["layers"], "shard_size": 4}
-    score_likelihood.main(score_likelihood.ScoreLikelihoodArguments(**options, signals=list(SIGNALS)))
+    likelihood.main(likelihood.Arguments(**options, signals=list(SIGNALS)))
     scored = load_stage(tmp_path / "scored", stage="preferences", tokenizer=tokenizer, signals=SIGNALS)
-    check_preferences(scored, tokenizer, signals=SIGNALS)
+    check_preferences(scored, tokenizer, signals=[get(signal) for signal in SIGNALS])
     base = AutoModelForCausalLM.from_pretrained(tiny_path).eval()
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_path), adapters["layers"]).eval()
     for side in ("chosen", "rejected"):
@@ -244,4 +244,4 @@ def test_script(tiny_path, adapters, tmp_path):
     assert manifest["scored_tokens"] == sum(len(ids) for s in ("chosen", "rejected") for ids in scored[f"{s}_ids"])
     assert manifest["tokens_per_second"] > 0
     with pytest.raises(JobError, match="signals was"):
-        score_likelihood.main(score_likelihood.ScoreLikelihoodArguments(**options))
+        likelihood.main(likelihood.Arguments(**options))

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import score_token_rewards
 from tests.signals.support import save_adapter
 from tests.support import save_tiny, tiny_tokenizer
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
-from tokalign.signals import PromptingScorer, token_reward
+from tokalign.signals import PromptingScorer, prompting, token_reward
+from tokalign.signals.registry import get
 from tokalign.stage.contract import SIDES, check_preferences
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.jobs import run_job
@@ -183,23 +183,19 @@ def test_an_adapter_of_another_base_and_nan_in_one(tiny_path, adapter, tmp_path)
 @pytest.mark.parametrize(
     ("signal", "options", "message"),
     [
-        ("token_reward", {}, r"`rejected_token_reward` holds 0\.7, but a token reward lies in \[-0\.5, 0\.5\]; score"),
-        (
-            "implicit_reward",
-            {},
-            r"`rejected_implicit_reward` holds 0\.7, but an implicit reward lies in \[-0\.5, 0\.5\]",
-        ),
+        ("token_reward", {}, r"`rejected_token_reward` holds 0\.7, but .* lies in \[-0\.5, 0\.5\]; score"),
+        ("implicit_reward", {}, r"`rejected_implicit_reward` holds 0\.7, but .* lies in \[-0\.5, 0\.5\]"),
         ("contrast", {"ranges": {"contrast": (0.0, 0.6)}}, r"`rejected_contrast` holds 0\.7.* in \[0, 0\.6\]; score"),
     ],
 )
 def test_rewards_outside_their_range_name_row_and_column(signal, options, message):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "prompt_ids": [6], "chosen_ids": [7], "rejected_ids": [8, 9]}
     good = {"id": "p0", **row, f"chosen_{signal}": [0.5], f"rejected_{signal}": [0.0, 0.5]}
-    check_preferences(Dataset.from_list([good]), signals=[signal], **options)
+    check_preferences(Dataset.from_list([good]), signals=[get(signal)], **options)
     bad = {**good, "id": "p1", f"rejected_{signal}": [0.0, 0.7]}
     with pytest.raises(ContractError, match=rf"^Row 1 \(id 'p1'\): {message}"):
-        check_preferences(Dataset.from_list([good, bad]), signals=[signal], **options)
-    check_preferences(Dataset.from_list([good, bad]), signals=[signal], ranges={signal: (-1.0, 1.0)})
+        check_preferences(Dataset.from_list([good, bad]), signals=[get(signal)], **options)
+    check_preferences(Dataset.from_list([good, bad]), signals=[get(signal)], ranges={signal: (-1.0, 1.0)})
 
 
 # --- the script ---------------------------------------------------------------------------------------------------
@@ -225,17 +221,17 @@ def pairs(request, tiny_path, tmp_path_factory) -> str:
     return folder
 
 
-def arguments(tiny_path, pairs, output_dir, **changes) -> score_token_rewards.ScoreTokenRewardsArguments:
+def arguments(tiny_path, pairs, output_dir, **changes) -> prompting.Arguments:
     values = {"model": tiny_path, "dataset": str(pairs), "output_dir": str(output_dir), "shard_size": 4, **changes}
-    return score_token_rewards.ScoreTokenRewardsArguments(**values)
+    return prompting.Arguments(**values)
 
 
 def test_script(tiny_path, pairs, adapter, tmp_path, capsys):
     run = arguments(tiny_path, pairs, tmp_path / "rewarded", adapter=adapter, templates="math")
-    score_token_rewards.main(run)
+    prompting.main(run)
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     rewarded = load_stage(tmp_path / "rewarded", stage="preferences", tokenizer=tokenizer, signals=["token_reward"])
-    check_preferences(rewarded, tokenizer, signals=["token_reward"])
+    check_preferences(rewarded, tokenizer, signals=[get("token_reward")])
     templates = load_templates("math")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_path), adapter).eval()
     through = 0
@@ -257,9 +253,9 @@ def test_script(tiny_path, pairs, adapter, tmp_path, capsys):
     assert manifest["parameters"]["templates"] == templates_hash(templates)
     assert manifest["templates"] == {"name": "math", "better": templates.better, "worse": templates.worse}
     with pytest.raises(JobError, match="templates was"):
-        score_token_rewards.main(arguments(tiny_path, pairs, tmp_path / "rewarded", adapter=adapter))
+        prompting.main(arguments(tiny_path, pairs, tmp_path / "rewarded", adapter=adapter))
     with pytest.raises(JobError, match="adapter was"):
-        score_token_rewards.main(arguments(tiny_path, pairs, tmp_path / "rewarded", templates="math"))
+        prompting.main(arguments(tiny_path, pairs, tmp_path / "rewarded", templates="math"))
 
 
 def test_script_by_path_raw_and_what_it_drops(tiny_path, tmp_path):
@@ -267,13 +263,15 @@ def test_script_by_path_raw_and_what_it_drops(tiny_path, tmp_path):
     rows = [pair(number, tokenizer, False) for number in range(4)]
     rows[1]["rejected_ids"] = []
     rows[2]["prompt"] = "many words " * 60
-    run_job(lambda batch: batch, Dataset.from_list(rows), tmp_path / "odd", name="odd", parameters={})
+    run_job(
+        lambda batch: batch, Dataset.from_list(rows), tmp_path / "odd", name="odd", parameters={}, tokenizer=tokenizer
+    )
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"better": "{prompt}: not {completion} but ", "worse": "{prompt} and {completion} or "}))
     run = arguments(
         tiny_path, tmp_path / "odd", tmp_path / "out", prompt_format="raw", templates=str(file), token_budget=300
     )
-    score_token_rewards.main(run)
+    prompting.main(run)
     manifest = read_manifest(tmp_path / "out")
     assert manifest["rows"] == 2 and manifest["dropped"] == {
         "chosen: prompt and completion are longer than the model's 512 positions": 1,
@@ -296,10 +294,10 @@ def test_script_refuses_another_tokenizers_ids(tiny_path, tmp_path):
     other = save_tiny(tmp_path / "other")
     tiny_tokenizer(alphabet="zyxwvutsrqponmlkjihgfedcbaABCDEW0123456789 #+?").save_pretrained(other)
     with pytest.raises(ContractError, match=r"were made with another tokenizer .* use the tokenizer of the model"):
-        score_token_rewards.main(arguments(other, tmp_path / "stage", tmp_path / "a"))
+        prompting.main(arguments(other, tmp_path / "stage", tmp_path / "a"))
     with pytest.raises(ContractError, match=r"Row 0 \(id 'p0'\): .*use the tokenizer that made these ids"):
-        score_token_rewards.main(arguments(other, tmp_path / "foreign", tmp_path / "b"))
-    score_token_rewards.main(arguments(tiny_path, tmp_path / "foreign", tmp_path / "c"))
+        prompting.main(arguments(other, tmp_path / "foreign", tmp_path / "b"))
+    prompting.main(arguments(tiny_path, tmp_path / "foreign", tmp_path / "c"))
     assert read_manifest(tmp_path / "c")["rows"] == 3
 
 
@@ -308,10 +306,10 @@ def test_two_processes_reward_as_one(tiny_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     rows = Dataset.from_list([pair(number, tokenizer, False) for number in range(6)])
     run_job(lambda batch: batch, rows, tmp_path / "pairs", name="x", parameters={}, tokenizer=tokenizer)
-    score_token_rewards.main(arguments(tiny_path, tmp_path / "pairs", tmp_path / "one", shard_size=2))
+    prompting.main(arguments(tiny_path, tmp_path / "pairs", tmp_path / "one", shard_size=2))
     flags = vars(arguments(tiny_path, tmp_path / "pairs", tmp_path / "two", shard_size=2))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command.append(str(ROOT / "scripts" / "score_token_rewards.py"))
+    command += [str(ROOT / "scripts" / "score.py"), "token-reward"]
     command += [part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.support import ALPHABET, tiny_tokenizer
+from tokalign.signals.registry import get
 from tokalign.stage import hashes
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError
@@ -128,7 +129,7 @@ def test_load_stage_reads_the_manifest_and_compares_the_tokenizer(tmp_path):
     other = tiny_tokenizer(ALPHABET[::-1])
     with pytest.raises(ContractError, match=r"made with another tokenizer.*rerun the stage"):
         load_stage(tmp_path, tokenizer=other)
-    with pytest.raises(ContractError, match=r"no column `answer`.*'rollouts'.*scripts/sample_rollouts.py"):
+    with pytest.raises(ContractError, match=r"no column `answer`.*'rollouts'.*tokalign sample"):
         load_stage(tmp_path, stage="rollouts")
     with pytest.raises(ContractError, match=r"neither `chosen_token_reward` nor `rejected_token_reward`"):
         load_stage(tmp_path, signals=["token_reward"])
@@ -146,7 +147,7 @@ def test_load_stage_without_a_manifest_and_by_split(tmp_path):
     assert load_stage(tmp_path, stage="problems")["id"][0] == "a"
     dataset = load_stage(tmp_path, split="test", stage="problems")
     assert list(dataset["id"]) == ["b"] and manifest_of(dataset) is None
-    with pytest.raises(ContractError, match=r"does not exist; run scripts/build_pairs.py first"):
+    with pytest.raises(ContractError, match=r"does not exist; run `tokalign pairs` first"):
         load_stage(tmp_path / "nowhere", stage="preferences")
     with pytest.raises(ContractError, match=r"neither a folder here nor a dataset on the hub"):
         load_stage("nobody/nothing", stage="problems")
@@ -176,7 +177,7 @@ def test_good_preferences_pass():
         ("rejected_contrast", [0.5, float("nan")] + [0.5] * 4, "holds nan, not a finite number"),
         ("rejected_contrast", [0.5, None] + [0.5] * 4, "holds nan, not a finite number"),
         ("rejected_contrast", [0.5, float("inf")] + [0.5] * 4, "holds inf, not a finite number"),
-        ("chosen_contrast", [0.5, 1.5] + [0.5] * 4, r"holds 1.5, but a contrastive score is a probability"),
+        ("chosen_contrast", [0.5, 1.5] + [0.5] * 4, r"holds 1.5, but this signal lies in \[0, 1\]"),
         ("chosen", "yes 9", "`chosen` is not what this tokenizer reads in `chosen_ids`; use the tokenizer"),
     ],
 )
@@ -186,15 +187,15 @@ def test_a_bad_row_is_named(column, value, message, at):
     rows = (preferences(tokenizer) * (at // 5 + 1))[: at + 2]
     rows[at] = {**rows[at], "id": "bad", column: value}
     with pytest.raises(ContractError, match=rf"^Row {at} \(id 'bad'\): .*{message}"):
-        check_preferences(Dataset.from_list(rows), tokenizer, signals=["contrast"], text_rows=at + 1)
+        check_preferences(Dataset.from_list(rows), tokenizer, signals=[get("contrast")], text_rows=at + 1)
 
 
 def test_a_missing_column_is_named():
     dataset = Dataset.from_list(preferences(tiny_tokenizer()))
-    with pytest.raises(ContractError, match=r"no column `chosen_ids`.*scripts/build_pairs.py"):
+    with pytest.raises(ContractError, match=r"no column `chosen_ids`.*tokalign pairs"):
         check_preferences(dataset.remove_columns("chosen_ids"))
-    with pytest.raises(ContractError, match=r"no column `rejected_contrast`; score it with scripts/score_contrast.py"):
-        check_preferences(dataset.remove_columns("rejected_contrast"), signals=["contrast"])
+    with pytest.raises(ContractError, match=r"no column `rejected_contrast`; score it with tokalign score contrast"):
+        check_preferences(dataset.remove_columns("rejected_contrast"), signals=[get("contrast")])
 
 
 def test_manifest_is_json_for_people(tmp_path):
@@ -222,3 +223,37 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json_atomically(file, {"accuracy": float("nan")})
     assert file.read_text(encoding="utf-8") == text and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json", "pairs.parquet"])
+def test_one_file_is_one_split(tmp_path, name):
+    rows = Dataset.from_list([{"id": str(i), "prompt": "1+1", "answer": "2"} for i in range(3)])
+    file = tmp_path / name
+    rows.to_parquet(file) if file.suffix == ".parquet" else rows.to_json(file)
+    assert load_stage(file, stage="problems").to_list() == rows.to_list()
+    with pytest.raises(ContractError, match="has no split 'test'"):
+        load_stage(file, split="test")
+    file.write_text("{not rows")
+    with pytest.raises(ContractError, match="cannot be read as rows"):
+        load_stage(file)
+    other = tmp_path / "pairs.docx"
+    other.write_text("x")
+    with pytest.raises(ContractError, match="is not a file of rows"):
+        load_stage(other)
+
+
+def test_text_around_an_answer_in_messages_is_the_templates(tmp_path):
+    """Where no manifest names the tokenizer, the answer must stand in what the ids read as."""
+    tokenizer = tiny_tokenizer()
+    rows = preferences(tokenizer)
+    for row in rows:
+        row["chosen"] = [{"role": "assistant", "content": row["chosen"]}]
+        row["chosen_ids"] = [*row["chosen_ids"], *tokenizer("\n")["input_ids"]]
+        del row["chosen_contrast"]
+    check_preferences(Dataset.from_list(rows), tokenizer)
+    rows[1]["chosen"] = [{"role": "assistant", "content": "something else"}]
+    with pytest.raises(ContractError, match=r"Row 1 .*`chosen` is not what this tokenizer reads"):
+        check_preferences(Dataset.from_list(rows), tokenizer)
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    write_manifest(tmp_path, {"name": "pairs", "status": "complete", "tokenizer_hash": tokenizer_hash(tokenizer)})
+    check_preferences(load_stage(tmp_path), tokenizer)  # the manifest says whose ids these are

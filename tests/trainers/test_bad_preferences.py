@@ -33,7 +33,7 @@ def _with_manifest(rows, **manifest) -> Dataset:
     [
         ("rejected_contrast", [0.5, 0.5], r"p2.*`rejected_contrast` has 2 scores for \d+ ids in `rejected_ids`"),
         ("rejected_contrast", float("nan"), r"p2.*`rejected_contrast` holds nan, not a finite number"),
-        ("rejected_contrast", 1.5, r"p2.*`rejected_contrast` holds 1.5, but a contrastive score is a probability"),
+        ("rejected_contrast", 1.5, r"p2.*`rejected_contrast` holds 1.5, but this signal lies in \[0, 1\]"),
         ("chosen_ids", [], r"p2.*`chosen_ids` is empty"),
         ("rejected_ids", 9999, r"p2.*`rejected_ids` holds id 9999, but the tokenizer has"),
     ],

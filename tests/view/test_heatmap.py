@@ -249,11 +249,21 @@ def test_values_become_steps(value, scale, step):
     assert heatmap._step(value, scale) == step
 
 
-def test_open_scale_takes_its_ends_from_the_rows():
-    tokenizer = tiny_tokenizer()
-    row = {"id": "a", "chosen_ids": [10, 11, 12], "chosen_margin": [-1.0, 0.0, 4.0]}
-    page = Page(token_heatmap([row], tokenizer))
-    assert [t["class"].split()[1] for t in page.tokens] == ["s2", "s0", "p10"]  # the same scale on both sides of 0
+@pytest.mark.parametrize(
+    ("signal", "values", "steps"),
+    [
+        ("contrast", [0.0, 0.5, 1.0], ["s10", "s5", "s0"]),
+        ("entropy", [0.0, 1.0, 4.0], ["s0", "s2", "s10"]),  # high is suspicious, and has no end
+        ("logprob", [-4.0, -1.0, 0.0], ["s10", "s2", "s0"]),
+        ("token_reward", [-0.5, 0.0, 0.1], ["s10", "s0", "p2"]),
+        ("margin", [-1.0, 0.0, 4.0], ["s2", "s0", "p10"]),  # registered nowhere: one scale on both sides of 0
+    ],
+)
+def test_the_table_of_signals_says_what_is_strong(signal, values, steps):
+    row = {"id": "a", "chosen_ids": [10, 11, 12], f"chosen_{signal}": values}
+    html = token_heatmap([row], tiny_tokenizer())
+    assert [t["class"].split()[1] for t in Page(html).tokens] == steps
+    assert ("its suspicious end are unknown" in html) == (signal == "margin")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,12 @@ Our trainers are subclasses, so what they override, call and read by inheritance
 tests/contracts/test_trl_dpo.py and test_trl_grpo.py compare the lists with the code on both sides.
 """
 
+from types import SimpleNamespace
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
@@ -12,6 +18,7 @@ __all__ = [
     "DataCollatorForPreference",
     "get_config_model_id",
     "global_then_local_main_first",
+    "ids_of_dpo_trainer",
     "pad",
     "prepare_deepspeed",
 ]
@@ -42,3 +49,14 @@ GRPO_USED = ("_generate_single_turn", "_metrics", "_tokenize_prompts", "_tokeniz
 
 # Of GRPOConfig: fields that may be given as JSON. Of the vLLM engine that a GRPOTrainer holds: whether it is awake.
 OTHERS_USED = ("_VALID_DICT_FIELDS", "_llm_weights_sleeping")
+
+
+def ids_of_dpo_trainer(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows as `DPOTrainer` prepares them: end tokens added to texts, templates applied, three columns of ids.
+
+    TRL does this in a method that reads nothing of its trainer but the tokenizer, and of its arguments these three;
+    without `max_length` no row is dropped, so that the result stays beside its input.
+    """
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
+    arguments: Any = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    return DPOTrainer._prepare_dataset(trainer, rows, tokenizer, arguments, "preference")

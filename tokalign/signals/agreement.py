@@ -1,8 +1,9 @@
 """How well token signals find the critical token of a wrong solution, and what each costs.
 
-The target is one token a wrong solution: the first wrong one where a world knows it, or the critical token of the
-rollout estimate (arXiv 2411.19943v3, section 3.1). A signal should be lowest there. Reported, with 95 % intervals from
-a bootstrap over solutions (tokens of one solution are not independent):
+The target is one token a wrong solution: the first wrong one where a world knows it (column `first_error`), or the
+critical token of the rollout estimate (`critical_index`; arXiv 2411.19943v3, section 3.1). A signal should be at its
+suspicious end there: the table of signals says which end that is, and values are turned so that it is the low one.
+Reported, with 95 % intervals from a bootstrap over solutions (tokens of one solution are not independent):
 
 - AUROC of −score for "is the target" against all other tokens of the wrong solutions, ties counted half (Mann-Whitney);
 - hit@1: the solution's lowest score is at the target; hit within 1: at most one token away. Of several lowest tokens
@@ -20,13 +21,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tokalign.signals.registry import Signal, get
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
 from tokalign.statistics import auroc, auroc_interval, hit, share_interval
 
 CHANCE = "chance"  # the baseline that every report holds
+TARGETS = ("first_error", "critical_index")
 
 
 def report(
-    signals: Mapping[str, Sequence[Sequence[float]]],
+    signals: Mapping[str, Sequence[Sequence[float] | np.ndarray]],
     targets: Sequence[int | None],
     *,
     costs: Mapping[str, float] | None = None,
@@ -93,6 +98,91 @@ def report(
         entry["tokens_per_scored_token"] = costs.get(name)
         result["signals"][name] = entry
     return result
+
+
+def joined_rows(paths: Sequence[str], split: str = "train") -> list[dict[str, Any]]:
+    """Rows that all stages hold, with the columns that `agreement` reads; one a distinct rejected completion.
+
+    Raises:
+        ContractError: a stage without ids, or stages that share no rejected completion of one problem.
+    """
+    merged: dict[tuple[Any, ...], dict[str, Any]] | None = None
+    for path in paths:
+        dataset = load_stage(path, split=split)
+        for column in ("id", "prompt_ids", "rejected_ids"):
+            if column not in dataset.column_names:
+                raise ContractError(f"{path} has no column `{column}`; pass stages made from preference pairs.")
+        extra = ("id", "prompt_ids", "chosen_ids", *TARGETS)
+        keep = [name for name in dataset.column_names if name.startswith("rejected_") or name.endswith("_tokens")]
+        keep += [name for name in extra if name in dataset.column_names]
+        rows = {(row["id"], *row["rejected_ids"]): row for row in dataset.select_columns(keep)}
+        merged = rows if merged is None else {key: {**merged[key], **rows[key]} for key in merged if key in rows}
+    if not merged:
+        raise ContractError(f"{' and '.join(paths)} share no rejected completion; pass stages of the same pairs.")
+    return list(merged.values())
+
+
+def tokens_per_scored_token(signal: Signal, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Tokens through a model for each scored token: what the job counted, else passes over prompt and completion.
+
+    Args:
+        rows: with `prompt_ids`, `<side>_ids`, and the signal's counts where its job kept some.
+
+    Returns:
+        None where the table has no cost for the signal and its job has counted none.
+    """
+    if signal.counted and signal.counted in rows[0]:
+        scored = sum(len(row[f"{side}_ids"]) for row in rows for side in signal.sides)
+        return sum(row[signal.counted] for row in rows) / scored
+    if signal.passes is None:
+        return None
+    prompts, completions = (sum(len(row[name]) for row in rows) for name in ("prompt_ids", "rejected_ids"))
+    return signal.passes * (prompts + completions) / completions
+
+
+def agreement(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None, *, samples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """`report` of signals by target, for each target that the rows hold.
+
+    Args:
+        rows: with `prompt_ids`, `rejected_ids`, `rejected_<signal>`, and `first_error` or `critical_index` (−1 or None
+            where unknown).
+        names: registered signals; all that the rows hold if absent.
+
+    Raises:
+        ContractError: no column of a signal, or no target.
+        ValueError: a signal that is not in the table, so that its suspicious end is not known.
+    """
+    columns = [
+        column.removeprefix("rejected_")
+        for column, value in rows[0].items()
+        if column.startswith("rejected_") and isinstance(value, list) and all(isinstance(v, float) for v in value)
+    ]
+    signals = [get(name) for name in (names or columns)]
+    for signal in signals:
+        if signal.name not in columns:
+            raise ContractError(f"No stage has a column `rejected_{signal.name}`; score it with {signal.command}.")
+    targets = {name: [row[name] for row in rows] for name in TARGETS if name in rows[0]}
+    if not targets:
+        raise ContractError(
+            "No stage has a target column, `first_error` or `critical_index`; make one with `tokalign score rollout`."
+        )
+    costs = {s.name: cost for s in signals if (cost := tokens_per_scored_token(s, rows)) is not None}
+    results = {}
+    for target, places in targets.items():
+        scores = {s.name: [s.suspicion(np.asarray(row[f"rejected_{s.name}"])) for row in rows] for s in signals}
+        if target == "critical_index":  # the target is made from it
+            scores.pop("rollout_accuracy", None)
+        elif "critical_index" in targets:  # the paper's reading of the rollouts: one token, or none
+            scores["rollout critical token"] = [
+                np.asarray([0.0 if t == row["critical_index"] else 1.0 for t in range(len(row["rejected_ids"]))])
+                for row in rows
+            ]
+            if "rollout_accuracy" in costs:
+                costs["rollout critical token"] = costs["rollout_accuracy"]
+        results[target] = report(scores, places, costs=costs, samples=samples, seed=seed)
+    return results
 
 
 _MEASURES = (("auroc", "AUROC"), ("hit1", "hit@1"), ("hit_within_1", "hit within 1"))

@@ -1,4 +1,10 @@
-"""Contrastive estimation of critical tokens (critical-token DPO, arXiv 2411.19943v3, section 3.2).
+r"""Contrastive estimation of critical tokens (critical-token DPO, arXiv 2411.19943v3, section 3.2).
+
+    tokalign score contrast --model meta-llama/Meta-Llama-3-8B --positive runs/positive --negative runs/negative \
+        --dataset runs/pairs --output_dir runs/scored
+
+reads preference pairs and writes them again with `chosen_contrast` and `rejected_contrast`. On many GPUs:
+`tokalign score contrast … --accelerate_config ddp`, or `accelerate launch -m tokalign score contrast …`.
 
 Two adapters of one base, tuned on correct (positive) and on incorrect (negative) trajectories, read one completion:
 
@@ -17,14 +23,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.generation.scorer import CompletionScorer
+from tokalign.signals.job import ScoreArguments, load_pairs, score_pairs
+from tokalign.stage.processes import process_state
 
 CPU_TILE_BYTES = 8 << 20  # logits of a tile, exponentials included: small enough to stay near the cache
 SMALLEST_BLOCK = 2048  # words of the vocabulary in one matrix product
@@ -249,3 +258,36 @@ class ContrastiveScorer(CompletionScorer):
             before, highest = highest, torch.maximum(highest, tile.amax(dim=-1))
             total = total * (before - highest).exp() + tile.sub_(highest[:, None]).exp_().sum(dim=-1)
         return ((chosen - highest).exp() / total).clamp_(max=1.0)  # rounding can pass 1 by one unit
+
+
+@dataclass(kw_only=True)
+class Arguments(ScoreArguments):
+    """Contrastive scores of pairs."""
+
+    positive: str = field(metadata={"help": "LoRA adapter tuned on correct trajectories."})
+    negative: str = field(metadata={"help": "LoRA adapter tuned on incorrect trajectories."})
+    beta: float = field(default=1.0, metadata={"help": "β of the estimate: strength of the contrast."})
+
+
+def main(arguments: Arguments) -> None:
+    process_state()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
+    scorer = ContrastiveScorer(
+        arguments.model,
+        tokenizer,
+        arguments.positive,
+        arguments.negative,
+        beta=arguments.beta,
+        **arguments.model_options(),
+    )
+    score_pairs(
+        arguments,
+        rows,
+        tokenizer,
+        scorer,
+        name="score_contrast",
+        signals=["contrast"],
+        weights={key: getattr(arguments, key) for key in ("model", "positive", "negative")},
+        parameters={"beta": arguments.beta},
+    )

@@ -1,4 +1,4 @@
-"""Signals that a model's own likelihoods give, in nats where they have a unit:
+r"""Signals that a model's own likelihoods give, in nats where they have a unit:
 
     logprob          log π(y_t|x, y_<t)
     entropy          −Σ_v π(v|x, y_<t) log π(v|x, y_<t), of the distribution that the token was drawn from
@@ -8,18 +8,27 @@ The last is DPO's implicit reward, which T-REG's ablation uses in place of the s
 adapter that DPO has trained is π, the base without it is π_ref, and the log-ratio of a token, which is DPO's reward up
 to the factor β, becomes a number in [−0.5, 0.5] by the map that contrastive prompting has. All cost one forward pass a
 completion, the implicit reward two.
+
+    tokalign score likelihood --model meta-llama/Meta-Llama-3-8B-Instruct --adapter runs/dpo \
+        --signals logprob entropy implicit_reward --dataset runs/pairs --output_dir runs/likelihood
+
+reads preference pairs and writes them again with `chosen_<signal>` and `rejected_<signal>`. On many GPUs:
+`tokalign score likelihood … --accelerate_config ddp`, or `accelerate launch -m tokalign score likelihood …`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.generation.scorer import CompletionScorer
+from tokalign.signals.job import ScoreArguments, load_pairs, score_pairs
 from tokalign.signals.prompting import token_reward
+from tokalign.stage.processes import process_state
 
 SIGNALS = ("logprob", "entropy", "implicit_reward")
 
@@ -110,3 +119,33 @@ class LikelihoodScorer(CompletionScorer):
                     self._check_finite(part, labels[row])
                     results[signal][row] = part.tolist()
         return results
+
+
+@dataclass(kw_only=True)
+class Arguments(ScoreArguments):
+    """Likelihood signals of pairs."""
+
+    signals: list[str] = field(
+        default_factory=lambda: ["logprob"],
+        metadata={"help": "Of logprob, entropy, implicit_reward (which needs an adapter)."},
+    )
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter of the model: the policy."})
+
+
+def main(arguments: Arguments) -> None:
+    process_state()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
+    scorer = LikelihoodScorer(
+        arguments.model, tokenizer, arguments.adapter, signals=arguments.signals, **arguments.model_options()
+    )
+    score_pairs(
+        arguments,
+        rows,
+        tokenizer,
+        scorer,
+        name="score_likelihood",
+        signals=arguments.signals,
+        weights={"model": arguments.model, "adapter": arguments.adapter},
+        parameters={"signals": sorted(arguments.signals)},
+    )

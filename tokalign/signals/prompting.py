@@ -1,4 +1,4 @@
-"""Token rewards by contrastive prompting (T-REG, arXiv 2412.02685).
+r"""Token rewards by contrastive prompting (T-REG, arXiv 2412.02685).
 
 One model reads a completion y behind two prompts that quote it: x_better asks to rewrite it for the better, x_worse for
 the worse (`tokalign.data.revision`):
@@ -7,17 +7,30 @@ the worse (`tokalign.data.revision`):
 
 A token that a better answer would keep has a positive reward. The cost is two forward passes a completion, each behind
 a prompt that holds the question and the completion once more.
+
+    tokalign score token-reward --model meta-llama/Meta-Llama-3-8B-Instruct --templates general \
+        --dataset runs/pairs --output_dir runs/rewarded
+
+reads preference pairs and writes them again with `chosen_token_reward`, `rejected_token_reward`, and in
+`token_reward_tokens` what went through the model for both. The model is the reference of the training to come, or any
+other with the same tokenizer. On many GPUs: `tokalign score token-reward … --accelerate_config ddp`, or
+`accelerate launch -m tokalign score token-reward …`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
 from tokalign.generation.scorer import CompletionScorer
+from tokalign.signals.job import ScoreArguments, load_pairs, score_pairs
+from tokalign.stage.processes import process_state
 
 
 def token_reward(better_logps: torch.Tensor, worse_logps: torch.Tensor) -> torch.Tensor:
@@ -119,3 +132,43 @@ class PromptingScorer(CompletionScorer):
                 self._check_finite(values, labels[row])
                 results[row] = values.tolist()
         return results
+
+
+@dataclass(kw_only=True)
+class Arguments(ScoreArguments):
+    """Token rewards of pairs."""
+
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter of the model."})
+    templates: str = field(
+        default="general",
+        metadata={"help": "Revision prompts: general, math, code, ledger, or the path of a JSON file."},
+    )
+    prompt_format: Literal["chat", "raw"] = field(
+        default="chat",
+        metadata={"help": "`chat` renders revision prompts by the chat template, `raw` encodes them as they are."},
+    )
+
+
+def main(arguments: Arguments) -> None:
+    process_state()
+    templates = load_templates(arguments.templates)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
+
+    def revisions(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
+        text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
+        name = f"{row['id']!r} ({side})"
+        return revision_prompt_ids(row["prompt"], text, templates, tokenizer, arguments.prompt_format, name=name)
+
+    score_pairs(
+        arguments,
+        rows,
+        tokenizer,
+        PromptingScorer(arguments.model, tokenizer, arguments.adapter, **arguments.model_options()),
+        name="score_token_rewards",
+        signals=["token_reward"],
+        weights={"model": arguments.model, "adapter": arguments.adapter},
+        parameters={"templates": templates_hash(templates), "prompt_format": arguments.prompt_format},
+        prompts=revisions,
+        extra_manifest={"templates": asdict(templates)},
+    )

@@ -38,12 +38,14 @@ class Signal:
         to_weight: values (any float array or tensor) -> weights in [0, 1], 1 at the suspicious end; None where no rule
             is known, and then a trainer refuses the signal.
         passes: forward passes over prompt and completion that a scored completion costs; None where only the job that
-            made it can count them (its manifest then has `model_tokens`).
+            made it can count them.
+        counted: column in which that job keeps the tokens that went through a model for all sides of a row, where
+            the prompts that were read are not the row's own or tokens were sampled.
         command: what makes it.
         paper: arXiv number, empty where there is none.
-        sides: on which it is defined.
+        sides: on which it is defined, of "chosen" and "rejected", in this order.
         meaning: what the suspicious end says, for a legend.
-        module: the file whose `Arguments`, `main` are the command `tokalign score <verb>`, empty for a user's own.
+        module: the file whose `main` is the command `tokalign score <verb>`; empty where there is none.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Signal:
     suspicious: Literal["low", "high"]
     to_weight: Callable[[Any], Any] | None = None
     passes: float | None = None
+    counted: str = ""
     command: str = "your own scorer"
     paper: str = ""
     sides: tuple[str, ...] = ("chosen", "rejected")
@@ -67,6 +70,8 @@ class Signal:
             raise ValueError(f"Signal {self.name!r}: low ({self.low}) must be below high ({self.high}).")
         if self.suspicious not in ("low", "high"):
             raise ValueError(f"Signal {self.name!r}: suspicious must be 'low' or 'high', got {self.suspicious!r}.")
+        if self.sides not in (("chosen", "rejected"), ("chosen",), ("rejected",)):
+            raise ValueError(f"Signal {self.name!r}: sides must be 'chosen', 'rejected' or both, got {self.sides}.")
 
     def to_reward(self, values: Any) -> Any:
         """Rewards in [−0.5, 0.5] of values, 0.5 where nothing is suspicious: r̂ = 0.5 − w. Needs `to_weight`."""
@@ -120,12 +125,12 @@ _SIGNALS: dict[str, Signal] = {
             unit="share",
             suspicious="low",
             to_weight=_probability_to_weight,
-            passes=None,
+            counted="rollout_tokens",
             command="tokalign score rollout",
             paper="2411.19943",
             sides=("rejected",),
             meaning="low: few continuations reach the right answer",
-            module="tokalign.signals.rollout",
+            module="tokalign.cli.rollout",
         ),
         Signal(
             name="token_reward",
@@ -136,6 +141,7 @@ _SIGNALS: dict[str, Signal] = {
             suspicious="low",
             to_weight=_reward_to_weight,
             passes=2,
+            counted="token_reward_tokens",
             command="tokalign score token-reward",
             paper="2412.02685",
             meaning="below 0 worse, above 0 better",

@@ -6,16 +6,22 @@ ends in the right answer. The critical token is the first t whose score is 0 and
 The ablation of section 2: pass@k from the prefix *with* the critical token, and from the prefix *without* it, where
 the next token is drawn from the model's own distribution with the critical token masked out. Deviation: both sides
 draw fresh samples. Counting again the samples that chose the token would make the first curve 0 by selection.
+
+The command is `tokalign score rollout` (`tokalign.cli.rollout`), since right answers are told by `tokalign.rewards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokalign.generation.protocol import Completion, Engine, SamplingParams, continue_from_prefixes
+from tokalign.stage.jobs import Dropped
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest, write_manifest
 from tokalign.stage.seeds import derived_seed
 from tokalign.statistics import pass_at_k_report
 
@@ -181,6 +187,76 @@ def pass_at_k_ablation(
     with_token = (n if check(through) else 0) if ended else _count(check, through, continued[1])
     sampled = sum(len(c.token_ids) for completions in continued for c in completions)
     return Ablation(with_token, _count(check, prefix, continued[0]), n, len(prompt_ids) + len(through) + sampled)
+
+
+def estimated_rows(
+    rows: Iterable[dict[str, Any]],
+    engine: Engine,
+    matches: Callable[[str, str], bool],
+    sampling: Mapping[str, Any],
+    *,
+    threshold: float,
+    seed: int,
+) -> Iterator[dict[str, Any] | Dropped]:
+    """Rows of preferences with the estimate of their rejected side, and the ablation at its critical token.
+
+    Adds `rejected_rollout_accuracy`, `critical_index` (−1: none), `with_correct` and `without_correct` (right ones of
+    `n` fresh continuations; −1: none) and `rollout_tokens` (through the model, for the estimate alone).
+
+    Args:
+        rows: with an `answer`.
+        matches: whether a completion's text ends in the answer beside it.
+        sampling: `n`, `temperature`, `top_p`, `max_tokens`, `stop`, as of `rollout_estimate`.
+    """
+    positions = getattr(engine, "max_length", None)
+    for row in rows:
+        prompt_ids, rejected_ids, answer = row["prompt_ids"], row["rejected_ids"], row["answer"]
+        if not rejected_ids:
+            yield Dropped("the rejected completion is empty")
+            continue
+        if positions is not None and len(prompt_ids) + len(rejected_ids) >= positions:
+            yield Dropped(f"no room for a continuation in the model's {positions} positions")
+            continue
+
+        def verify(ids: list[int], answer: str = answer) -> bool:
+            return matches(str(engine.tokenizer.decode(ids, skip_special_tokens=True)), answer)
+
+        if verify(list(rejected_ids)):
+            yield Dropped("the rejected completion has the right answer")
+            continue
+        # By content, so that two pairs of one problem differ and a shard's place does not matter
+        options = {**sampling, "seed": derived_seed(seed, row["id"], tuple(rejected_ids))}
+        estimate = rollout_estimate(engine, prompt_ids, rejected_ids, verify, **options)
+        index = critical_position(estimate.accuracy, threshold=threshold)
+        result = {
+            **row,
+            "rejected_rollout_accuracy": estimate.accuracy,
+            "critical_index": -1,
+            "with_correct": -1,
+            "without_correct": -1,
+            "rollout_tokens": estimate.tokens,
+        }
+        if index is not None:
+            counts = pass_at_k_ablation(engine, prompt_ids, rejected_ids, index, verify, **options)
+            result["critical_index"] = index
+            result["with_correct"], result["without_correct"] = counts.with_correct, counts.without_correct
+        yield result
+
+
+def summarise(folder: str | Path, n: int) -> None:
+    """How many critical tokens a finished stage has, into its manifest; its pass@k as JSON and figure beside it."""
+    manifest = read_manifest(folder)
+    if not manifest["rows"]:
+        return
+    rows = load_stage(folder)
+    critical = [i for i, index in enumerate(rows["critical_index"]) if index >= 0]
+    write_manifest(folder, {**manifest, "critical_tokens_found": len(critical)})
+    print(f"{len(critical)} of {len(rows)} wrong answers have a critical token.")
+    if critical:
+        with_token = rows.select(critical)
+        curves = pass_at_k_curves(with_token["with_correct"], with_token["without_correct"], n)
+        (Path(folder) / "pass_at_k.json").write_text(json.dumps(curves, indent=2) + "\n", encoding="utf-8")
+        plot_pass_at_k(curves, Path(folder) / "pass_at_k.png")
 
 
 def _end_ids(engine: Engine, end_ids: Collection[int] | None) -> Collection[int]:

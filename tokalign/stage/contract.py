@@ -9,6 +9,7 @@ the hub without a manifest is accepted, and then only its rows are checked. See 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import BATCH, tokenizer_hash
+from tokalign.stage.manifest import manifest_of
 
 SIDES = ("chosen", "rejected")  # of a pair; a signal stands in the columns chosen_<signal> and rejected_<signal>
 STAGES: dict[str, tuple[str, ...]] = {
@@ -39,34 +42,36 @@ STAGES: dict[str, tuple[str, ...]] = {
     "routing_labels": ("id", "prompt_ids", "completion_ids", "slm_ids", "label"),
 }
 _MADE_BY = {
-    "problems": "a dataset builder in data/",
-    "structured": "a dataset builder in data/ that writes a schema a row (gsm8k_json.py, bfcl.py, cooking.py)",
-    "rollouts": "scripts/sample_rollouts.py",
-    "preferences": "scripts/build_pairs.py",
-    "sft": "scripts/build_pairs.py",
-    "routing_labels": "scripts/label_routing.py",
+    "problems": "`tokalign data`",
+    "structured": "`tokalign data gsm8k-json`, `bfcl` or `cooking`, which write a schema a row",
+    "rollouts": "`tokalign sample`",
+    "preferences": "`tokalign pairs`",
+    "sft": "`tokalign pairs`",
+    "routing_labels": "`tokalign label`",
 }
-_SCORED_BY = {
-    "contrast": "scripts/score_contrast.py",
-    "token_reward": "scripts/score_token_rewards.py",
-    "logprob": "scripts/score_likelihood.py",
-    "entropy": "scripts/score_likelihood.py",
-    "implicit_reward": "scripts/score_likelihood.py",
-}
-# Lowest and highest value of a signal, and what it is
-_RANGES = {
-    "contrast": (0.0, 1.0, "a contrastive score is a probability"),
-    "token_reward": (-0.5, 0.5, "a token reward lies"),
-    "implicit_reward": (-0.5, 0.5, "an implicit reward lies"),
-}
-_BATCH = 1000  # rows in memory at a time while checking or hashing
+
+
+class SignalRow(Protocol):
+    """What the checks read of a signal: its row in the table (`tokalign.signals.registry.get(name)`) has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+    @property
+    def command(self) -> str: ...
 
 
 def check_preferences(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    signals: Sequence[str] = (),
+    signals: Sequence[str | SignalRow] = (),
     sides: Sequence[str] = SIDES,
     text_rows: int = 32,
     ranges: Mapping[str, tuple[float, float]] | None = None,
@@ -74,30 +79,27 @@ def check_preferences(
     """Check every row of a preference dataset, a batch at a time (memory does not grow with the dataset).
 
     Each side's ids must be there, not empty and below the vocabulary size; a signal must have one finite number an
-    id, and `contrast` must lie in [0, 1], `token_reward` and `implicit_reward` in [−0.5, 0.5]. With a tokenizer, the
-    text of the first `text_rows` rows must be `tokenizer.decode(ids, skip_special_tokens=True)`: ids of another
-    tokenizer read as other text.
+    id, between the `low` and `high` of its row. Ids of another tokenizer read as other text, so with a tokenizer the
+    text of the first `text_rows` rows must be what it reads in their ids, unless the manifest names this tokenizer.
 
     Args:
         dataset: Preference rows.
         tokenizer: Gives the vocabulary size and the text check; without it both are skipped.
-        signals: Signals to check.
+        signals: Signals to check: rows of the table of signals, or names, and then no range is checked.
         sides: Sides on which the signals must be present; the ids of both sides are always checked.
         text_rows: Rows whose text is compared; decoding every row would cost more than it finds.
-        ranges: Lowest and highest value of a signal, where the caller needs others than the signal's own.
+        ranges: Lowest and highest value of a signal by name, where the caller needs others than the signal's own.
 
     Raises:
         ContractError: naming the first bad row's `id` and index, its column, and what to do.
     """
     check_columns(dataset, "The preference dataset", "preferences", ())
-    allowed = {**_RANGES, **{k: (*limits, "it has to lie") for k, limits in (ranges or {}).items()}}
-    scored = [(side, f"{side}_{signal}", signal) for signal in signals for side in sides]
-    for _, column, signal in scored:
-        if column not in dataset.column_names:
-            raise ContractError(
-                f"The preference dataset has no column `{column}`; score it with "
-                f"{_SCORED_BY.get(signal, 'the script in scripts/ that makes this signal')}."
-            )
+    allowed = {row.name: (row.low, row.high) for row in signals if not isinstance(row, str)} | dict(ranges or {})
+    scored = [(side, f"{side}_{_name(signal)}", _name(signal)) for signal in signals for side in sides]
+    for signal in signals:
+        for column in (f"{side}_{_name(signal)}" for side in sides):
+            if column not in dataset.column_names:
+                raise ContractError(f"The preference dataset has no column `{column}`; {_scored_by(signal)}.")
     ids_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     columns = ["id", *ids_columns, *(column for _, column, _ in scored)]
     check_lists(dataset, "The preference dataset", ids_columns, "rebuild the pairs")
@@ -105,14 +107,15 @@ def check_preferences(
     # the highest id, not the count: some vocabularies have holes
     vocabulary = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
     first = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
         arrays = {name: _one_array(table.column(name)) for name in columns}
         check_values(arrays, first)
         lengths = {name: _check_ids(arrays, name, vocabulary, first) for name in ids_columns}
         for side, column, signal in scored:
             _check_scores(arrays, column, f"{side}_ids", lengths[f"{side}_ids"], first, allowed.get(signal))
         first += len(table)
-    if tokenizer is not None:
+    made_with = (manifest_of(dataset) or {}).get("tokenizer_hash")
+    if tokenizer is not None and (made_with is None or made_with != tokenizer_hash(tokenizer)):
         _check_text(dataset, tokenizer, text_rows)
 
 
@@ -185,7 +188,7 @@ def _check_scores(
     ids_column: str,
     ids_lengths: np.ndarray,
     first: int,
-    allowed: tuple[float, float, str] | None,
+    allowed: tuple[float, float] | None,
 ) -> None:
     lengths = _lengths(arrays[column])
     if (bad := np.flatnonzero(lengths != ids_lengths)).size:
@@ -198,9 +201,9 @@ def _check_scores(
         _refuse(arrays, rows[bad[0]], first, column, wrong, "score these rows again, in fp32 if they overflowed")
     if allowed is None:
         return
-    low, high, what = allowed
+    low, high = allowed
     if (bad := np.flatnonzero((values < low) | (values > high))).size:
-        wrong = f"holds {values[bad[0]]}, but {what} in [{low:g}, {high:g}]"
+        wrong = f"holds {values[bad[0]]}, but this signal lies in [{low:g}, {high:g}]"
         _refuse(arrays, rows[bad[0]], first, column, wrong, "score these rows again")
 
 
@@ -212,21 +215,35 @@ def _check_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_rows:
         except UnicodeDecodeError:
             raise ContractError(f"Row {index}: a text is not UTF-8; rebuild the pairs.") from None
         for side in SIDES:
+            decoded = str(tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True))  # typed for batches too
             text = row[side]
             if isinstance(text, list) and text and isinstance(text[-1], dict):
-                text = text[-1].get("content")  # messages: the text that the ids hold is in the last one
-            if tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True) != text:
+                # Messages: the template may put more around the last one's text (a line break, an empty thought), and
+                # a call of tools has no text
+                text = text[-1].get("content")
+                same = not isinstance(text, str) or text.strip() in decoded
+            else:
+                same = isinstance(text, str) and text.strip() == decoded.strip()
+            if not same:
                 raise ContractError(
                     f"Row {index} (id {row['id']!r}): `{side}` is not what this tokenizer reads in `{side}_ids`; "
                     "use the tokenizer that made these ids, or rebuild the pairs with this one."
                 )
 
 
+def _name(signal: str | SignalRow) -> str:
+    return signal if isinstance(signal, str) else signal.name
+
+
+def _scored_by(signal: str | SignalRow) -> str:
+    return f"score it with {'`tokalign score`' if isinstance(signal, str) else signal.command}"
+
+
 def remedy_for(stage: str | None) -> str:
     return f"run {_MADE_BY[stage]} first or check the path" if stage else "check the path"
 
 
-def check_columns(dataset: Dataset, where: str, stage: str | None, signals: Sequence[str]) -> None:
+def check_columns(dataset: Dataset, where: str, stage: str | None, signals: Sequence[str | SignalRow]) -> None:
     if stage is not None:
         if stage not in STAGES:
             raise ContractError(f"Unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
@@ -237,8 +254,6 @@ def check_columns(dataset: Dataset, where: str, stage: str | None, signals: Sequ
                 f"{', '.join(dataset.column_names)}); make it with {_MADE_BY[stage]}."
             )
     for signal in signals:
-        if not {f"chosen_{signal}", f"rejected_{signal}"} & set(dataset.column_names):
-            raise ContractError(
-                f"{where} has neither `chosen_{signal}` nor `rejected_{signal}`; score it with "
-                f"{_SCORED_BY.get(signal, 'the script in scripts/ that makes this signal')}."
-            )
+        columns = [f"{side}_{_name(signal)}" for side in ("chosen", "rejected")]
+        if not {*columns} & {*dataset.column_names}:
+            raise ContractError(f"{where} has neither `{columns[0]}` nor `{columns[1]}`; {_scored_by(signal)}.")

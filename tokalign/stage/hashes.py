@@ -12,9 +12,10 @@ from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.stage.contract import _BATCH
 from tokalign.stage.errors import ContractError
 from tokalign.stage.processes import process_state
+
+BATCH = 1000  # rows in memory at a time while checking or hashing
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -90,7 +91,7 @@ def model_identity(path_or_id: str | Path | None, *, remote: bool = False) -> st
 def content_hash(dataset: Dataset) -> str:
     """sha256 over every value of a dataset in row order, streamed; the same however the rows are chunked on disk."""
     total = hashlib.sha256()
-    for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
+    for table in dataset.with_format("arrow").iter(batch_size=BATCH):
         for name, column in zip(table.column_names, table.columns, strict=True):
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
             batch = pa.record_batch([array], names=[name])

@@ -1,4 +1,4 @@
-"""Opening a stage: a folder that a job wrote, any folder of parquet files, or a dataset on the hub."""
+"""Opening a stage: a folder that a job wrote, any folder of parquet files, one file, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.internals.datasets import DatasetGenerationError, DatasetNotFoundError, loadable
-from tokalign.stage.contract import check_columns, remedy_for
+from tokalign.stage.contract import SignalRow, check_columns, remedy_for
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import is_hub_id, tokenizer_hash
 from tokalign.stage.manifest import MANIFEST, read_manifest
@@ -25,20 +25,20 @@ def load_stage(
     split: str = "train",
     stage: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    signals: Sequence[str] = (),
+    signals: Sequence[str | SignalRow] = (),
 ) -> Dataset:
-    """Open a stage: a folder written by a job, any folder of parquet files, or a dataset on the hub.
+    """Open a stage: a folder written by a job, any folder of parquet files, one file, or a dataset on the hub.
 
     The rows stay on disk (memory-mapped Arrow). In a folder, `<folder>/<split>/` is used if it exists, then
     `<split>.parquet` and `<split>-*.parquet`, else all `*.parquet` of the folder itself. A folder that a job wrote is
-    one split: it opens as "train" or by the name of the folder.
+    one split: it opens as "train" or by the name of the folder. A file is one split, "train".
 
     Args:
-        path_or_id: Folder, or hub id.
+        path_or_id: Folder, `.jsonl`, `.json` or `.parquet` file, or hub id.
         split: Split to open.
         stage: one of `STAGES`: its columns must be there.
         tokenizer: Must be the one that made the ids, by the manifest's `tokenizer_hash`.
-        signals: Each needs a `chosen_<signal>` or `rejected_<signal>` column.
+        signals: Names, or rows of the table of signals; each needs a `chosen_<signal>` or `rejected_<signal>` column.
 
     Returns:
         The dataset; `manifest_of(dataset)` gives the manifest, if there is one.
@@ -49,6 +49,8 @@ def load_stage(
     folder = Path(path_or_id)
     if folder.is_dir():
         dataset, manifest = _load_folder(folder, split)
+    elif folder.is_file():
+        dataset, manifest = _load_file(folder, split), None
     else:
         if not is_hub_id(str(path_or_id)):
             raise ContractError(f"Folder {path_or_id} does not exist; {remedy_for(stage)}.")
@@ -70,6 +72,21 @@ def load_stage(
             )
         dataset.info.description = json.dumps(manifest, ensure_ascii=False)
     return dataset
+
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def _load_file(file: Path, split: str) -> Dataset:
+    if file.suffix not in _READERS:
+        raise ContractError(f"{file} is not a file of rows; give one of {', '.join(_READERS)}, or a folder of parquet.")
+    if split != "train":
+        raise ContractError(f"{file} has no split {split!r}; give the file of that split, and the split 'train'.")
+    try:
+        return load_dataset(_READERS[file.suffix], data_files=str(file), split=split)
+    except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ContractError(f"{file} cannot be read as rows ({reason}); write one JSON object a line.") from error
 
 
 def _load_folder(folder: Path, split: str) -> tuple[Dataset, dict[str, Any] | None]:

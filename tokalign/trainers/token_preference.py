@@ -36,6 +36,7 @@ from tokalign.internals.trl import (
     pad,
     prepare_deepspeed,
 )
+from tokalign.signals.registry import known
 from tokalign.stage.contract import SIDES, STAGES, check_preferences
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
@@ -210,7 +211,7 @@ class TokenPreferenceTrainer(DPOTrainer):
     def _check_rows(self, dataset: Dataset | IterableDataset, args: Any) -> Dataset | IterableDataset:
         """The contract's checks, at once on stored rows and as they come on streamed ones."""
         signal, sides = self._reads(args)
-        options: dict[str, Any] = {"signals": [signal] if sides else [], "sides": sides}
+        options: dict[str, Any] = {"signals": [known(signal) or signal] if sides else [], "sides": sides}
         options |= self._check_options(args)
         if not sides:  # text that TRL has prepared before carries an added end token, so there the ids alone count
             options["text_rows"] = 0

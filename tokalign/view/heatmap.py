@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.signals.registry import known
 from tokalign.stage.contract import SIDES
 from tokalign.stage.errors import ContractError
 
@@ -56,15 +57,20 @@ class Scale:
     meaning: str = ""
 
 
-SCALES: dict[str, Scale] = {
-    "contrast": Scale(0.0, 1.0, "low", "low: likely critical"),
-    "rollout_accuracy": Scale(0.0, 1.0, "low", "low: few continuations reach the right answer"),
-    "token_reward": Scale(-0.5, 0.5, "both", "below 0 worse, above 0 better"),
-    "entropy": Scale(0.0, None, "high", "high: uncertain next token"),
-    "implicit_reward": Scale(-0.5, 0.5, "both", "below 0 worse, above 0 better"),
-    "logprobs": Scale(None, 0.0, "low", "low: improbable token"),
-    "logprob": Scale(None, 0.0, "low", "low: improbable token"),
-}
+UNKNOWN = "its range and its suspicious end are unknown: tell them with tokalign.signals.register"
+
+
+def scale_of(name: str, least: float, most: float) -> Scale:
+    """How the table of signals has a signal coloured: its suspicious end strongly, or both ways from 0.
+
+    One that nobody has registered is coloured by its smallest and largest value, and the legend says so.
+    """
+    signal = known(name)
+    if signal is None:
+        return Scale(strong="both" if least < 0 < most else "high", meaning=UNKNOWN)
+    low, high = (end if math.isfinite(end) else None for end in (signal.low, signal.high))
+    has_sign = signal.low < 0 < signal.high and signal.suspicious == "low"
+    return Scale(low, high, "both" if has_sign else signal.suspicious, signal.meaning)
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -128,7 +134,7 @@ def token_heatmap(
         signals: names without a side; unset shows every list of numbers found. The first one colours the page.
         sides: completions to show; one absent from the rows is left out.
         start, limit: the page shows rows `start` to `start + limit`, so that it stays small enough to open.
-        scales: colour scale of a signal, where `SCALES` has none or another is wanted.
+        scales: colour scale of a signal, where another is wanted than the table of signals gives (`scale_of`).
         extract: reads the final answer out of a completion's text, for the row's header.
         fragment: only `<style>`, `<section>` and `<script>`, to be put into another page (once a page).
 
@@ -313,9 +319,7 @@ def _prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 def _fit(name: str, values: Sequence[float], given: Mapping[str, Scale]) -> Scale:
     """The signal's scale with both ends set, from the values shown where the scale leaves one open."""
     least, most = min(values, default=0.0), max(values, default=1.0)
-    scale = given.get(name) or SCALES.get(name)
-    if scale is None:
-        scale = Scale(strong="both" if least < 0 < most else "high")
+    scale = given.get(name) or scale_of(name, least, most)
     low = least if scale.low is None else scale.low
     high = most if scale.high is None else scale.high
     if scale.strong == "both":  # no colour belongs at 0, so both ends are equally far from it

@@ -1,4 +1,4 @@
-"""The signal scripts from one stage on disk to the next, as a user runs them."""
+"""The commands `tokalign score` and `tokalign compare`, from one stage on disk to the next, as a user runs them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from scripts import compare_signals, rollout_estimate, score_contrast
 from tests.signals.support import save_adapter
+from tests.support import save_tiny, tiny_tokenizer
+from tokalign.cli import compare, first_error, rollout
 from tokalign.generation.arguments import EngineArguments
-from tokalign.signals import ContrastiveScorer
+from tokalign.signals import ContrastiveScorer, contrast, likelihood, prompting
+from tokalign.signals.registry import get
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.jobs import run_job
@@ -57,17 +59,17 @@ def stage(tiny_path, tmp_path_factory) -> dict[str, str]:
     }
 
 
-def arguments(stage, output_dir, **changes) -> score_contrast.ScoreContrastArguments:
+def arguments(stage, output_dir, **changes) -> contrast.Arguments:
     common = {key: stage[key] for key in ("model", "positive", "negative")}
     values = {**common, "dataset": stage["pairs"], "output_dir": str(output_dir), "shard_size": 4, **changes}
-    return score_contrast.ScoreContrastArguments(**values)
+    return contrast.Arguments(**values)
 
 
 def test_score_contrast(stage, tmp_path):
-    score_contrast.main(arguments(stage, tmp_path / "scored", beta=0.5))
+    contrast.main(arguments(stage, tmp_path / "scored", beta=0.5))
     tokenizer = AutoTokenizer.from_pretrained(stage["model"])
     scored = load_stage(tmp_path / "scored", stage="preferences", tokenizer=tokenizer, signals=["contrast"])
-    check_preferences(scored, tokenizer, signals=["contrast"])
+    check_preferences(scored, tokenizer, signals=[get("contrast")])
     scorer = ContrastiveScorer(stage["model"], tokenizer, stage["positive"], stage["negative"], beta=0.5)
     for side in ("chosen", "rejected"):
         expected = scorer.score(scored["prompt_ids"], scored[f"{side}_ids"])
@@ -79,17 +81,20 @@ def test_score_contrast(stage, tmp_path):
     assert manifest["scored_tokens"] == sum(len(ids) for s in ("chosen", "rejected") for ids in scored[f"{s}_ids"])
     assert manifest["tokens_per_second"] > 0 and manifest["positive"] == stage["positive"]
     with pytest.raises(JobError, match=r"beta was 0\.5 and is 1\.0"):
-        score_contrast.main(arguments(stage, tmp_path / "scored"))
+        contrast.main(arguments(stage, tmp_path / "scored"))
     with pytest.raises(JobError, match="positive was"):
-        score_contrast.main(arguments(stage, tmp_path / "scored", beta=0.5, positive=stage["negative"]))
+        contrast.main(arguments(stage, tmp_path / "scored", beta=0.5, positive=stage["negative"]))
 
 
 def test_score_contrast_counts_what_it_drops(stage, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(stage["model"])
     rows = load_stage(stage["pairs"]).to_list()
     rows[1]["rejected_ids"] = []
     rows[2]["prompt_ids"] = [7] * 600
-    run_job(lambda batch: batch, Dataset.from_list(rows), tmp_path / "odd", name="odd", parameters={})
-    score_contrast.main(arguments(stage, tmp_path / "scored", dataset=str(tmp_path / "odd")))
+    run_job(
+        lambda batch: batch, Dataset.from_list(rows), tmp_path / "odd", name="odd", parameters={}, tokenizer=tokenizer
+    )
+    contrast.main(arguments(stage, tmp_path / "scored", dataset=str(tmp_path / "odd")))
     manifest = read_manifest(tmp_path / "scored")
     assert manifest["rows"] == 4
     assert manifest["dropped"] == {
@@ -100,10 +105,10 @@ def test_score_contrast_counts_what_it_drops(stage, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(stage, tmp_path):
-    score_contrast.main(arguments(stage, tmp_path / "one", shard_size=2))
+    contrast.main(arguments(stage, tmp_path / "one", shard_size=2))
     flags = vars(arguments(stage, tmp_path / "two", shard_size=2))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command.append(str(ROOT / "scripts" / "score_contrast.py"))
+    command += [str(ROOT / "scripts" / "score.py"), "contrast"]
     command += [part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -116,26 +121,25 @@ def test_two_processes_score_as_one(stage, tmp_path):
 
 def test_rollout_estimate_then_compare_signals(stage, tmp_path):
     sampling = {"n": 4, "max_tokens": 4, "shard_size": 2, "max_rows": 3}
-    rollout_estimate.main(
-        rollout_estimate.RolloutEstimateArguments(stage["pairs"], str(tmp_path / "rollout"), **sampling),
+    rollout.main(
+        rollout.Arguments(dataset=stage["pairs"], output_dir=str(tmp_path / "rollout"), **sampling),
         EngineArguments(model=stage["model"], dtype="float32"),
     )
     tokenizer = AutoTokenizer.from_pretrained(stage["model"])
-    rollout = load_stage(tmp_path / "rollout", stage="preferences", signals=["rollout_accuracy"])
-    check_preferences(rollout, tokenizer, signals=["rollout_accuracy"], sides=["rejected"])
+    estimated = load_stage(tmp_path / "rollout", stage="preferences", signals=["rollout_accuracy"])
+    check_preferences(estimated, tokenizer, signals=[get("rollout_accuracy")], sides=["rejected"])
     # a random model never answers, so the first token is already hopeless, with it or without
-    assert rollout["critical_index"][:] == [0, 0, 0]
-    assert rollout["with_correct"][:] == rollout["without_correct"][:] == [0, 0, 0]
+    assert estimated["critical_index"][:] == [0, 0, 0]
+    assert estimated["with_correct"][:] == estimated["without_correct"][:] == [0, 0, 0]
     manifest = read_manifest(tmp_path / "rollout")
-    assert manifest["rollout_tokens"] == sum(rollout["rollout_tokens"]) > manifest["scored_tokens"]
+    assert manifest["model_tokens"] == sum(estimated["rollout_tokens"]) > manifest["scored_tokens"]
+    assert manifest["scored_tokens"] == sum(len(ids) for ids in estimated["rejected_ids"])
     assert manifest["critical_tokens_found"] == 3 and (tmp_path / "rollout" / "pass_at_k.png").exists()
     assert json.loads((tmp_path / "rollout" / "pass_at_k.json").read_text())["problems"] == 3
 
-    score_contrast.main(arguments(stage, tmp_path / "scored"))
-    compare = compare_signals.CompareSignalsArguments(
-        [str(tmp_path / "scored"), str(tmp_path / "rollout")], str(tmp_path / "agreement"), samples=50
-    )
-    results = compare_signals.main(compare)
+    contrast.main(arguments(stage, tmp_path / "scored"))
+    stages = [str(tmp_path / "scored"), str(tmp_path / "rollout")]
+    results = compare.main(compare.Arguments(stages, str(tmp_path / "agreement"), samples=50))
     assert json.loads((tmp_path / "agreement" / "agreement.json").read_text()) == results
     assert (tmp_path / "agreement" / "agreement.png").exists()
     assert set(results) == {"first_error", "critical_index"}
@@ -154,22 +158,39 @@ def test_rollout_estimate_needs_an_answer_and_a_wrong_answer(stage, tmp_path):
     run_job(lambda b: b, rows.remove_columns("answer"), bare, name="x", parameters={}, tokenizer=tokenizer)
     engine = EngineArguments(model=stage["model"], dtype="float32")
     with pytest.raises(ContractError, match="no column `answer`"):
-        rollout_estimate.main(rollout_estimate.RolloutEstimateArguments(str(bare), str(tmp_path / "a")), engine)
+        rollout.main(rollout.Arguments(dataset=str(bare), output_dir=str(tmp_path / "a")), engine)
     swapped = rows.remove_columns("rejected_ids").add_column("rejected_ids", rows["chosen_ids"][:]).select([0])
     run_job(lambda b: b, swapped, solved, name="x", parameters={}, tokenizer=tokenizer)
-    rollout_estimate.main(rollout_estimate.RolloutEstimateArguments(str(solved), str(tmp_path / "b")), engine)
+    rollout.main(rollout.Arguments(dataset=str(solved), output_dir=str(tmp_path / "b")), engine)
     assert read_manifest(tmp_path / "b")["dropped"] == {"the rejected completion has the right answer": 1}
 
     full = rows.select([0]).to_list()
     full[0]["rejected_ids"] = [7] * (512 - len(full[0]["prompt_ids"]))
     run_job(lambda b: b, Dataset.from_list(full), tmp_path / "full", name="x", parameters={}, tokenizer=tokenizer)
-    rollout_estimate.main(
-        rollout_estimate.RolloutEstimateArguments(str(tmp_path / "full"), str(tmp_path / "c")), engine
-    )
+    rollout.main(rollout.Arguments(dataset=str(tmp_path / "full"), output_dir=str(tmp_path / "c")), engine)
     assert read_manifest(tmp_path / "c")["dropped"] == {"no room for a continuation in the model's 512 positions": 1}
 
 
 def test_compare_signals_says_what_is_missing(stage, tmp_path):
-    arguments = compare_signals.CompareSignalsArguments([stage["pairs"]], str(tmp_path), signals=["contrast"])
-    with pytest.raises(ContractError, match="rejected_contrast"):
-        compare_signals.main(arguments)
+    with pytest.raises(ContractError, match=r"rejected_contrast.*tokalign score contrast"):
+        compare.main(compare.Arguments([stage["pairs"]], str(tmp_path), signals=["contrast"]))
+
+
+def test_every_scorer_refuses_another_tokenizers_ids_without_a_manifest(stage, tmp_path):
+    other = save_tiny(tmp_path / "other")
+    tiny_tokenizer(alphabet="zyxwvutsrqponmlkjihgfedcbaABCDEW0123456789 #+?").save_pretrained(other)
+    (tmp_path / "foreign").mkdir()
+    load_stage(stage["pairs"]).to_parquet(tmp_path / "foreign" / "train.parquet")
+    out = {"dataset": str(tmp_path / "foreign"), "output_dir": str(tmp_path / "out")}
+    adapters = {name: stage[name] for name in ("positive", "negative")}
+    scorers = {
+        contrast: contrast.Arguments(model=other, **adapters, **out),
+        likelihood: likelihood.Arguments(model=other, **out),
+        prompting: prompting.Arguments(model=other, **out),
+        first_error: first_error.Arguments(tokenizer=other, problems="none", **out),
+    }
+    for module, arguments in scorers.items():
+        with pytest.raises(ContractError, match="use the tokenizer that made these ids"):
+            module.main(arguments)
+    with pytest.raises(ContractError, match="use the tokenizer that made these ids"):
+        rollout.main(rollout.Arguments(**out), EngineArguments(model=other, dtype="float32"))

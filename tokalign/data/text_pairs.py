@@ -1,0 +1,62 @@
+"""Preference pairs that somebody wrote as text, made into ids as TRL's `DPOTrainer` makes them.
+
+Every form that TRL takes is taken: `prompt`, `chosen`, `rejected` as texts or as messages, and the prompt left out
+where both answers begin with it. The ids are TRL's own, by its own code, so a token signal belongs to the very tokens
+that training sees.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import BATCH
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> Dataset:
+    """Pairs of text with `prompt_ids`, `chosen_ids` and `rejected_ids`; the texts stay as they were written.
+
+    Args:
+        rows: `chosen`, `rejected` and, unless they begin with it, `prompt`: texts or messages.
+        where: what to call the dataset in errors.
+
+    Raises:
+        ContractError: an answer or a prompt is missing, or messages meet a tokenizer without a chat template.
+    """
+    from trl import is_conversational, maybe_extract_prompt  # a second; pairs with ids do without
+
+    first = _checked(rows, where)[0]
+    messages = is_conversational({"chosen": first["chosen"]})
+    if messages and tokenizer.chat_template is None:
+        raise ContractError(
+            f"{where} holds messages, but the tokenizer has no chat template; give texts, or a model that has one."
+        )
+    # A prompt as text beside answers as whole conversations, as some hub datasets have it, is not what TRL reads
+    if "prompt" not in first or is_conversational({"prompt": first["prompt"]}) != messages:
+        rows = rows.map(maybe_extract_prompt, desc="Taking the prompt out of both answers")
+    from tokalign.internals.trl import ids_of_dpo_trainer
+
+    ids = ids_of_dpo_trainer(rows, tokenizer).select_columns(list(IDS))
+    return concatenate_datasets([rows, ids], axis=1)
+
+
+def _checked(rows: Dataset, where: str) -> Dataset:
+    """`rows`, none of whose texts or conversations is missing."""
+    columns = [name for name in ("prompt", "chosen", "rejected") if name in rows.column_names]
+    start = 0
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
+        for name in columns:
+            column = table[name]
+            absent = pc.is_null(column)
+            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                absent = pc.or_(absent, pc.fill_null(pc.equal(pc.list_value_length(column), 0), True))
+            if pc.any(absent).as_py():
+                row = start + pc.index(absent, True).as_py()
+                raise ContractError(f"Row {row} of {where}: `{name}` is missing; write it, or drop the row.")
+        start += len(table)
+    return rows
