@@ -41,7 +41,7 @@ from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.worlds.ledger_models import trained_model
 
-TREG = "recipes/treg.py"
+TREG, COMPOSED = "recipes/treg.py", "benchmarks/composed_dpo.py"
 REFERENCE, DPO = "contrastive score", "none (plain DPO)"
 AGREED = 0.9  # s_t where the LLM would have written the same token: it keeps a tenth of its weight
 WEIGHTS = {  # row of the table -> signal that holds its s_t
@@ -58,7 +58,7 @@ EPOCHS = ("--num_train_epochs", 3)  # the paper's; the pairs are few
 METHODS = {
     DPO: Method("dpo", options=EPOCHS, dataset="composed"),
     **{
-        name: Method("critical_dpo", options=("--signal", signal, *EPOCHS), dataset="composed")
+        name: Method("critical_dpo", COMPOSED, ("--signal", signal, *EPOCHS), "composed")
         for name, signal in WEIGHTS.items()
     },
     OWN: Method("treg", TREG, EPOCHS, "composed"),

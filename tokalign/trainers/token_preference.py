@@ -1,13 +1,14 @@
 """What the trainers that read a token signal share: TRL's `DPOTrainer` with ids, signals and log-probs kept per token.
 
 - Rows hold token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`), which are trained on as they are, and a signal: a
-  list of numbers as long as the ids of its side. The collator puts each number beside its token.
+  list of numbers as long as the ids of its side. The collator puts each number beside its token, and the signal's row
+  in `tokalign.signals.registry` says how it becomes the weight or the reward that the method needs.
 - A forward hook sees the per-token log-probs that TRL's fused LM head returns, of policy and reference alike, before
   TRL sums them over positions.
 - `precompute_ref_log_probs` stores the reference's log-probs per token, where TRL stores sums.
 
-A method is a subclass that says which signal it reads (`_reads`) and what it does in `compute_loss`; TRL computes
-everything else, so every loss type and option of `DPOTrainer` goes on working.
+A method is a subclass that says which signal it reads (`_reads`), what it needs of it (`_needs`) and what it does in
+`compute_loss`; TRL computes everything else, so every loss type and option of `DPOTrainer` goes on working.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
+from tokalign.signals.registry import REWARD_RANGE, get
 from tokalign.stage.contract import STAGES, check_preferences
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
@@ -45,6 +47,7 @@ SIDES = ("chosen", "rejected")
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REVISION = "revision_"  # prefix of the batch keys that only T-REG's collator adds
 _ADDED = ("token_signal", "ref_token_logps")
+NEEDED = {"weight": (0.0, 1.0), "reward": REWARD_RANGE}  # what a signal becomes for a method, and its limits
 REFERENCE = {f"{side}_ids": f"ref_{side}_token_logps" for side in SIDES}  # columns of the reference cache
 
 
@@ -104,6 +107,7 @@ class TokenPreferenceTrainer(DPOTrainer):
     ref_model: Any
 
     _config_class: ClassVar[type[DPOConfig]]
+    _needs: ClassVar[Literal["weight", "reward"]]  # what a signal becomes
     _own_columns: ClassVar[tuple[str, ...]] = ()  # further columns that the collator reads
 
     def __init__(
@@ -130,6 +134,9 @@ class TokenPreferenceTrainer(DPOTrainer):
             raise ContractError("`train_dataset` has no rows; check what the stage that wrote it dropped and why.")
         self._uses_own_collator = data_collator is None
         self._start_init(model, args, train_dataset)
+        # Before any weights are loaded: a signal that nobody has registered ends the run here
+        signal, sides = self._reads(args)
+        self._allowed, self._convert = self._conversion(signal, args) if sides else (None, lambda values: values)
         # Per-token log-probs of every fused forward of one call, as the hook saw them
         self._token_logps: list[torch.Tensor] = []
         super().__init__(
@@ -164,6 +171,15 @@ class TokenPreferenceTrainer(DPOTrainer):
     def _reads(self, args: Any) -> tuple[str, tuple[str, ...]]:
         """The signal that the dataset must hold and the sides on which it is read; no sides: none is needed."""
         raise NotImplementedError
+
+    def _conversion(self, signal: str, args: Any) -> tuple[tuple[float, float], Callable[[Any], Any]]:
+        """Smallest and largest value that the signal may have, and what makes of values what the method needs.
+
+        Raises:
+            ValueError: the signal is not registered, or its row has no rule.
+        """
+        row = get(signal)
+        return (row.low, row.high), row.rule(self._needs)
 
     def _collates(self) -> tuple[str, tuple[str, ...]]:
         """The signal and the sides that a batch holds: those of the dataset, unless the reference added some."""
@@ -210,7 +226,8 @@ class TokenPreferenceTrainer(DPOTrainer):
         """The contract's checks, at once on stored rows and as they come on streamed ones."""
         signal, sides = self._reads(args)
         options: dict[str, Any] = {"signals": [signal] if sides else [], "sides": sides}
-        options |= self._check_options(args)
+        if self._allowed is not None:
+            options["ranges"] = {signal: self._allowed}
         if not sides:  # text that TRL has prepared before carries an added end token, so there the ids alone count
             options["text_rows"] = 0
         tokenizer = self._tokenizer
@@ -223,10 +240,6 @@ class TokenPreferenceTrainer(DPOTrainer):
             return batch
 
         return dataset.map(check, batched=True, batch_size=64)
-
-    def _check_options(self, args: Any) -> dict[str, Any]:
-        """Further arguments of `check_preferences`."""
-        return {}
 
     def _check_manifest(self, dataset: Dataset | IterableDataset, args: Any, name: str) -> None:
         made_with = (manifest_of(dataset) or {}).get("tokenizer_hash")
@@ -410,8 +423,20 @@ class TokenPreferenceTrainer(DPOTrainer):
             )
         return inputs["ref_token_logps"][:, 1:]
 
-    def _token_signal(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """The signal (2B, L − 1) beside the predicted tokens of a batch; None if none is read."""
+    def _read_tokens(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """True (2B, L − 1) on the predicted completion tokens of the sides whose signal is read."""
+        sides = self._collates()[1]
+        halves = zip(SIDES, inputs["completion_mask"][:, 1:].bool().chunk(2), strict=True)
+        return torch.cat([half if side in sides else torch.zeros_like(half) for side, half in halves])
+
+    def _token_signal(self, inputs: dict[str, Any], elsewhere: float) -> torch.Tensor | None:
+        """What the method needs (2B, L − 1) beside the predicted tokens of a batch; None if no signal is read.
+
+        `elsewhere` stands where none is read: the rule need not map the collator's padding of 0 to it.
+
+        Raises:
+            ContractError: the rule of a user's own signal leaves the range that the method needs.
+        """
         if not self._collates()[1]:
             return None
         if "token_signal" not in inputs:
@@ -419,7 +444,14 @@ class TokenPreferenceTrainer(DPOTrainer):
                 "The batch has no `token_signal`; let the data collator return it (2B, L, beside `input_ids`) as "
                 "DataCollatorForTokenSignals does."
             )
-        return inputs["token_signal"][:, 1:]
+        values = torch.where(self._read_tokens(inputs), self._convert(inputs["token_signal"][:, 1:]), elsewhere)
+        (least, most), (low, high) = NEEDED[self._needs], (limit.item() for limit in values.aminmax())
+        if not (least - 1e-6 <= low and high <= most + 1e-6):  # also true for NaN
+            raise ContractError(
+                f"The signal {self._collates()[0]!r} gives a {self._needs} from {low:g} to {high:g}, and {self._name} "
+                f"needs it in [{least:g}, {most:g}]; correct the `to_weight` that the signal is registered with."
+            )
+        return values
 
     def _sequence_logps(self, per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """TRL's sum over positions, (2B, L − 1) -> (2B,), where `ld_alpha` scales what the other side lacks."""

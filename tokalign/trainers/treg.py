@@ -27,7 +27,7 @@ Choices of ours, where the paper leaves one:
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,10 +91,11 @@ class TRegConfig(DPOConfig):
             `signal` is `"token_reward"`, the reference is asked on the fly) and `"implicit"` (DPO's implicit reward of
             the policy in training).
         signal (`str`, *optional*, defaults to `"token_reward"`):
-            Token signal that holds the rewards: the columns `chosen_<signal>` and `rejected_<signal>`.
-        reward_offset (`float`, *optional*, defaults to `0.0`):
-            Subtracted from the signal; the difference must lie in [−0.5, 0.5]. 0.5 makes rewards of scores in [0, 1]
-            such as `contrast`.
+            Token signal that holds the rewards: the columns `chosen_<signal>` and `rejected_<signal>`. One that is not
+            a reward becomes one by its row in `tokalign.signals.registry`: r̂ = 0.5 − its weight.
+        reward_offset (`float`, *optional*):
+            For data stored with an offset: subtracted from the values as they are, in place of the signal's own rule;
+            the differences must lie in [−0.5, 0.5].
         templates (`str`, *optional*, defaults to `"general"`):
             Revision prompts for rewards on the fly: `"general"`, `"math"`, `"code"`, `"ledger"`, or the path of a JSON
             file (see `tokalign/data/revision.py`).
@@ -133,8 +134,9 @@ class TRegConfig(DPOConfig):
         default=SELF_GENERATED,
         metadata={"help": "Signal with the rewards: the columns `chosen_<signal>` and `rejected_<signal>`."},
     )
-    reward_offset: float = field(
-        default=0.0, metadata={"help": "Subtracted from the signal, to bring it into [-0.5, 0.5]."}
+    reward_offset: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from stored values, to bring them into [-0.5, 0.5]; unset: the signal's rule."},
     )
     templates: str = field(
         default="general", metadata={"help": "Revision prompts of rewards on the fly: a name or a JSON file."}
@@ -250,6 +252,7 @@ class TRegTrainer(TokenPreferenceTrainer):
     args: TRegConfig
 
     _config_class = TRegConfig
+    _needs = "reward"
     _own_columns = tuple(PROMPTS.values())
     _scored_by = "scripts/score_token_rewards.py, or set `alpha=0` for the base loss"
 
@@ -296,8 +299,11 @@ class TRegTrainer(TokenPreferenceTrainer):
             return self.args.signal, SIDES  # asked once, before training
         return super()._collates()
 
-    def _check_options(self, args: TRegConfig) -> dict[str, Any]:
-        return {"ranges": {args.signal: (args.reward_offset - 0.5, args.reward_offset + 0.5)}}
+    def _conversion(self, signal: str, args: TRegConfig) -> tuple[tuple[float, float], Callable[[Any], Any]]:
+        offset = args.reward_offset
+        if offset is None:
+            return super()._conversion(signal, args)
+        return (offset - 0.5, offset + 0.5), lambda values: values - offset
 
     # -------------------------------------------------------------------------------------------------------- data
 
@@ -436,10 +442,10 @@ class TRegTrainer(TokenPreferenceTrainer):
         if self.args.reward_source == "implicit":
             assert reference is not None
             return token_reward(policy.detach().float(), reference.float())
-        rewards = self._token_signal(inputs)
+        rewards = self._token_signal(inputs, elsewhere=0.0)
         if rewards is None:
             return self._ask_reference(self.ref_model or self.model, inputs)
-        return rewards - self.args.reward_offset
+        return rewards
 
     def _regularizer(
         self, policy: torch.Tensor, reference: torch.Tensor | None, rewards: torch.Tensor, mask: torch.Tensor
