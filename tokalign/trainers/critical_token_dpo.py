@@ -5,8 +5,8 @@
 s_t is the contrastive score of a rejected token, low on critical ones, read from the dataset's `rejected_contrast`
 column. Any other token signal can take its place: its row in `tokalign.signals.registry` says how it becomes a weight
 w_t = 1 − s_t in [0, 1], so no rejected token is ever pushed up. TRL's loss sums per-token log-probabilities that the
-model returns; a forward hook multiplies them by w_t first, policy and reference alike, and TRL computes everything
-else. So every loss type and option of `DPOTrainer` goes on working, and weights of 1 give `DPOTrainer` to the last bit.
+model returns; they are multiplied by w_t first, policy and reference alike, and TRL computes everything else. So every
+loss type and option of `DPOTrainer` goes on working, and weights of 1 give `DPOTrainer` to the last bit.
 
 What the weights do to the rest, each decided here (see docs/critical_token_dpo.md):
 
@@ -20,21 +20,17 @@ What the weights do to the rest, each decided here (see docs/critical_token_dpo.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
-from tokalign.losses import critical_token_dpo_loss
+from tokalign.losses import critical_token_dpo_position_loss
 from tokalign.stage.errors import ContractError
 from tokalign.stage.manifest import manifest_of
-from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer, trl_inputs
+from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer
 
 logger = get_logger(__name__)
 
@@ -174,16 +170,11 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
             }"""),  # noqa: E501
     }
 
-    _token_weights: torch.Tensor | None = None  # what the forward hook shares with the loss, for one call
-
     def _finish_init(self) -> None:
         self._set_collator(DataCollatorForTokenSignals)
         self._seen = (0.0, 1.0, 0.0)  # tokens, smallest and largest weight since training began
-        # TRL combines its losses with these weights; the position form takes the place of its 'sigmoid'
-        self._position_weight = 0.0
-        if self.args.aggregation == "position":
-            index = self.loss_types.index("sigmoid")
-            self._position_weight, self.loss_weights[index] = self.loss_weights[index], 0.0
+        if self.args.aggregation == "position":  # a loss of ours, in the place of TRL's
+            self._position_weight = self._take_over("sigmoid")
 
     def _reads(self, args: CriticalTokenDPOConfig) -> tuple[str, tuple[str, ...]]:
         return args.signal, WEIGHTED[args.weight_side]
@@ -201,68 +192,20 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
 
     # -------------------------------------------------------------------------------------------------------- loss
 
-    @contextmanager
-    def _weighting(self, weights: torch.Tensor | None) -> Iterator[None]:
-        """Inside, `weights` (2B, L − 1) multiply the log-probs of every fused forward of policy and reference."""
-        self._token_weights = weights
-        try:
-            with self._token_hook():
-                yield
-        finally:
-            self._token_weights = None
-
-    def _see(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        super()._see(module, arguments, output)
-        log_probs = getattr(output, "log_probs", None)
-        if log_probs is None or self._token_weights is None:
-            return
-        # Prompt-learning PEFT puts virtual tokens first
-        extra = log_probs.size(1) - self._token_weights.size(1)
-        weights = F.pad(self._token_weights.to(log_probs.device), (extra, 0), value=1.0)
-        output.log_probs = log_probs * weights
-        if getattr(output, "log_sum_sq_probs", None) is not None:
-            # WPO subtracts this from the log-probs it is given: the unweighted ones are what it should see
-            output.log_sum_sq_probs = output.log_sum_sq_probs + (weights - 1.0) * log_probs.detach()
-
-    def _weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """Weights 1 − s_t (2B, L − 1) of a batch, 1 where no signal is read; None if none is read at all."""
-        return self._token_signal(inputs, elsewhere=1.0)
-
-    def compute_ref_log_probs(self, model, inputs):
-        """Computes the weighted reference log probabilities for a single padded batch."""
-        with self._weighting(self._weights(inputs)):
-            return super().compute_ref_log_probs(model, inputs)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights, reference = self._weights(inputs), self._cached_reference(inputs)
-        inputs = trl_inputs(inputs)
+        weights, reference = self._token_signal(inputs, elsewhere=1.0), self._reference(inputs)
+        loss, outputs, policy = self._trl_loss(model, inputs, reference, weights, return_outputs)
         mask = inputs["completion_mask"][:, 1:]
-        if reference is not None:
-            sums = self._sequence_logps(reference if weights is None else reference * weights, mask).chunk(2)
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = sums
-        with self._weighting(weights):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = result if return_outputs else (result, None)
-        policy, *computed = self._last_token_logps(inputs)
         if weights is not None:
+            # What TRL made of weighted log-probs and should not have: RPO's NLL, and the curves of the log-probs
             weights = weights.to(policy.device)
             self._log_weights(weights, self._read_tokens(inputs).to(policy.device))
             loss = loss + self._sft_correction(policy, weights, mask)
             self._log_unweighted(policy.detach(), mask)
         if self.args.aggregation == "position":
-            chosen_score, rejected_score = (None, None) if weights is None else (1.0 - weights).chunk(2)
-            chosen_ratios, rejected_ratios = (policy - (computed[0] if reference is None else reference)).chunk(2)
-            chosen_mask, rejected_mask = mask.chunk(2)
-            losses = critical_token_dpo_loss(
-                chosen_ratios,
-                rejected_ratios,
-                chosen_mask,
-                rejected_mask,
-                rejected_score,
-                beta=self.beta,
-                aggregation="position",
-                chosen_score=chosen_score,
-            )
+            ratios, masks = (policy - reference).chunk(2), mask.chunk(2)
+            factors = (torch.ones_like(policy) if weights is None else weights).chunk(2)
+            losses = critical_token_dpo_position_loss(*ratios, *masks, *factors, beta=self.beta)
             loss = loss + self._position_weight * losses.mean()
         return (loss, outputs) if return_outputs else loss
 

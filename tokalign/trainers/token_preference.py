@@ -3,8 +3,8 @@
 - Rows hold token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`), which are trained on as they are, and a signal: a
   list of numbers as long as the ids of its side. The collator puts each number beside its token, and the signal's row
   in `tokalign.signals.registry` says how it becomes the weight or the reward that the method needs.
-- A forward hook sees the per-token log-probs that TRL's fused LM head returns, of policy and reference alike, before
-  TRL sums them over positions.
+- TRL's loss is given a stand-in for the policy, which keeps the per-token log-probs that TRL's fused LM head returns,
+  and weights them, before TRL sums them over positions. The reference's sums lie in the batch, as if precomputed.
 - `precompute_ref_log_probs` stores the reference's log-probs per token, where TRL stores sums.
 
 A method is a subclass that says which signal it reads (`_reads`), what it needs of it (`_needs`) and what it does in
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
@@ -137,8 +137,6 @@ class TokenPreferenceTrainer(DPOTrainer):
         # Before any weights are loaded: a signal that nobody has registered ends the run here
         signal, sides = self._reads(args)
         self._allowed, self._convert = self._conversion(signal, args) if sides else (None, lambda values: values)
-        # Per-token log-probs of every fused forward of one call, as the hook saw them
-        self._token_logps: list[torch.Tensor] = []
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -271,9 +269,10 @@ class TokenPreferenceTrainer(DPOTrainer):
 
     def _reference_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Per-token log-probs (2B, L − 1) under the reference: `model`, with its adapter off where it has one."""
-        with self._token_hook():
-            DPOTrainer.compute_ref_log_probs(self, model, trl_inputs(batch))
-        return self._last_token_logps(batch)[0]
+        batch = trl_inputs(batch)  # other keys would reach the model
+        stand_in = _StandIn(model, batch["input_ids"].size(1) - 1)
+        self.compute_ref_log_probs(stand_in, batch)
+        return stand_in.log_probs
 
     def _cache_token_columns(
         self,
@@ -374,54 +373,57 @@ class TokenPreferenceTrainer(DPOTrainer):
         values[first + 1 : first + kept] = shifted[: kept - 1]
         return values[prompt_length:]
 
-    def compute_ref_log_probs(self, model, inputs):
-        """Computes reference log probabilities for a single padded batch, whatever columns of ours it holds."""
-        return super().compute_ref_log_probs(model, trl_inputs(inputs))
-
-    # ------------------------------------------------------------------------------------------------------- hooks
-
-    @contextmanager
-    def _token_hook(self) -> Iterator[None]:
-        """Inside, the log-probs of every fused forward of policy and reference go through `_see`."""
-        self._token_logps = []
-        # The modules that DDP, DeepSpeed and FSDP wrap and call, and the PEFT model (which runs the base model's
-        # `forward` without its hooks). TRL calls `ref_model` itself, wrapped or not.
-        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        handles = [m.register_forward_hook(self._see) for m in (policy, self.ref_model) if m is not None]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _see(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        """Keep a forward's per-token log-probs; an ordinary forward, as for `compute_metrics`, has none."""
-        if getattr(output, "log_probs", None) is not None:
-            self._token_logps.append(output.log_probs)
-
-    def _last_token_logps(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """Log-probs (2B, L − 1) that the model itself gave in the last call: policy, reference if it ran."""
-        if not self._token_logps:
-            raise RuntimeError(
-                "The forward hook that sees per-token log-probs did not run, so this would have been plain DPO: the "
-                "model was called around its hooks (compiled before training?) or TRL no longer returns `log_probs`."
-            )
-        seen, self._token_logps = self._token_logps, []
-        length = inputs["input_ids"].size(1) - 1  # prompt-learning PEFT puts virtual tokens first
-        return [log_probs[:, -length:] for log_probs in seen]
-
-    # -------------------------------------------------------------------------------------------------------- loss
-
-    def _cached_reference(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """Precomputed reference log-probs (2B, L − 1) of a batch; None if the reference runs with the policy."""
+    def _reference(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The reference's per-token log-probs (2B, L − 1) of a batch: precomputed, or by a forward now."""
         if not self.precompute_ref_logps:
-            return None
+            return self._reference_logps(self.ref_model or self.model, inputs)
         if "ref_token_logps" not in inputs:
             raise ContractError(
                 "The batch has no `ref_token_logps`; let the data collator return them as "
                 "DataCollatorForTokenSignals does, or set `precompute_ref_log_probs=False`."
             )
         return inputs["ref_token_logps"][:, 1:]
+
+    # -------------------------------------------------------------------------------------------------------- loss
+
+    def _trl_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        reference: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
+        return_outputs: bool = False,
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """What `DPOTrainer` computes and logs where a token's log-prob counts by its weight.
+
+        Args:
+            reference: (2B, L − 1) log-probs; None stands for 0, where the loss compares with none.
+            weights: (2B, L − 1) factors of policy and reference alike; None is 1.
+
+        Returns:
+            The loss, the outputs (None unless asked for) and the policy's unweighted log-probs (2B, L − 1).
+        """
+        batch = trl_inputs(inputs)
+        mask = batch["completion_mask"][:, 1:]
+        if reference is None:
+            reference = torch.zeros(mask.shape, device=mask.device)
+        elif weights is not None:
+            reference = reference * weights.to(reference.device)
+        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = self._sequence_logps(reference, mask).chunk(2)
+        stand_in = _StandIn(model, mask.size(1), weights)
+        # TRL then reads the reference's sums from the batch and runs no reference itself
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            result = DPOTrainer.compute_loss(self, stand_in, batch, return_outputs)
+        finally:
+            self.precompute_ref_logps = before
+        return *(result if return_outputs else (result, None)), stand_in.log_probs
+
+    def _take_over(self, loss_type: str) -> float:
+        """Take one of TRL's losses out of its sum, for a method's own in its place; returns the weight of that."""
+        index = self.loss_types.index(loss_type)
+        self.loss_types.pop(index)
+        return self.loss_weights.pop(index)
 
     def _read_tokens(self, inputs: dict[str, Any]) -> torch.Tensor:
         """True (2B, L − 1) on the predicted completion tokens of the sides whose signal is read."""
@@ -464,6 +466,27 @@ class TokenPreferenceTrainer(DPOTrainer):
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+
+class _StandIn:
+    """What TRL calls in a model's place: keeps the per-token log-probs and hands them on, times their weights."""
+
+    def __init__(self, model: Any, length: int, weights: torch.Tensor | None = None):
+        self.model, self.length, self.weights = model, length, weights
+
+    def __call__(self, **arguments: Any) -> Any:
+        output = self.model(**arguments)
+        full = getattr(output, "log_probs", None)
+        if full is None:  # an ordinary forward, for `compute_metrics`
+            return output
+        self.log_probs = full[:, -self.length :]  # prompt-learning PEFT puts virtual tokens first
+        if self.weights is not None:
+            weights = F.pad(self.weights.to(full.device), (full.size(1) - self.length, 0), value=1.0)
+            output.log_probs = full * weights
+            if getattr(output, "log_sum_sq_probs", None) is not None:
+                # WPO subtracts this from the log-probs it is given: the unweighted ones are what it should see
+                output.log_sum_sq_probs = output.log_sum_sq_probs + (weights - 1.0) * full.detach()
+        return output
 
 
 def trl_inputs(inputs: Any) -> dict[str, Any]:
