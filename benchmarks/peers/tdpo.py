@@ -30,7 +30,7 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_con
 from tokalign.stage.loading import load_stage
 from tokalign.stage.processes import end_processes
 from tokalign.trainers.checkpoints import resume_point
-from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer
+from tokalign.trainers.token_preference import TokenPreferenceTrainer
 
 CHUNK = 1024  # completion tokens whose logits exist at once
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -128,7 +128,6 @@ class TDPOTrainer(TokenPreferenceTrainer):
     }
 
     def _finish_init(self) -> None:
-        self._set_collator(DataCollatorForTokenSignals)
         config = self.model.config.get_text_config()
         if scaled := [name for name in SCALED_HEADS if getattr(config, name, None) not in (None, 1.0)]:
             raise ValueError(f"TDPO here takes a plain LM head, but the model's configuration sets `{scaled[0]}`.")

@@ -30,7 +30,7 @@ from trl import DPOConfig
 from tokalign.losses import critical_token_dpo_position_loss
 from tokalign.stage.errors import ContractError
 from tokalign.stage.manifest import manifest_of
-from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer
+from tokalign.trainers.token_preference import TokenPreferenceTrainer
 
 logger = get_logger(__name__)
 
@@ -171,7 +171,6 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
     }
 
     def _finish_init(self) -> None:
-        self._set_collator(DataCollatorForTokenSignals)
         self._seen = (0.0, 1.0, 0.0)  # tokens, smallest and largest weight since training began
         if self.args.aggregation == "position":  # a loss of ours, in the place of TRL's
             self._position_weight = self._take_over("sigmoid")

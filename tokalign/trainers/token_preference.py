@@ -108,6 +108,7 @@ class TokenPreferenceTrainer(DPOTrainer):
 
     _config_class: ClassVar[type[DPOConfig]]
     _needs: ClassVar[Literal["weight", "reward"]]  # what a signal becomes
+    _collator: ClassVar[type[DataCollatorForTokenSignals]] = DataCollatorForTokenSignals
     _own_columns: ClassVar[tuple[str, ...]] = ()  # further columns that the collator reads
 
     def __init__(
@@ -158,13 +159,15 @@ class TokenPreferenceTrainer(DPOTrainer):
             )
         self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
         self._finish_init()
+        if self._uses_own_collator:  # in place of TRL's, with the padding token that TRL has settled on
+            signal, sides = self._collates()
+            self.data_collator = self._collator(**vars(self.data_collator) | {"signal": signal, "sides": sides})
 
     def _start_init(self, model: Any, args: Any, train_dataset: Any) -> None:
         """What a method decides before TRL builds anything."""
 
     def _finish_init(self) -> None:
         """What a method sets up once TRL has built everything."""
-        raise NotImplementedError
 
     def _reads(self, args: Any) -> tuple[str, tuple[str, ...]]:
         """The signal that the dataset must hold and the sides on which it is read; no sides: none is needed."""
@@ -182,12 +185,6 @@ class TokenPreferenceTrainer(DPOTrainer):
     def _collates(self) -> tuple[str, tuple[str, ...]]:
         """The signal and the sides that a batch holds: those of the dataset, unless the reference added some."""
         return self._reads(self.args)
-
-    def _set_collator(self, collator: type[DataCollatorForTokenSignals]) -> None:
-        """Put a collator of ours in place of TRL's default, with the padding token that TRL has settled on."""
-        if self._uses_own_collator:
-            signal, sides = self._collates()
-            self.data_collator = collator(**vars(self.data_collator) | {"signal": signal, "sides": sides})
 
     # -------------------------------------------------------------------------------------------------------- data
 

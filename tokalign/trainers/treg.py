@@ -253,6 +253,7 @@ class TRegTrainer(TokenPreferenceTrainer):
 
     _config_class = TRegConfig
     _needs = "reward"
+    _collator = DataCollatorForTReg
     _own_columns = tuple(PROMPTS.values())
     _scored_by = "scripts/score_token_rewards.py, or set `alpha=0` for the base loss"
 
@@ -286,7 +287,6 @@ class TRegTrainer(TokenPreferenceTrainer):
 
     def _finish_init(self) -> None:
         self.precompute_ref_logps = self.args.precompute_ref_log_probs = self._precompute
-        self._set_collator(DataCollatorForTReg)
         if self.args.base_loss == "simpo":
             self._simpo_weight = self._take_over("sigmoid")
 
