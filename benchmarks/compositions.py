@@ -42,7 +42,7 @@ from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.seeds import derived_seed
 
-TREG = "recipes/treg.py"
+TREG, COMPOSED = "recipes/treg.py", "benchmarks/composed_dpo.py"
 REFERENCE, DPO = "contrastive score", "none (plain DPO)"
 AGREED = 0.9  # s_t where the LLM would have written the same token: it keeps a tenth of its weight
 WEIGHTS = {  # row of the table -> signal that holds its s_t
@@ -59,7 +59,7 @@ EPOCHS = ("--num_train_epochs", 3)  # the paper's; the pairs are few
 METHODS = {
     DPO: Method("dpo", options=EPOCHS, dataset="composed"),
     **{
-        name: Method("critical_dpo", options=("--signal", signal, *EPOCHS), dataset="composed")
+        name: Method("critical_dpo", COMPOSED, ("--signal", signal, *EPOCHS), "composed")
         for name, signal in WEIGHTS.items()
     },
     OWN: Method("treg", TREG, EPOCHS, "composed"),

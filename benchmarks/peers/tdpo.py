@@ -30,7 +30,7 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_con
 from tokalign.stage.loading import load_stage
 from tokalign.stage.processes import end_processes
 from tokalign.trainers.checkpoints import resume_point
-from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer, trl_inputs
+from tokalign.trainers.token_preference import TokenPreferenceTrainer
 
 CHUNK = 1024  # completion tokens whose logits exist at once
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -128,7 +128,6 @@ class TDPOTrainer(TokenPreferenceTrainer):
     }
 
     def _finish_init(self) -> None:
-        self._set_collator(DataCollatorForTokenSignals)
         config = self.model.config.get_text_config()
         if scaled := [name for name in SCALED_HEADS if getattr(config, name, None) not in (None, 1.0)]:
             raise ValueError(f"TDPO here takes a plain LM head, but the model's configuration sets `{scaled[0]}`.")
@@ -138,7 +137,7 @@ class TDPOTrainer(TokenPreferenceTrainer):
 
     @contextmanager
     def _hidden_states(self) -> Iterator[list[torch.Tensor]]:
-        """Inside, the last hidden states (2B, L, H) of every forward: the policy's, then the reference's."""
+        """Inside, the last hidden states (2B, L, H) of every forward, in the order of the calls."""
         seen: list[torch.Tensor] = []
         models = [_causal_lm(m) for m in (self._policy(), self.ref_model) if m is not None]
         handles = [
@@ -155,21 +154,20 @@ class TDPOTrainer(TokenPreferenceTrainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = trl_inputs(inputs)
-        with self._token_hook(), self._hidden_states() as hidden:
-            # TRL's own loss is plain DPO's; its forwards and metrics are what is kept
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        policy, reference = self._last_token_logps(inputs)
+        with self._hidden_states() as hidden:
+            reference = self._reference(inputs)
+            # TRL's own loss is plain DPO's; its forward and metrics are what is kept
+            _, outputs, policy = self._trl_loss(model, inputs, reference, return_outputs=return_outputs)
         mask = inputs["completion_mask"][:, 1:].bool()
         ratios = (policy.sum(dim=1) - reference.sum(dim=1)).chunk(2)
-        divergences = self._sequence_kl(hidden[0], hidden[1], mask).chunk(2)
+        divergences = self._sequence_kl(hidden[1], hidden[0], mask).chunk(2)
         losses = tdpo_loss(
             *ratios, *divergences, beta=self.beta, alpha=self.args.tdpo_alpha, variant=self.args.tdpo_variant
         )
         metrics = self._metrics[self._mode()]
         for side, values in zip(("chosen", "rejected"), divergences, strict=True):
             metrics[f"tdpo/kl/{side}"].append(self.accelerator.gather(values.detach()).mean().item())
-        return (losses.mean(), result[1]) if return_outputs else losses.mean()
+        return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def _sequence_kl(self, policy: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """D of every sequence, (2B, L, H) hidden states and mask (2B, L − 1) -> (2B,)."""

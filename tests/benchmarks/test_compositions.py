@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 from compositions import (
@@ -27,6 +30,8 @@ from ledger_comparison import difference, summary
 from ledger_stages import over_seeds
 from pages import compositions as pages
 
+from tests.trainers.preferences import preference_rows
+
 ROW = {
     "id": "p",
     "prompt_ids": [5],
@@ -46,6 +51,18 @@ def test_signals_become_scores_that_are_low_where_they_suspect():
     assert found["rejected_s_llm"] == [AGREED, 0.0, AGREED]
     assert all(len(values) == 3 and 0 <= min(values) <= max(values) <= 1 for values in found.values())
     assert {f"rejected_{signal}" for signal in WEIGHTS.values() if signal.startswith("s_")} == set(found)
+
+
+def test_a_composed_score_trains(tiny_path, tmp_path, monkeypatch):
+    (tmp_path / "pairs").mkdir()
+    rows = [row | {"rejected_s_llm": row["rejected_contrast"]} for row in preference_rows(tiny_path, 4)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "pairs" / "train.parquet")
+    script = Path(__file__).parents[2] / METHODS["LLM disagrees"].recipe
+    options = ["--model_name_or_path", tiny_path, "--dataset_name", str(tmp_path / "pairs"), "--signal", "s_llm"]
+    options += ["--max_steps", "1", "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [str(script), *options, "--report_to", "none"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_random_scores_depend_on_the_pair_and_the_seed_alone():

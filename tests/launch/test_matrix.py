@@ -93,6 +93,8 @@ def plan_of(world: dict[str, str], column: str, folder: Path) -> dict[tuple, dic
         add("treg", "treg", lora, plain, self_rewarded | (ahead if lora else {}))
         add("structured_grpo", "structured_grpo", lora, {"model": "ledger", "table": True}, {})
         add("router", "router", lora, {"model": "slm", "dataset": "labels"}, watched)  # ends with the best, by default
+    # The reference is asked at every step, by switching the adapter off.
+    plan["reference", True, "whole"] = run("reference", "critical_token_dpo", True, rewarded, {})
     # Without a reference model, on rewards of the dataset.
     plan["simpo", True, "whole"] = run("simpo", "treg", True, rewarded, {"base_loss": "simpo", "beta": 2.0})
     if column == "zero3":  # samples from its gathered weights
@@ -158,7 +160,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(column, method, lora) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "lora"), [*CELLS, ("simpo", True)])
+@pytest.mark.parametrize(("method", "lora"), [*CELLS, ("reference", True), ("simpo", True)])
 def test_two_processes_train_as_one(column, alone, method, lora) -> None:
     """Of the column of one process: the same again, which costs nothing."""
     two, one = (reports[method, lora, "whole"] for reports in (column["reports"], alone["reports"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
@@ -11,6 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign.trainers import CriticalTokenDPOTrainer
 
+WEIGHT = {  # a token's weight from its signal, written out
+    "contrast": lambda s: 1.0 - s,
+    "rollout_accuracy": lambda s: 1.0 - s,
+    "entropy": lambda h: 1.0 - math.exp(-h),
+    "logprob": lambda logp: 1.0 - math.exp(logp),
+    "token_reward": lambda r: 0.5 - r,
+    "implicit_reward": lambda r: 0.5 - r,
+}
 LORA = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -30,6 +39,22 @@ def preference_rows(path: str, count: int = 8, *, seed: int = 0, zero_scores: bo
             row[f"{side}_contrast"] = [0.0 if zero_scores else rng.random() for _ in row[f"{side}_ids"]]
         rows.append(row)
     return rows
+
+
+def with_signals(rows: list[dict], seed: int = 5) -> list[dict]:
+    """The rows with every other signal of `WEIGHT` too, random over most of its range, on both sides."""
+    draw = random.Random(seed)
+    kinds = {
+        "rollout_accuracy": draw.random,
+        "entropy": lambda: draw.choice([0.0, 6.0 * draw.random()]),
+        "logprob": lambda: -draw.choice([0.0, 14.0 * draw.random()]),
+        "token_reward": lambda: draw.random() - 0.5,
+        "implicit_reward": lambda: draw.random() - 0.5,
+    }
+    columns = [
+        (f"{side}_{name}", f"{side}_ids", kind) for name, kind in kinds.items() for side in ("chosen", "rejected")
+    ]
+    return [row | {column: [kind() for _ in row[ids]] for column, ids, kind in columns} for row in rows]
 
 
 def as_text(rows: list[dict]) -> Dataset:
@@ -99,11 +124,13 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def truncate(row: dict, side: str, max_length: int | None, mode: str) -> tuple[list[int], list[int], list[float]]:
-    """ids, completion flags and scores of one sequence after truncation, written out."""
+def truncate(
+    row: dict, side: str, max_length: int | None, mode: str, signal: str = "contrast"
+) -> tuple[list[int], list[int], list[float]]:
+    """ids, completion flags and signal of one sequence after truncation, written out."""
     ids = row["prompt_ids"] + row[f"{side}_ids"]
     flags = [0] * len(row["prompt_ids"]) + [1] * len(row[f"{side}_ids"])
-    scores = [0.0] * len(row["prompt_ids"]) + list(row[f"{side}_contrast"])
+    scores = [0.0] * len(row["prompt_ids"]) + list(row[f"{side}_{signal}"])
     if max_length is not None and len(ids) > max_length:
         cut = slice(0, max_length) if mode == "keep_start" else slice(len(ids) - max_length, None)
         ids, flags, scores = ids[cut], flags[cut], scores[cut]
@@ -119,18 +146,18 @@ def token_logps(model, ids: list[int]) -> torch.Tensor:
 def plain_loop(
     trainer, reference, rows, *, sides=("rejected",), max_length=None, mode="keep_start", sft=0.0
 ) -> torch.Tensor:
-    """−log σ(β Σ ρ⁺ − β Σ (1 − s) ρ⁻), token by token and one sequence at a time, plus `sft` × the chosen NLL."""
+    """−log σ(β Σ ρ⁺ − β Σ w ρ⁻), token by token and one sequence at a time, plus `sft` × the chosen NLL."""
     losses, nll, tokens = [], 0.0, 0
     for row in rows:
         margin = torch.zeros(())
         for side, sign in (("chosen", 1.0), ("rejected", -1.0)):
-            ids, flags, scores = truncate(row, side, max_length, mode)
+            ids, flags, scores = truncate(row, side, max_length, mode, trainer.args.signal)
             policy = token_logps(trainer.model, ids)
             with torch.no_grad(), reference() as model:
                 frozen = token_logps(model, ids)
             for t in range(1, len(ids)):
                 if flags[t]:
-                    weight = 1.0 - scores[t] if side in sides else 1.0
+                    weight = WEIGHT[trainer.args.signal](scores[t]) if side in sides else 1.0
                     margin = margin + sign * trainer.beta * weight * (policy[t - 1] - frozen[t - 1])
                     if side == "chosen":
                         nll, tokens = nll - policy[t - 1], tokens + 1

@@ -11,9 +11,10 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tests.trainers.preferences import as_text, make_trainer, preference_rows, settings
+from tokalign.signals.registry import Signal, register
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
-from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
+from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegTrainer
 
 
 @pytest.fixture
@@ -56,6 +57,48 @@ def test_missing_scores(tiny_path, tmp_path, rows):
         make_trainer(tiny_path, tmp_path, as_text(rows))
     with pytest.raises(ContractError, match="no rows"):
         make_trainer(tiny_path, tmp_path, Dataset.from_list(rows).select([]))
+
+
+@pytest.mark.parametrize(
+    ("signal", "value", "limits"), [("entropy", -0.1, r"\[0, inf\]"), ("logprob", 0.2, r"\[-inf, 0\]")]
+)
+def test_values_outside_the_signals_range(tiny_path, tmp_path, rows, signal, value, limits):
+    for row in rows:
+        row[f"rejected_{signal}"] = [value] * len(row["rejected_ids"])
+    with pytest.raises(ContractError, match=rf"p0.*`rejected_{signal}` holds {value}, .* in {limits}"):
+        make_trainer(tiny_path, tmp_path, rows, signal=signal)
+
+
+@pytest.mark.parametrize("method", [CriticalTokenDPOTrainer, TRegTrainer])
+def test_a_signal_of_ones_own(tiny_path, tmp_path, rows, method):
+    """Refused before a model is loaded until it is registered, with a rule that keeps its promise."""
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_grade"], row[f"{side}_stars"] = ([float(t % 6) for t in row[f"{side}_ids"]] for _ in range(2))
+    with pytest.raises(
+        ValueError, match=r"no token signal 'mine_unknown' .* register yours with `tokalign.signals.register"
+    ):
+        method("no/such-model", args=method._config_class(**settings(tmp_path, signal="mine_unknown")))
+    limits = dict(title="grade", low=0.0, high=5.0, unit="points", suspicious="low")
+    register(Signal("grade", **limits))
+    with pytest.raises(ValueError, match=r"No rule turns the signal 'grade' into a .*`tokalign.signals.register`"):
+        method("no/such-model", args=method._config_class(**settings(tmp_path, signal="grade")))
+    register(Signal("stars", to_weight=_five, **limits))
+    make_trainer(tiny_path, tmp_path, rows, method=method, signal="stars", max_steps=1).train()
+    register(Signal("half_stars", to_weight=_two, **limits))
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_half_stars"] = row[f"{side}_stars"]
+    with pytest.raises(ContractError, match=r"'half_stars' gives a \w+ from .*needs it in .*correct the `to_weight`"):
+        make_trainer(tiny_path, tmp_path, rows, method=method, signal="half_stars", max_steps=1).train()
+
+
+def _five(values):
+    return 1 - values / 5
+
+
+def _two(values):
+    return 1 - values / 2
 
 
 def test_ids_of_another_tokenizer(tiny_path, tmp_path, rows):

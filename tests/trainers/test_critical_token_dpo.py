@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tests.trainers.preferences import (
     LORA,
+    WEIGHT,
     as_text,
     first_batch,
     gradients,
@@ -22,19 +23,21 @@ from tests.trainers.preferences import (
     preference_rows,
     settings,
     truncate,
+    with_signals,
 )
-from tokalign.losses import critical_token_dpo_loss
 from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
 
 @pytest.fixture(scope="module")
 def rows(tiny_path):
-    return preference_rows(tiny_path)
+    return with_signals(preference_rows(tiny_path))
 
 
 def _history(trainer) -> list[dict]:
+    """What was logged, without seconds and without the weights that only ours logs."""
+    without = ("runtime", "per_second", "token_weight/")
     return [
-        {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
+        {key: value for key, value in entry.items() if not any(part in key for part in without)}
         for entry in trainer.state.log_history
     ]
 
@@ -86,6 +89,8 @@ def test_scores_of_zero_are_dpo_to_the_last_bit(tiny_path, tmp_path, lora, chang
         trainer.evaluate()
     assert _history(ours) == _history(stock)
     assert len(_history(ours)) >= 5 and "eval_logps/chosen" in _history(ours)[-1]
+    logged = [value for entry in ours.state.log_history for key, value in entry.items() if "token_weight/" in key]
+    assert all(value == 1.0 for value in logged) and bool(logged) == (changes.get("weight_side") != "none")
     for (name, a), (_, b) in zip(ours.model.named_parameters(), stock.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -125,6 +130,13 @@ def test_ids_are_never_made_again_from_text(tiny_path, tmp_path, rows):
         (False, ("chosen", "rejected"), {"max_length": 21, "precompute_ref_log_probs": True}),
         (False, ("rejected",), {"sft": 0.7}),
         (True, ("chosen", "rejected"), {"sft": 0.7}),
+        (True, ("rejected",), {"signal": "entropy"}),
+        (False, ("rejected",), {"signal": "logprob"}),
+        (True, ("chosen", "rejected"), {"signal": "entropy", "max_length": 21, "precompute_ref_log_probs": True}),
+        (True, ("chosen", "rejected"), {"signal": "logprob", "max_length": 9, "truncation_mode": "keep_end"}),
+        (True, ("rejected",), {"signal": "token_reward"}),
+        (True, ("rejected",), {"signal": "implicit_reward", "sft": 0.7}),
+        (False, ("rejected",), {"signal": "rollout_accuracy"}),
     ],
 )
 def test_loss_and_gradient_are_the_equations(tiny_path, tmp_path, rows, lora, sides, changes):
@@ -201,6 +213,53 @@ def test_position_aggregation_is_the_released_form(tiny_path, tmp_path, rows, pr
     assert got.item() == pytest.approx(2.0 * total / (4 * length) + 0.5 * nll / tokens, abs=1e-5)
     got.backward()
     assert any(gradient.abs().max() > 1e-4 for gradient in gradients(trainer.model).values())
+
+
+@pytest.mark.parametrize("signal", WEIGHT)
+def test_no_rejected_token_is_pushed_up_and_weights_are_logged(tiny_path, tmp_path, rows, signal, monkeypatch):
+    """Weights lie in [0, 1] whatever the signal's unit, so ∂ℓ/∂log π of a rejected token is never negative."""
+    trainer = make_trainer(tiny_path, tmp_path, rows, moved=True, lora=True, signal=signal)
+    trainer.model.train()
+    batch = first_batch(trainer)
+    seen = []
+    trainer.model.register_forward_hook(
+        lambda module, arguments, output: seen.append(output.log_probs) if output.log_probs.requires_grad else None
+    )
+    loss = trainer.compute_loss(trainer.model, batch)
+    (gradient,) = torch.autograd.grad(loss, seen)
+    mask = batch["completion_mask"][:, 1:].bool()
+    chosen, rejected = (half[half_mask] for half, half_mask in zip(gradient.chunk(2), mask.chunk(2), strict=True))
+    assert (chosen < 0).all() and (rejected >= 0).all() and rejected.max() > 1e-4
+
+    weights = [WEIGHT[signal](value) for row in rows[:4] for value in row[f"rejected_{signal}"]]
+    assert 0.0 <= min(weights) < max(weights) <= 1.0
+    logged = trainer._metrics["train"]
+    assert logged["token_weight/mean"] == [pytest.approx(sum(weights) / len(weights), abs=1e-6)]
+    assert logged["token_weight/min"] == [pytest.approx(min(weights), abs=1e-6)]
+    assert logged["token_weight/max"] == [pytest.approx(max(weights), abs=1e-6)]
+
+
+def test_logged_extremes_are_those_of_all_batches_since_the_last_log(tiny_path, tmp_path, rows):
+    trainer = make_trainer(tiny_path, tmp_path, rows, max_steps=2, logging_steps=2, weight_side="both")
+    trainer.train()
+    scores = [value for row in rows for side in ("chosen", "rejected") for value in row[f"{side}_contrast"]]
+    logged = trainer.state.log_history[0]
+    assert logged["token_weight/min"] == pytest.approx(1 - max(scores), abs=1e-6)
+    assert logged["token_weight/max"] == pytest.approx(1 - min(scores), abs=1e-6)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_weights_that_tell_no_tokens_apart_are_named_once(tiny_path, tmp_path, rows, caplog, constant):
+    if constant:
+        rows = [
+            row | {"rejected_contrast": [0.4 + 0.001 * (t % 2) for t in range(len(row["rejected_ids"]))]}
+            for row in rows
+        ]
+    with caplog.at_level("WARNING"):
+        make_trainer(tiny_path, tmp_path, rows, max_steps=20, lora=True).train()
+    warned = [record.message for record in caplog.records if "tells no tokens apart" in record.message]
+    assert len(warned) == (1 if constant else 0)
+    assert not constant or "lie between 0.599 and 0.600: the signal 'contrast'" in warned[0]
 
 
 def test_accumulation_equals_a_larger_batch_and_padding_changes_nothing(tiny_path, tmp_path, rows):
@@ -347,24 +406,13 @@ def test_collator_truncates_scores_with_their_ids(tiny_path, tmp_path, rows):
             assert batch["token_signal"][i].tolist() == pytest.approx(wanted + [0.0] * padding, abs=1e-7)
 
 
-def test_trainer_agrees_with_the_pure_loss(tiny_path, tmp_path, rows):
-    trainer = make_trainer(tiny_path, tmp_path, rows, moved=True, lora=True, precompute_ref_log_probs=True)
+def test_a_model_called_around_its_hooks_is_weighted_too(tiny_path, tmp_path, rows, monkeypatch):
+    """As a compiled model may be: the weights act on what TRL is handed, not inside the model."""
+    trainer = make_trainer(tiny_path, tmp_path, rows, moved=True)
     batch = first_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
-    with torch.no_grad():
-        out = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    logps = out[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
-    ratios = (logps - batch["ref_token_logps"][:, 1:]).chunk(2)
-    mask, scores = batch["completion_mask"][:, 1:].chunk(2), batch["token_signal"][:, 1:].chunk(2)
-    pure = critical_token_dpo_loss(*ratios, *mask, scores[1], beta=trainer.beta)
-    assert loss.item() == pytest.approx(pure.mean().item(), abs=1e-5)
-
-
-def test_a_model_called_around_its_hooks_is_an_error(tiny_path, tmp_path, rows, monkeypatch):
-    trainer = make_trainer(tiny_path, tmp_path, rows)
     monkeypatch.setattr(type(trainer.model), "__call__", lambda self, *a, **k: self.forward(*a, **k))
-    with pytest.raises(RuntimeError, match="this would have been plain DPO"):
-        trainer.compute_loss(trainer.model, first_batch(trainer))
+    assert trainer.compute_loss(trainer.model, batch) == loss
 
 
 def test_a_plain_model_path_is_enough(tiny_path, tmp_path, rows):

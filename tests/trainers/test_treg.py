@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tests.trainers.preferences import (
     LORA,
+    WEIGHT,
     as_text,
     first_batch,
     gradients,
@@ -22,6 +22,7 @@ from tests.trainers.preferences import (
     preference_rows,
     settings,
     token_logps,
+    with_signals,
 )
 from tokalign.data.revision import load_templates, revision_prompt_ids
 from tokalign.stage.contract import SIDES
@@ -31,13 +32,7 @@ from tokalign.trainers import TRegConfig, TRegTrainer
 
 @pytest.fixture(scope="module")
 def rows(tiny_path) -> list[dict]:
-    return rewarded(preference_rows(tiny_path))
-
-
-def rewarded(rows: list[dict], seed: int = 5) -> list[dict]:
-    """The rows with random token rewards in [−0.5, 0.5]."""
-    draw = random.Random(seed)
-    return [row | {f"{s}_token_reward": [draw.random() - 0.5 for _ in row[f"{s}_ids"]] for s in SIDES} for row in rows]
+    return with_signals(preference_rows(tiny_path))
 
 
 def without_rewards(rows: list[dict]) -> list[dict]:
@@ -93,10 +88,7 @@ def plain_loop(trainer, reference, rows, *, asked=None) -> torch.Tensor:
                     continue
                 logp, ratio = policy[place - 1], policy[place - 1] - frozen[place - 1]
                 total = total + (logp if args.base_loss == "simpo" else ratio)
-                if args.reward_source == "implicit":
-                    r = torch.sigmoid(ratio.detach()) - 0.5
-                else:
-                    r = rewards[t] - args.reward_offset
+                r = torch.sigmoid(ratio.detach()) - 0.5 if args.reward_source == "implicit" else rewards[t]
                 own = own - args.beta * r * logp
             scale = 1 / count if args.base_loss == "simpo" else 1.0
             reward[side] = args.beta * total * scale
@@ -210,6 +202,10 @@ def test_simpo_is_trls_simpo(tiny_path, tmp_path, rows):
         (False, {"reward_source": "implicit"}),
         (True, {"reward_source": "implicit", "precompute_ref_log_probs": True}),
         (True, {"signal": "contrast", "reward_offset": 0.5}),
+        (True, {"signal": "contrast"}),
+        (False, {"signal": "entropy", "max_length": 21}),
+        (True, {"signal": "logprob", "base_loss": "simpo", "beta": 2.0}),
+        (True, {"signal": "implicit_reward"}),
         (False, {"base_loss": "simpo", "beta": 2.0}),
         (True, {"base_loss": "simpo", "beta": 2.0, "regularizer_reduction": "sum", "max_length": 21}),
         (True, {"base_loss": "simpo", "beta": 2.0, "sequence_weight": "static"}),
@@ -221,7 +217,16 @@ def test_simpo_is_trls_simpo(tiny_path, tmp_path, rows):
 def test_loss_and_gradient_are_the_equation(tiny_path, tmp_path, rows, lora, changes):
     signal = changes.get("signal", "token_reward")
     trainer = make(tiny_path, tmp_path, rows, lora=lora, moved=True, **changes)
-    check(trainer, tiny_path, rows, lambda row, side: row[f"{side}_{signal}"])
+    # A reward is itself; any other signal is 0.5 − its weight (0.5 − (1 − s) = s − 0.5, which the offset says too)
+    check(trainer, tiny_path, rows, lambda row, side: [0.5 - WEIGHT[signal](v) for v in row[f"{side}_{signal}"]])
+
+
+def test_stored_rewards_are_read_as_they_are(tiny_path, tmp_path, rows):
+    trainer = make(tiny_path, tmp_path, rows)
+    batch = first_batch(trainer)
+    stored = torch.tensor([value for side in SIDES for row in rows[:4] for value in row[f"{side}_token_reward"]])
+    read = trainer._token_signal(batch, elsewhere=0.0)
+    assert torch.equal(read[batch["completion_mask"][:, 1:].bool()], stored)
 
 
 def asked_rewards(path, rows, templates="general"):
@@ -366,10 +371,10 @@ def test_rewards_outside_their_range(tiny_path, tmp_path, rows, streamed):
 
 def test_another_column_is_shifted_into_the_range_or_refused(tiny_path, tmp_path, rows):
     with pytest.raises(ContractError, match=r"`chosen_contrast` holds .*\[-0\.5, 0\.5\]"):
-        make(tiny_path, tmp_path, rows, signal="contrast")
+        make(tiny_path, tmp_path, rows, signal="contrast", reward_offset=0.0)
     make(tiny_path, tmp_path, rows, signal="contrast", reward_offset=0.5)
     with pytest.raises(ContractError, match="no column `chosen_entropy`"):
-        make(tiny_path, tmp_path, rows, signal="entropy")
+        make(tiny_path, tmp_path, Dataset.from_list(rows).remove_columns("chosen_entropy"), signal="entropy")
     with pytest.raises(ContractError, match="no column `rejected_token_reward`"):
         make(tiny_path, tmp_path, Dataset.from_list(rows).remove_columns("rejected_token_reward"))
     with pytest.raises(ContractError, match=r"text only .*scripts/score_token_rewards\.py, or set `alpha=0`"):

@@ -74,10 +74,25 @@ class Signal:
             raise ValueError(f"Signal {self.name!r}: sides must be 'chosen', 'rejected' or both, got {self.sides}.")
 
     def to_reward(self, values: Any) -> Any:
-        """Rewards in [−0.5, 0.5] of values, 0.5 where nothing is suspicious: r̂ = 0.5 − w. Needs `to_weight`."""
-        if self.to_weight is None:
-            raise ValueError(f"No rule turns the signal {self.name!r} into a reward: register it with `to_weight`.")
-        return 0.5 - self.to_weight(values)
+        """Rewards in [−0.5, 0.5] of values, 0.5 where nothing is suspicious: r̂ = 0.5 − w."""
+        return self.rule("reward")(values)
+
+    def rule(self, needed: Literal["weight", "reward"]) -> Callable[[Any], Any]:
+        """What turns values into what a consumer needs.
+
+        Raises:
+            ValueError: the row has none; the sentence names the remedy.
+        """
+        # A reward stays what it is to the last bit, which 0.5 − (0.5 − r̂) would not
+        if needed == "reward" and (self.low, self.high, self.suspicious) == (*REWARD_RANGE, "low"):
+            return lambda values: values
+        to_weight = self.to_weight
+        if to_weight is None:
+            raise ValueError(
+                f"No rule turns the signal {self.name!r} into a {needed}: give the row that you register with "
+                "`tokalign.signals.register` a `to_weight`."
+            )
+        return to_weight if needed == "weight" else lambda values: 0.5 - to_weight(values)
 
     def suspicion(self, values: Any) -> Any:
         """Values turned so that low is suspicious, which is what `agreement` and the heatmap order tokens by."""

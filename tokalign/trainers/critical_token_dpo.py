@@ -3,9 +3,10 @@
     ℓ = −log σ( β Σ_t ρ_t(y⁺) − β Σ_t (1 − s_t) ρ_t(y⁻) ),     ρ_t = log π(y_t|x,y_<t) − log π_ref(y_t|x,y_<t)
 
 s_t is the contrastive score of a rejected token, low on critical ones, read from the dataset's `rejected_contrast`
-column. TRL's loss sums per-token log-probabilities that the model returns; a forward hook multiplies them by 1 − s_t
-first, policy and reference alike, and TRL computes everything else. So every loss type and option of `DPOTrainer`
-goes on working, and scores of 0 give `DPOTrainer` to the last bit.
+column. Any other token signal can take its place: its row in `tokalign.signals.registry` says how it becomes a weight
+w_t = 1 − s_t in [0, 1], so no rejected token is ever pushed up. TRL's loss sums per-token log-probabilities that the
+model returns; they are multiplied by w_t first, policy and reference alike, and TRL computes everything else. So every
+loss type and option of `DPOTrainer` goes on working, and weights of 1 give `DPOTrainer` to the last bit.
 
 What the weights do to the rest, each decided here (see docs/critical_token_dpo.md):
 
@@ -19,21 +20,21 @@ What the weights do to the rest, each decided here (see docs/critical_token_dpo.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
-from tokalign.losses import critical_token_dpo_loss
+from tokalign.losses import critical_token_dpo_position_loss
 from tokalign.stage.errors import ContractError
 from tokalign.stage.manifest import manifest_of
-from tokalign.trainers.token_preference import DataCollatorForTokenSignals, TokenPreferenceTrainer, trl_inputs
+from tokalign.trainers.token_preference import TokenPreferenceTrainer
 
+logger = get_logger(__name__)
+
+ALIKE, ENOUGH = 0.01, 256  # weights that differ by less are one number, once so many tokens have been seen
 WEIGHTED = {"rejected": ("rejected",), "chosen": ("chosen",), "both": ("chosen", "rejected"), "none": ()}
 
 
@@ -50,8 +51,9 @@ class CriticalTokenDPOConfig(DPOConfig):
         > Parameters that control the token weights
 
         signal (`str`, *optional*, defaults to `"contrast"`):
-            Token signal that holds the scores s_t: the dataset columns `chosen_<signal>` and `rejected_<signal>`, a
-            list of numbers as long as the ids of that side. A token's weight is 1 − s_t.
+            Token signal that gives the weights: the dataset columns `chosen_<signal>` and `rejected_<signal>`, a list
+            of numbers as long as the ids of that side. Its row in `tokalign.signals.registry` makes weights in [0, 1]
+            of them (1 − s_t of `contrast`); one of your own is registered with `tokalign.signals.register`.
         weight_side (`str`, *optional*, defaults to `"rejected"`):
             Side whose tokens are weighted. Possible values are: `"rejected"` (the paper), `"chosen"`, `"both"`, and
             `"none"`, which reads no signal and is plain DPO.
@@ -68,8 +70,8 @@ class CriticalTokenDPOConfig(DPOConfig):
     signal: str = field(
         default="contrast",
         metadata={
-            "help": "Token signal that holds the scores s_t: the dataset columns `chosen_<signal>` and "
-            "`rejected_<signal>`. A token's weight is 1 - s_t."
+            "help": "Token signal that gives the weights: the dataset columns `chosen_<signal>` and "
+            "`rejected_<signal>`, which become weights in [0, 1] by the signal's own rule."
         },
     )
     weight_side: str = field(
@@ -152,6 +154,7 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
     args: CriticalTokenDPOConfig
 
     _config_class = CriticalTokenDPOConfig
+    _needs = "weight"
     _scored_by = "scripts/score_contrast.py, or set `weight_side='none'` for plain DPO"
     _tag_names = ["trl", "tokalign", "critical-token-dpo"]  # noqa: RUF012
     _name = "Critical-token DPO"
@@ -167,15 +170,10 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
             }"""),  # noqa: E501
     }
 
-    _token_weights: torch.Tensor | None = None  # what the forward hook shares with the loss, for one call
-
     def _finish_init(self) -> None:
-        self._set_collator(DataCollatorForTokenSignals)
-        # TRL combines its losses with these weights; the position form takes the place of its 'sigmoid'
-        self._position_weight = 0.0
-        if self.args.aggregation == "position":
-            index = self.loss_types.index("sigmoid")
-            self._position_weight, self.loss_weights[index] = self.loss_weights[index], 0.0
+        self._seen = (0.0, 1.0, 0.0)  # tokens, smallest and largest weight since training began
+        if self.args.aggregation == "position":  # a loss of ours, in the place of TRL's
+            self._position_weight = self._take_over("sigmoid")
 
     def _reads(self, args: CriticalTokenDPOConfig) -> tuple[str, tuple[str, ...]]:
         return args.signal, WEIGHTED[args.weight_side]
@@ -193,68 +191,20 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
 
     # -------------------------------------------------------------------------------------------------------- loss
 
-    @contextmanager
-    def _weighting(self, weights: torch.Tensor | None) -> Iterator[None]:
-        """Inside, `weights` (2B, L − 1) multiply the log-probs of every fused forward of policy and reference."""
-        self._token_weights = weights
-        try:
-            with self._token_hook():
-                yield
-        finally:
-            self._token_weights = None
-
-    def _see(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        super()._see(module, arguments, output)
-        log_probs = getattr(output, "log_probs", None)
-        if log_probs is None or self._token_weights is None:
-            return
-        # Prompt-learning PEFT puts virtual tokens first
-        extra = log_probs.size(1) - self._token_weights.size(1)
-        weights = F.pad(self._token_weights.to(log_probs.device), (extra, 0), value=1.0)
-        output.log_probs = log_probs * weights
-        if getattr(output, "log_sum_sq_probs", None) is not None:
-            # WPO subtracts this from the log-probs it is given: the unweighted ones are what it should see
-            output.log_sum_sq_probs = output.log_sum_sq_probs + (weights - 1.0) * log_probs.detach()
-
-    def _weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """1 − s_t (2B, L − 1) of a batch, 1 where no score is read; None if none is read at all."""
-        scores = self._token_signal(inputs)
-        return None if scores is None else 1.0 - scores
-
-    def compute_ref_log_probs(self, model, inputs):
-        """Computes the weighted reference log probabilities for a single padded batch."""
-        with self._weighting(self._weights(inputs)):
-            return super().compute_ref_log_probs(model, inputs)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights, reference = self._weights(inputs), self._cached_reference(inputs)
-        inputs = trl_inputs(inputs)
+        weights, reference = self._token_signal(inputs, elsewhere=1.0), self._reference(inputs)
+        loss, outputs, policy = self._trl_loss(model, inputs, reference, weights, return_outputs)
         mask = inputs["completion_mask"][:, 1:]
-        if reference is not None:
-            sums = self._sequence_logps(reference if weights is None else reference * weights, mask).chunk(2)
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = sums
-        with self._weighting(weights):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = result if return_outputs else (result, None)
-        policy, *computed = self._last_token_logps(inputs)
         if weights is not None:
+            # What TRL made of weighted log-probs and should not have: RPO's NLL, and the curves of the log-probs
             weights = weights.to(policy.device)
+            self._log_weights(weights, self._read_tokens(inputs).to(policy.device))
             loss = loss + self._sft_correction(policy, weights, mask)
             self._log_unweighted(policy.detach(), mask)
         if self.args.aggregation == "position":
-            chosen_score, rejected_score = (None, None) if weights is None else (1.0 - weights).chunk(2)
-            chosen_ratios, rejected_ratios = (policy - (computed[0] if reference is None else reference)).chunk(2)
-            chosen_mask, rejected_mask = mask.chunk(2)
-            losses = critical_token_dpo_loss(
-                chosen_ratios,
-                rejected_ratios,
-                chosen_mask,
-                rejected_mask,
-                rejected_score,
-                beta=self.beta,
-                aggregation="position",
-                chosen_score=chosen_score,
-            )
+            ratios, masks = (policy - reference).chunk(2), mask.chunk(2)
+            factors = (torch.ones_like(policy) if weights is None else weights).chunk(2)
+            losses = critical_token_dpo_position_loss(*ratios, *masks, *factors, beta=self.beta)
             loss = loss + self._position_weight * losses.mean()
         return (loss, outputs) if return_outputs else loss
 
@@ -265,6 +215,30 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
         difference = ((weights - 1.0) * policy).chunk(2)[0]
         sft_weight = sum(w for name, w in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
         return sft_weight * difference[mask.chunk(2)[0].bool()].mean()
+
+    def _log_weights(self, weights: torch.Tensor, read: torch.Tensor) -> None:
+        """Log the weights on the weighted side's tokens, of all processes; warn once if they tell no tokens apart."""
+        infinity = torch.full_like(weights, torch.inf)
+        lowest, highest = torch.where(read, weights, infinity).min(), torch.where(read, weights, -infinity).max()
+        mine = torch.stack([torch.where(read, weights, 0.0).sum(), read.sum(), lowest, highest])
+        total, count, low, high = self.accelerator.gather(mine[None]).unbind(dim=1)
+        tokens, low, high = count.sum().item(), low.min().item(), high.max().item()
+        if tokens == 0:  # truncation has cut them all
+            return
+        metrics = self._metrics[self._mode()]
+        metrics["token_weight/mean"].append(total.sum().item() / tokens)
+        # TRL logs the mean of what is listed: a list of one keeps the extremes of all batches since the last log
+        metrics["token_weight/min"] = [min([low, *metrics["token_weight/min"]])]
+        metrics["token_weight/max"] = [max([high, *metrics["token_weight/max"]])]
+
+        before = self._seen
+        self._seen = tokens, low, high = before[0] + tokens, min(before[1], low), max(before[2], high)
+        if before[0] < ENOUGH <= tokens and high - low < ALIKE:
+            logger.warning(
+                f"All weights of the first {tokens:.0f} tokens lie between {low:.3f} and {high:.3f}: the signal "
+                f"{self.args.signal!r} tells no tokens apart, so this is DPO up to β (with one side weighted, up to "
+                "that side's strength); check how it was scored, or set `weight_side='none'`."
+            )
 
     def _log_unweighted(self, policy: torch.Tensor, mask: torch.Tensor) -> None:
         """Put the policy's own log-probs where TRL has just logged the weighted ones."""

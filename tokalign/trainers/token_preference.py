@@ -1,26 +1,27 @@
 """What the trainers that read a token signal share: TRL's `DPOTrainer` with ids, signals and log-probs kept per token.
 
 - Rows hold token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`), which are trained on as they are, and a signal: a
-  list of numbers as long as the ids of its side. The collator puts each number beside its token.
-- A forward hook sees the per-token log-probs that TRL's fused LM head returns, of policy and reference alike, before
-  TRL sums them over positions.
+  list of numbers as long as the ids of its side. The collator puts each number beside its token, and the signal's row
+  in `tokalign.signals.registry` says how it becomes the weight or the reward that the method needs.
+- TRL's loss is given a stand-in for the policy, which keeps the per-token log-probs that TRL's fused LM head returns,
+  and weights them, before TRL sums them over positions. The reference's sums lie in the batch, as if precomputed.
 - `precompute_ref_log_probs` stores the reference's log-probs per token, where TRL stores sums.
 
-A method is a subclass that says which signal it reads (`_reads`) and what it does in `compute_loss`; TRL computes
-everything else, so every loss type and option of `DPOTrainer` goes on working.
+A method is a subclass that says which signal it reads (`_reads`), what it needs of it (`_needs`) and what it does in
+`compute_loss`; TRL computes everything else, so every loss type and option of `DPOTrainer` goes on working.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
@@ -36,7 +37,7 @@ from tokalign.internals.trl import (
     pad,
     prepare_deepspeed,
 )
-from tokalign.signals.registry import known
+from tokalign.signals.registry import REWARD_RANGE, get
 from tokalign.stage.contract import SIDES, STAGES, check_preferences
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
@@ -47,6 +48,7 @@ logger = get_logger(__name__)
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REVISION = "revision_"  # prefix of the batch keys that only T-REG's collator adds
 _ADDED = ("token_signal", "ref_token_logps")
+NEEDED = {"weight": (0.0, 1.0), "reward": REWARD_RANGE}  # what a signal becomes for a method, and its limits
 REFERENCE = {f"{side}_ids": f"ref_{side}_token_logps" for side in SIDES}  # columns of the reference cache
 
 
@@ -106,6 +108,8 @@ class TokenPreferenceTrainer(DPOTrainer):
     ref_model: Any
 
     _config_class: ClassVar[type[DPOConfig]]
+    _needs: ClassVar[Literal["weight", "reward"]]  # what a signal becomes
+    _collator: ClassVar[type[DataCollatorForTokenSignals]] = DataCollatorForTokenSignals
     _own_columns: ClassVar[tuple[str, ...]] = ()  # further columns that the collator reads
 
     def __init__(
@@ -132,8 +136,12 @@ class TokenPreferenceTrainer(DPOTrainer):
             raise ContractError("`train_dataset` has no rows; check what the stage that wrote it dropped and why.")
         self._uses_own_collator = data_collator is None
         self._start_init(model, args, train_dataset)
-        # Per-token log-probs of every fused forward of one call, as the hook saw them
-        self._token_logps: list[torch.Tensor] = []
+        # Before any weights are loaded: a signal that nobody has registered ends the run here
+        signal, sides = self._reads(args)
+        self._allowed: tuple[float, float] | None = None
+        self._convert: Callable[[Any], Any] = lambda values: values
+        if sides:
+            self._allowed, self._convert = self._conversion(signal, args)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -155,27 +163,32 @@ class TokenPreferenceTrainer(DPOTrainer):
             )
         self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
         self._finish_init()
+        if self._uses_own_collator:  # in place of TRL's, with the padding token that TRL has settled on
+            signal, sides = self._collates()
+            self.data_collator = self._collator(**vars(self.data_collator) | {"signal": signal, "sides": sides})
 
     def _start_init(self, model: Any, args: Any, train_dataset: Any) -> None:
         """What a method decides before TRL builds anything."""
 
     def _finish_init(self) -> None:
         """What a method sets up once TRL has built everything."""
-        raise NotImplementedError
 
     def _reads(self, args: Any) -> tuple[str, tuple[str, ...]]:
         """The signal that the dataset must hold and the sides on which it is read; no sides: none is needed."""
         raise NotImplementedError
 
+    def _conversion(self, signal: str, args: Any) -> tuple[tuple[float, float], Callable[[Any], Any]]:
+        """Smallest and largest value that the signal may have, and what makes of values what the method needs.
+
+        Raises:
+            ValueError: the signal is not registered, or its row has no rule.
+        """
+        row = get(signal)
+        return (row.low, row.high), row.rule(self._needs)
+
     def _collates(self) -> tuple[str, tuple[str, ...]]:
         """The signal and the sides that a batch holds: those of the dataset, unless the reference added some."""
         return self._reads(self.args)
-
-    def _set_collator(self, collator: type[DataCollatorForTokenSignals]) -> None:
-        """Put a collator of ours in place of TRL's default, with the padding token that TRL has settled on."""
-        if self._uses_own_collator:
-            signal, sides = self._collates()
-            self.data_collator = collator(**vars(self.data_collator) | {"signal": signal, "sides": sides})
 
     # -------------------------------------------------------------------------------------------------------- data
 
@@ -211,8 +224,9 @@ class TokenPreferenceTrainer(DPOTrainer):
     def _check_rows(self, dataset: Dataset | IterableDataset, args: Any) -> Dataset | IterableDataset:
         """The contract's checks, at once on stored rows and as they come on streamed ones."""
         signal, sides = self._reads(args)
-        options: dict[str, Any] = {"signals": [known(signal) or signal] if sides else [], "sides": sides}
-        options |= self._check_options(args)
+        options: dict[str, Any] = {"signals": [get(signal)] if sides else [], "sides": sides}
+        if self._allowed is not None:
+            options["ranges"] = {signal: self._allowed}
         if not sides:  # text that TRL has prepared before carries an added end token, so there the ids alone count
             options["text_rows"] = 0
         tokenizer = self._tokenizer
@@ -225,10 +239,6 @@ class TokenPreferenceTrainer(DPOTrainer):
             return batch
 
         return dataset.map(check, batched=True, batch_size=64)
-
-    def _check_options(self, args: Any) -> dict[str, Any]:
-        """Further arguments of `check_preferences`."""
-        return {}
 
     def _check_manifest(self, dataset: Dataset | IterableDataset, args: Any, name: str) -> None:
         made_with = (manifest_of(dataset) or {}).get("tokenizer_hash")
@@ -260,9 +270,10 @@ class TokenPreferenceTrainer(DPOTrainer):
 
     def _reference_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Per-token log-probs (2B, L − 1) under the reference: `model`, with its adapter off where it has one."""
-        with self._token_hook():
-            DPOTrainer.compute_ref_log_probs(self, model, trl_inputs(batch))
-        return self._last_token_logps(batch)[0]
+        batch = trl_inputs(batch)  # other keys would reach the model
+        stand_in = _StandIn(model, batch["input_ids"].size(1) - 1)
+        self.compute_ref_log_probs(stand_in, batch)
+        return stand_in.log_probs
 
     def _cache_token_columns(
         self,
@@ -363,48 +374,10 @@ class TokenPreferenceTrainer(DPOTrainer):
         values[first + 1 : first + kept] = shifted[: kept - 1]
         return values[prompt_length:]
 
-    def compute_ref_log_probs(self, model, inputs):
-        """Computes reference log probabilities for a single padded batch, whatever columns of ours it holds."""
-        return super().compute_ref_log_probs(model, trl_inputs(inputs))
-
-    # ------------------------------------------------------------------------------------------------------- hooks
-
-    @contextmanager
-    def _token_hook(self) -> Iterator[None]:
-        """Inside, the log-probs of every fused forward of policy and reference go through `_see`."""
-        self._token_logps = []
-        # The modules that DDP, DeepSpeed and FSDP wrap and call, and the PEFT model (which runs the base model's
-        # `forward` without its hooks). TRL calls `ref_model` itself, wrapped or not.
-        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        handles = [m.register_forward_hook(self._see) for m in (policy, self.ref_model) if m is not None]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _see(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        """Keep a forward's per-token log-probs; an ordinary forward, as for `compute_metrics`, has none."""
-        if getattr(output, "log_probs", None) is not None:
-            self._token_logps.append(output.log_probs)
-
-    def _last_token_logps(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """Log-probs (2B, L − 1) that the model itself gave in the last call: policy, reference if it ran."""
-        if not self._token_logps:
-            raise RuntimeError(
-                "The forward hook that sees per-token log-probs did not run, so this would have been plain DPO: the "
-                "model was called around its hooks (compiled before training?) or TRL no longer returns `log_probs`."
-            )
-        seen, self._token_logps = self._token_logps, []
-        length = inputs["input_ids"].size(1) - 1  # prompt-learning PEFT puts virtual tokens first
-        return [log_probs[:, -length:] for log_probs in seen]
-
-    # -------------------------------------------------------------------------------------------------------- loss
-
-    def _cached_reference(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """Precomputed reference log-probs (2B, L − 1) of a batch; None if the reference runs with the policy."""
+    def _reference(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The reference's per-token log-probs (2B, L − 1) of a batch: precomputed, or by a forward now."""
         if not self.precompute_ref_logps:
-            return None
+            return self._reference_logps(self.ref_model or self.model, inputs)
         if "ref_token_logps" not in inputs:
             raise ContractError(
                 "The batch has no `ref_token_logps`; let the data collator return them as "
@@ -412,8 +385,61 @@ class TokenPreferenceTrainer(DPOTrainer):
             )
         return inputs["ref_token_logps"][:, 1:]
 
-    def _token_signal(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """The signal (2B, L − 1) beside the predicted tokens of a batch; None if none is read."""
+    # -------------------------------------------------------------------------------------------------------- loss
+
+    def _trl_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        reference: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
+        return_outputs: bool = False,
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """What `DPOTrainer` computes and logs where a token's log-prob counts by its weight.
+
+        Args:
+            reference: (2B, L − 1) log-probs; None stands for 0, where the loss compares with none.
+            weights: (2B, L − 1) factors of policy and reference alike; None is 1.
+
+        Returns:
+            The loss, the outputs (None unless asked for) and the policy's unweighted log-probs (2B, L − 1).
+        """
+        batch = trl_inputs(inputs)
+        mask = batch["completion_mask"][:, 1:]
+        if reference is None:
+            reference = torch.zeros(mask.shape, device=mask.device)
+        elif weights is not None:
+            reference = reference * weights.to(reference.device)
+        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = self._sequence_logps(reference, mask).chunk(2)
+        stand_in = _StandIn(model, mask.size(1), weights)
+        # TRL then reads the reference's sums from the batch and runs no reference itself
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            result = DPOTrainer.compute_loss(self, stand_in, batch, return_outputs)
+        finally:
+            self.precompute_ref_logps = before
+        return *(result if return_outputs else (result, None)), stand_in.log_probs
+
+    def _take_over(self, loss_type: str) -> float:
+        """Take one of TRL's losses out of its sum, for a method's own in its place; returns the weight of that."""
+        index = self.loss_types.index(loss_type)
+        self.loss_types.pop(index)
+        return self.loss_weights.pop(index)
+
+    def _read_tokens(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """True (2B, L − 1) on the predicted completion tokens of the sides whose signal is read."""
+        sides = self._collates()[1]
+        halves = zip(SIDES, inputs["completion_mask"][:, 1:].bool().chunk(2), strict=True)
+        return torch.cat([half if side in sides else torch.zeros_like(half) for side, half in halves])
+
+    def _token_signal(self, inputs: dict[str, Any], elsewhere: float) -> torch.Tensor | None:
+        """What the method needs (2B, L − 1) beside the predicted tokens of a batch; None if no signal is read.
+
+        `elsewhere` stands where none is read: the rule need not map the collator's padding of 0 to it.
+
+        Raises:
+            ContractError: the rule of a user's own signal leaves the range that the method needs.
+        """
         if not self._collates()[1]:
             return None
         if "token_signal" not in inputs:
@@ -421,7 +447,14 @@ class TokenPreferenceTrainer(DPOTrainer):
                 "The batch has no `token_signal`; let the data collator return it (2B, L, beside `input_ids`) as "
                 "DataCollatorForTokenSignals does."
             )
-        return inputs["token_signal"][:, 1:]
+        values = torch.where(self._read_tokens(inputs), self._convert(inputs["token_signal"][:, 1:]), elsewhere)
+        (least, most), (low, high) = NEEDED[self._needs], (limit.item() for limit in values.aminmax())
+        if not (least - 1e-6 <= low and high <= most + 1e-6):  # also true for NaN
+            raise ContractError(
+                f"The signal {self._collates()[0]!r} gives a {self._needs} from {low:g} to {high:g}, and {self._name} "
+                f"needs it in [{least:g}, {most:g}]; correct the `to_weight` that the signal is registered with."
+            )
+        return values
 
     def _sequence_logps(self, per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """TRL's sum over positions, (2B, L − 1) -> (2B,), where `ld_alpha` scales what the other side lacks."""
@@ -434,6 +467,27 @@ class TokenPreferenceTrainer(DPOTrainer):
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+
+class _StandIn:
+    """What TRL calls in a model's place: keeps the per-token log-probs and hands them on, times their weights."""
+
+    def __init__(self, model: Any, length: int, weights: torch.Tensor | None = None):
+        self.model, self.length, self.weights = model, length, weights
+
+    def __call__(self, **arguments: Any) -> Any:
+        output = self.model(**arguments)
+        full = getattr(output, "log_probs", None)
+        if full is None:  # an ordinary forward, for `compute_metrics`
+            return output
+        self.log_probs = full[:, -self.length :]  # prompt-learning PEFT puts virtual tokens first
+        if self.weights is not None:
+            weights = F.pad(self.weights.to(full.device), (full.size(1) - self.length, 0), value=1.0)
+            output.log_probs = full * weights
+            if getattr(output, "log_sum_sq_probs", None) is not None:
+                # WPO subtracts this from the log-probs it is given: the unweighted ones are what it should see
+                output.log_sum_sq_probs = output.log_sum_sq_probs + (weights - 1.0) * full.detach()
+        return output
 
 
 def trl_inputs(inputs: Any) -> dict[str, Any]:

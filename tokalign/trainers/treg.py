@@ -5,7 +5,8 @@
 r̂_t ∈ [−0.5, 0.5] is what the model itself thinks of a token, by contrastive prompting: the columns
 `chosen_token_reward` and `rejected_token_reward` (scripts/score_token_rewards.py), or, where the dataset has none, the
 reference's answer to the same two revision prompts, asked for each batch. w = σ(r(y_l) − r(y_w)) is the factor of the
-base loss's own gradient, without a gradient of its own. TRL computes the base loss; α = 0 leaves nothing but that.
+base loss's own gradient, without a gradient of its own. TRL computes the base loss, but for SimPO's, which it does not
+have: −log σ(β mean log π(y_w) − β mean log π(y_l) − γ). α = 0 leaves nothing but the base loss.
 
 The rows of the paper's ablation, by configuration (recipes/ledger/ has them all):
 
@@ -27,12 +28,12 @@ Choices of ours, where the paper leaves one:
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 from trl import DPOConfig
@@ -48,7 +49,6 @@ from tokalign.trainers.token_preference import (
     DataCollatorForTokenSignals,
     TokenPreferenceTrainer,
     drop_rows,
-    trl_inputs,
 )
 
 SELF_GENERATED = "token_reward"  # the signal that the reference can give on the fly
@@ -91,10 +91,11 @@ class TRegConfig(DPOConfig):
             `signal` is `"token_reward"`, the reference is asked on the fly) and `"implicit"` (DPO's implicit reward of
             the policy in training).
         signal (`str`, *optional*, defaults to `"token_reward"`):
-            Token signal that holds the rewards: the columns `chosen_<signal>` and `rejected_<signal>`.
-        reward_offset (`float`, *optional*, defaults to `0.0`):
-            Subtracted from the signal; the difference must lie in [−0.5, 0.5]. 0.5 makes rewards of scores in [0, 1]
-            such as `contrast`.
+            Token signal that holds the rewards: the columns `chosen_<signal>` and `rejected_<signal>`. One that is not
+            a reward becomes one by its row in `tokalign.signals.registry`: r̂ = 0.5 − its weight.
+        reward_offset (`float`, *optional*):
+            For data stored with an offset: subtracted from the values as they are, in place of the signal's own rule;
+            the differences must lie in [−0.5, 0.5].
         templates (`str`, *optional*, defaults to `"general"`):
             Revision prompts for rewards on the fly: `"general"`, `"math"`, `"code"`, `"ledger"`, or the path of a JSON
             file (see `tokalign/data/revision.py`).
@@ -133,8 +134,9 @@ class TRegConfig(DPOConfig):
         default=SELF_GENERATED,
         metadata={"help": "Signal with the rewards: the columns `chosen_<signal>` and `rejected_<signal>`."},
     )
-    reward_offset: float = field(
-        default=0.0, metadata={"help": "Subtracted from the signal, to bring it into [-0.5, 0.5]."}
+    reward_offset: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from stored values, to bring them into [-0.5, 0.5]; unset: the signal's rule."},
     )
     templates: str = field(
         default="general", metadata={"help": "Revision prompts of rewards on the fly: a name or a JSON file."}
@@ -250,6 +252,8 @@ class TRegTrainer(TokenPreferenceTrainer):
     args: TRegConfig
 
     _config_class = TRegConfig
+    _needs = "reward"
+    _collator = DataCollatorForTReg
     _own_columns = tuple(PROMPTS.values())
     _scored_by = "scripts/score_token_rewards.py, or set `alpha=0` for the base loss"
 
@@ -283,9 +287,8 @@ class TRegTrainer(TokenPreferenceTrainer):
 
     def _finish_init(self) -> None:
         self.precompute_ref_logps = self.args.precompute_ref_log_probs = self._precompute
-        self._set_collator(DataCollatorForTReg)
         if self.args.base_loss == "simpo":
-            self.loss_types = ["sigmoid_norm" if name == "sigmoid" else name for name in self.loss_types]
+            self._simpo_weight = self._take_over("sigmoid")
 
     def _reads(self, args: TRegConfig) -> tuple[str, tuple[str, ...]]:
         reads = args.alpha > 0 and args.reward_source == "signal" and not self._on_the_fly
@@ -296,8 +299,11 @@ class TRegTrainer(TokenPreferenceTrainer):
             return self.args.signal, SIDES  # asked once, before training
         return super()._collates()
 
-    def _check_options(self, args: TRegConfig) -> dict[str, Any]:
-        return {"ranges": {args.signal: (args.reward_offset - 0.5, args.reward_offset + 0.5)}}
+    def _conversion(self, signal: str, args: TRegConfig) -> tuple[tuple[float, float], Callable[[Any], Any]]:
+        offset = args.reward_offset
+        if offset is None:
+            return super()._conversion(signal, args)
+        return (offset - 0.5, offset + 0.5), lambda values: values - offset
 
     # -------------------------------------------------------------------------------------------------------- data
 
@@ -394,40 +400,22 @@ class TRegTrainer(TokenPreferenceTrainer):
     # -------------------------------------------------------------------------------------------------------- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        reference = self._cached_reference(inputs) if self._compares else None
-        batch = trl_inputs(inputs)
-        mask = batch["completion_mask"][:, 1:]
         simpo = self.args.base_loss == "simpo"
+        reference = self._reference(inputs) if self._compares else None
+        # SimPO compares with no reference, even where DPO's implicit reward is what its tokens are rewarded by
+        compared = None if simpo else reference
+        loss, outputs, policy = self._trl_loss(model, inputs, compared, return_outputs=return_outputs)
+        mask = inputs["completion_mask"][:, 1:]
+        # One margin for SimPO's loss and for w, so that w is the factor of the loss's own gradient
+        chosen, rejected = sequence_rewards(policy, mask, compared, beta=self.beta).chunk(2)
+        margin = chosen - rejected - (self.args.simpo_gamma if simpo else 0.0)
         if simpo:
-            # β (mean log π(y_w) − mean log π(y_l)) − γ is TRL's length-normalised loss against a reference that gives
-            # γ/β nats to each chosen token and none to rejected ones
-            length = batch["completion_mask"].sum(dim=1).float().chunk(2)[0]
-            batch["ref_chosen_logps"] = self.args.simpo_gamma / self.beta * length
-            batch["ref_rejected_logps"] = torch.zeros_like(length)
-        elif reference is not None:
-            sums = self._sequence_logps(reference, mask).chunk(2)
-            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = sums
-        with self._token_hook(), self._given_reference(simpo or reference is not None):
-            result = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-        loss, outputs = result if return_outputs else (result, None)
-        policy, *computed = self._last_token_logps(batch)
-        if simpo:
-            self._log_simpo(policy.detach(), mask)
+            loss = loss - self._simpo_weight * F.logsigmoid(margin).mean()
+            self._log_simpo(chosen.detach(), rejected.detach())
         if self.args.alpha > 0:
-            if self._compares and reference is None:
-                reference = computed[0] if computed else self._reference_logps(self.ref_model or self.model, batch)
             rewards = self._token_rewards(inputs, policy, reference)
-            loss = loss + self.args.alpha * self._regularizer(policy, reference, rewards, mask)
+            loss = loss + self.args.alpha * self._regularizer(policy, margin, rewards, mask)
         return (loss, outputs) if return_outputs else loss
-
-    @contextmanager
-    def _given_reference(self, given: bool) -> Iterator[None]:
-        """Inside, TRL reads the reference's sums from the batch if they are given, and runs no reference."""
-        before, self.precompute_ref_logps = self.precompute_ref_logps, given
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = before
 
     def _token_rewards(
         self, inputs: dict[str, Any], policy: torch.Tensor, reference: torch.Tensor | None
@@ -436,35 +424,30 @@ class TRegTrainer(TokenPreferenceTrainer):
         if self.args.reward_source == "implicit":
             assert reference is not None
             return token_reward(policy.detach().float(), reference.float())
-        rewards = self._token_signal(inputs)
-        if rewards is None:
-            return self._ask_reference(self.ref_model or self.model, inputs)
-        return rewards - self.args.reward_offset
+        stored = self._token_signal(inputs, elsewhere=0.0)
+        return self._ask_reference(self.ref_model or self.model, inputs) if stored is None else stored
 
     def _regularizer(
-        self, policy: torch.Tensor, reference: torch.Tensor | None, rewards: torch.Tensor, mask: torch.Tensor
+        self, policy: torch.Tensor, margin: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Mean over pairs of w ( L_reg(x, y_w) + L_reg(x, y_l) ), and what it logs."""
-        simpo = self.args.base_loss == "simpo"
         rewards = rewards.to(policy.device).masked_fill(mask == 0, 0.0)
-        sequences = sequence_rewards(policy.detach(), mask, None if simpo else reference, beta=self.beta).chunk(2)
-        margin = sequences[0] - sequences[1] - (self.args.simpo_gamma if simpo else 0.0)
         weight = pair_weight(margin, self.args.sequence_weight)
         sides = token_reward_regularizer(policy, mask, rewards, beta=self.beta, reduction=self.args.reduction).chunk(2)
         regularizer = weight * (sides[0] + sides[1])
         metrics = self._metrics[self._mode()]
         for name, values in (("treg/regularizer", regularizer), ("treg/sequence_weight", weight)):
             metrics[name].append(self.accelerator.gather(values.detach()).mean().item())
+        # By token, not by row: sums and counts of all processes before the division
         totals = torch.stack([rewards.sum(dim=1), mask.sum(dim=1)], dim=1).view(2, -1, 2).sum(dim=1)
         totals = self.accelerator.gather(totals[None]).sum(dim=0)
         for side, (total, count) in zip(SIDES, totals.tolist(), strict=True):
             metrics[f"treg/token_reward/{side}"].append(total / max(count, 1.0))
         return regularizer.mean()
 
-    def _log_simpo(self, policy: torch.Tensor, mask: torch.Tensor) -> None:
-        """Put SimPO's implicit rewards where TRL has just logged those of the stand-in reference."""
-        sums = sequence_rewards(policy, mask, beta=self.beta).view(2, -1).T.contiguous()
-        chosen, rejected = self.accelerator.gather(sums).unbind(dim=1)
+    def _log_simpo(self, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+        """Put SimPO's implicit rewards, (B,) a side, where TRL has just logged what it knows without a reference."""
+        chosen, rejected = self.accelerator.gather(torch.stack([chosen, rejected], dim=1)).unbind(dim=1)
         metrics = self._metrics[self._mode()]
         for name, value in (
             ("rewards/chosen", chosen.mean()),
