@@ -5,19 +5,22 @@ The tiny model and data stand in for the YAML's own; everything else (losses, ad
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
+import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
+from trl import TrlParser
 
-from tests import commands
-from tests.commands import main_of
 from tests.launch.support import write_preferences, write_sft
 from tests.routing.labels import write_labels
 
@@ -46,10 +49,21 @@ def script_of(path: Path) -> Path:
     return ROOT / command[1]
 
 
+def load_script(path: Path) -> ModuleType:
+    name = f"recipe_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def parse(path: Path, script: Path, overrides: dict[str, str]) -> tuple[Any, ...]:
     """The arguments of the script's `main`, read as its command line reads them."""
+    types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
     options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
-    return commands.parse(main_of([str(script)])[0], ["--config", str(path), *options])
+    return TrlParser(types).parse_args_and_config(["--config", str(path), *options])
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +143,7 @@ def test_recipe_trains_two_steps(path: Path, tiny_path: str, stages: dict[str, s
     if script.stem == "structured_grpo":  # tests/launch/test_structured_grpo.py has vLLM's rollouts
         overrides |= {"rollouts": "transformers", "max_completion_length": "8", "num_completions_to_print": "1"}
         overrides |= {"vllm_enable_sleep_mode": "false"}
-    trainer = main_of([str(script)])[0](*parse(path, script, overrides))
+    trainer = load_script(script).main(*parse(path, script, overrides))
     assert trainer.state.global_step == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
@@ -222,7 +236,7 @@ def test_router_recipe_trains_two_steps(path: Path, labels: dict[str, str], tmp_
         "disable_tqdm": "true",
     }
     script = script_of(path)
-    trainer = main_of([str(script)])[0](*parse(path, script, overrides))
+    trainer = load_script(script).main(*parse(path, script, overrides))
     assert trainer.state.global_step == 2
     config = json.loads((tmp_path / "config.json").read_text())
     target = yaml.safe_load(path.read_text())["target_rate"]
@@ -245,20 +259,28 @@ def test_routers_hold_the_settings_of_the_paper() -> None:
         assert not {"architecture", "inputs", "width", "num_blocks", "expansion", "dropout"} & set(options)
 
 
-PAGES = [
-    ROOT / "docs" / f"{name}.md" for name in ("real_models", "treg", "structured_grpo", "routing", "routing_labels")
-]
+def documented_commands() -> list[list[str]]:
+    """Every command in the shell blocks of the pages that walk through a method, split as a shell does."""
+    commands = []
+    for page in (
+        *(
+            ROOT / "docs" / name
+            for name in ("real_models.md", "treg.md", "structured_grpo.md", "routing.md", "routing_labels.md")
+        ),
+        ROOT / "recipes" / "README.md",
+    ):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            commands += [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    return commands
 
 
-@pytest.mark.parametrize(
-    "command",
-    commands.documented_commands(*PAGES, ROOT / "recipes" / "README.md"),
-    ids=lambda command: " ".join(command)[:60],
-)
-def test_documented_command_is_read_by_its_verb(command: list[str]) -> None:
-    if "--config_file" in command:
-        assert (ROOT / command[command.index("--config_file") + 1]).is_file()
-    main, options = main_of(command)
-    if any(word.startswith("recipes/") and word.endswith(".py") for word in command):
-        options += ["--use_cpu", "true"]
-    commands.parse(main, options)
+@pytest.mark.parametrize("command", documented_commands(), ids=lambda command: " ".join(command)[:60])
+def test_documented_command_is_read_by_its_script(command: list[str]) -> None:
+    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    launcher, script, arguments = command[:at], ROOT / command[at], command[at + 1 :]
+    if "--config_file" in launcher:
+        assert (ROOT / launcher[launcher.index("--config_file") + 1]).is_file()
+    if script.parent.name == "recipes":
+        arguments += ["--use_cpu", "true"]
+    types = [hint for name, hint in get_type_hints(load_script(script).main).items() if name != "return"]
+    TrlParser(types).parse_args_and_config(arguments)  # raises or exits on an argument that the script lacks

@@ -351,7 +351,9 @@ def test_a_bad_line_of_bfcl_is_one_sentence(tmp_path: Path, lines: str, message:
 
 
 def test_bad_bfcl_options_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match=r"simple_python\.jsonl does not exist; check --source, or give --questions"):
+    with pytest.raises(
+        ContractError, match=r"simple_python\.jsonl does not exist; check --source, or give --questions"
+    ):
         bfcl.main(bfcl.BfclArguments(source=str(tmp_path), output_dir="unused"))
     with pytest.raises(ContractError, match="nothing to read; give --source, or both --questions and --answers"):
         bfcl.BfclArguments(output_dir="unused", questions="q.json")

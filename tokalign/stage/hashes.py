@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.stage.contract import _BATCH
 from tokalign.stage.errors import ContractError
+from tokalign.stage.processes import process_state
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -70,6 +71,20 @@ def weights_hash(path_or_id: str | Path) -> str:
                     total.update(block)
         _WEIGHTS[key] = total.hexdigest()
     return _WEIGHTS[key]
+
+
+def model_identity(path_or_id: str | Path | None, *, remote: bool = False) -> str | None:
+    """What a job's parameters say of a model or adapter: `weights_hash`, or the name of one that a server holds.
+
+    None for no model, and in every process but the main one: it alone compares and writes manifests, and hashing the
+    140 GB of a large model takes minutes.
+
+    Args:
+        remote: the model may be a server's. A folder on this machine is hashed all the same.
+    """
+    if path_or_id is None or not process_state().is_main_process:
+        return None
+    return str(path_or_id) if remote and not Path(path_or_id).is_dir() else weights_hash(path_or_id)
 
 
 def content_hash(dataset: Dataset) -> str:

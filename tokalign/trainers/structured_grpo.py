@@ -236,7 +236,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
         if self.use_vllm and not is_byte_encoded(self._tokenizer):
             raise ValueError(
                 "vLLM cannot constrain this tokenizer, whose decoder adds text of its own (docs/generation.md); leave "
-                "constrained_eval_share at 0 and use scripts/evaluate_structured.py --constrained true."
+                "constrained_eval_share at 0 and use `tokalign evaluate structured --constrained true`."
             )
 
     # ------------------------------------------------------------------------------------------------------ curriculum

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ledger-slm": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 2},
     "ledger-llm": {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
-# The weak one, trained for longer in a world with drafts to rewrite (`--draft_share`): T-REG's eval model.
+# The weak one, trained for longer in a world with drafts to rewrite (data/ledger.py --draft_share): T-REG's eval model.
 PRESETS["ledger-slm-revise"] = PRESETS["ledger-slm"]
 
 
@@ -61,8 +61,8 @@ def cache_key(preset: str, world: list[str]) -> str:
     for file in (
         f"recipes/ledger/{preset.replace('ledger', 'base').replace('-', '_')}.yaml",
         "recipes/sft.py",
+        "data/ledger.py",
         "tokalign/worlds/ledger.py",
-        "tokalign/worlds/ledger_builder.py",
         "tokalign/worlds/ledger_models.py",
     ):
         digest.update((REPOSITORY / file).read_bytes())
@@ -74,7 +74,7 @@ def trained_model(preset: str, *, world: list[str] | None = None) -> Path:
 
     Args:
         preset: "ledger-slm", "ledger-llm" or "ledger-slm-revise".
-        world: extra command-line arguments of `tokalign data ledger`; "ledger-slm-revise" is made for
+        world: extra command-line arguments of data/ledger.py; "ledger-slm-revise" is made for
             `["--draft_share", "0.6"]`.
 
     Raises:

@@ -350,8 +350,8 @@ def render(recipe: Recipe, layout: Layout) -> tuple[dict[str, Any], dict[str, An
     """JSON Schema of the layout, and the recipe as a document under it."""
 
     def item(name: str, amount: float) -> tuple[dict[str, Any], dict[str, Any]]:
-        called = {"ingredient": ({"type": "string"}, _named(name, amount))}
-        measured = {
+        called: dict[str, tuple[dict[str, Any], Any]] = {"ingredient": ({"type": "string"}, _named(name, amount))}
+        measured: dict[str, tuple[dict[str, Any], Any]] = {
             "amount": ({"type": "number"}, amount),
             "unit": ({"enum": list(UNITS)}, INGREDIENTS[name].unit),
         }
