@@ -8,13 +8,13 @@ from transformers import AutoTokenizer
 
 from tokalign.cli import pairs as build_pairs
 from tokalign.cli import sample as sample_rollouts
-from tokalign.generation.arguments import EngineArguments, SamplingArguments
+from tokalign.generation.arguments import EngineArguments, SamplingArguments, engine_identities
 from tokalign.generation.protocol import Completion
 from tokalign.generation.rollouts import row_seed
 from tokalign.prompts import render_prompt
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError, JobError
-from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.hashes import tokenizer_hash, weights_hash
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 
@@ -126,6 +126,18 @@ def test_other_weights_are_refused_on_resume(tmp_path, monkeypatch, tiny_path):
         sample(tmp_path, monkeypatch, other, TEXTS)
     with pytest.raises(JobError, match=r"temperature was 1.0 and is 0.7"):
         sample(tmp_path, monkeypatch, tiny_path, TEXTS, temperature=0.7)
+
+
+def test_what_a_manifest_says_of_an_engines_model(tiny_path):
+    weights = weights_hash(tiny_path)
+    for arguments, expected in (
+        ({"model": tiny_path}, (weights, None)),
+        ({"model": tiny_path, "adapter": tiny_path, "served_model": "unused"}, (weights, weights)),
+        ({"model": tiny_path, "engine": "openai", "adapter": "positive"}, (weights, "positive")),
+        ({"model": tiny_path, "engine": "openai", "served_model": "base"}, ("base", None)),
+        ({"model": "hub/name", "engine": "openai"}, ("hub/name", None)),
+    ):
+        assert tuple(engine_identities(EngineArguments(**arguments)).values()) == expected
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path, monkeypatch, tiny_path, capsys):

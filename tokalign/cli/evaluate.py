@@ -56,55 +56,59 @@ class EvaluateArguments:
     compare: str | None = field(default=None, metadata={"help": "output_dir of another run to compare with."})
 
 
-def main(script_args: EvaluateArguments, engine_args: EngineArguments) -> dict[str, Any]:
+def main(arguments: EvaluateArguments, engine_arguments: EngineArguments) -> dict[str, Any]:
     """Evaluate or resume; returns what `metrics.json` holds."""
     state = process_state()
     tokenizer = AutoTokenizer.from_pretrained(
-        engine_args.tokenizer or engine_args.model, trust_remote_code=engine_args.trust_remote_code
+        engine_arguments.tokenizer or engine_arguments.model, trust_remote_code=engine_arguments.trust_remote_code
     )
-    problems = load_stage(script_args.problems, split=script_args.split, stage="problems")
-    if script_args.limit is not None:
-        problems = problems.select(range(min(script_args.limit, len(problems))))
-    models = {"model": engine_args.model, "adapter": engine_args.adapter}
+    problems = load_stage(arguments.problems, split=arguments.split, stage="problems")
+    if arguments.limit is not None:
+        problems = problems.select(range(min(arguments.limit, len(problems))))
+    models = {"model": engine_arguments.model, "adapter": engine_arguments.adapter}
     metrics = evaluate(
-        lambda: load_engine(engine_args),
+        lambda: load_engine(engine_arguments),
         problems,
-        script_args.output_dir,
+        arguments.output_dir,
         extract=extract_answer,
         match=answers_match,
         tokenizer=tokenizer,
-        samples=script_args.samples,
-        temperature=script_args.temperature,
-        top_p=script_args.top_p,
-        max_tokens=script_args.max_tokens,
-        stop=script_args.stop or (),
-        seed=script_args.seed,
-        prompt_format=script_args.prompt_format,
-        shard_size=script_args.shard_size,
-        parameters={**engine_identities(engine_args), "engine": engine_args.engine, "dtype": engine_args.dtype},
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        stop=arguments.stop or (),
+        seed=arguments.seed,
+        prompt_format=arguments.prompt_format,
+        shard_size=arguments.shard_size,
+        parameters={
+            **engine_identities(engine_arguments),
+            "engine": engine_arguments.engine,
+            "dtype": engine_arguments.dtype,
+        },
         extra_manifest={f"{name}_path": path for name, path in models.items()},
     )
     metrics |= {**models, "logps": None, "comparison": None}
-    if script_args.preferences is not None:
+    if arguments.preferences is not None:
         metrics["logps"] = completion_logps(
-            engine_args.model,
-            engine_args.adapter,
+            engine_arguments.model,
+            engine_arguments.adapter,
             load_stage(
-                script_args.preferences,
-                split=script_args.preferences_split,
+                arguments.preferences,
+                split=arguments.preferences_split,
                 stage="preferences",
                 tokenizer=tokenizer,
             ),
-            Path(script_args.output_dir) / "logps",
+            Path(arguments.output_dir) / "logps",
             tokenizer=tokenizer,
-            dtype=engine_args.dtype,
-            token_budget=script_args.logps_token_budget,
+            dtype=engine_arguments.dtype,
+            token_budget=arguments.logps_token_budget,
         )
     if state.is_main_process:
-        if script_args.compare is not None:
-            metrics["comparison"] = compare_runs(script_args.output_dir, script_args.compare)
-        write_metrics(script_args.output_dir, metrics)
+        if arguments.compare is not None:
+            metrics["comparison"] = compare_runs(arguments.output_dir, arguments.compare)
+        write_metrics(arguments.output_dir, metrics)
         Console().print(accuracy_table(metrics))
-        if script_args.compare is not None:
-            Console().print(difference_table(metrics["comparison"], script_args.compare))
+        if arguments.compare is not None:
+            Console().print(difference_table(metrics["comparison"], arguments.compare))
     return metrics

@@ -82,47 +82,47 @@ class OptionalEngineArguments(EngineArguments):
     model: str = field(default="", metadata={"help": "Hub id or path of the model; none with --runs."})
 
 
-def main(script_args: EvaluateStructuredArguments, engine_args: OptionalEngineArguments) -> dict[str, Any]:
+def main(arguments: EvaluateStructuredArguments, engine_arguments: OptionalEngineArguments) -> dict[str, Any]:
     """Evaluate or resume, or compare; returns what `metrics.json` or `table.json` holds."""
-    if script_args.runs is not None:
-        return _compare(script_args.runs, script_args.names, Path(script_args.output_dir))
-    if not engine_args.model or script_args.problems is None:
+    if arguments.runs is not None:
+        return _compare(arguments.runs, arguments.names, Path(arguments.output_dir))
+    if not engine_arguments.model or arguments.problems is None:
         raise ValueError("An evaluation needs --model and --problems, or --runs with finished ones.")
     state = process_state()
     tokenizer = AutoTokenizer.from_pretrained(
-        engine_args.tokenizer or engine_args.model, trust_remote_code=engine_args.trust_remote_code
+        engine_arguments.tokenizer or engine_arguments.model, trust_remote_code=engine_arguments.trust_remote_code
     )
-    problems = load_stage(script_args.problems, split=script_args.split, stage="problems")
-    if script_args.limit is not None:
-        problems = problems.select(range(min(script_args.limit, len(problems))))
-    schema = None if script_args.schema is None else load_schema(Path(script_args.schema))
-    models = {"model": engine_args.model, "adapter": engine_args.adapter}
+    problems = load_stage(arguments.problems, split=arguments.split, stage="problems")
+    if arguments.limit is not None:
+        problems = problems.select(range(min(arguments.limit, len(problems))))
+    schema = None if arguments.schema is None else load_schema(Path(arguments.schema))
+    models = {"model": engine_arguments.model, "adapter": engine_arguments.adapter}
     judged = ("output_format", "fence", "references", "text_match", "reasoning_end")
     metrics = evaluate_structured(
-        lambda: load_engine(engine_args),
+        lambda: load_engine(engine_arguments),
         problems,
-        script_args.output_dir,
-        reward=StructuredReward(**{name: getattr(script_args, name) for name in judged}),
+        arguments.output_dir,
+        reward=StructuredReward(**{name: getattr(arguments, name) for name in judged}),
         tokenizer=tokenizer,
         schema=None if schema is None else json.dumps(schema),
-        constrained=script_args.constrained,
-        temperature=script_args.temperature,
-        seed=script_args.seed,
-        max_tokens=script_args.max_tokens,
-        stop=script_args.stop or (),
-        prompt_format=script_args.prompt_format,
-        shard_size=script_args.shard_size,
+        constrained=arguments.constrained,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+        stop=arguments.stop or (),
+        prompt_format=arguments.prompt_format,
+        shard_size=arguments.shard_size,
         parameters={
-            **engine_identities(engine_args),
-            "engine": engine_args.engine,
-            "grammar_backend": engine_args.grammar_backend if script_args.constrained else None,
-            "dtype": engine_args.dtype,
+            **engine_identities(engine_arguments),
+            "engine": engine_arguments.engine,
+            "grammar_backend": engine_arguments.grammar_backend if arguments.constrained else None,
+            "dtype": engine_arguments.dtype,
         },
         extra_manifest={f"{name}_path": path for name, path in models.items()},
     )
     metrics |= models
     if state.is_main_process:
-        write_metrics(script_args.output_dir, metrics)
+        write_metrics(arguments.output_dir, metrics)
         Console().print(structured_table(metrics))
     return metrics
 

@@ -33,19 +33,19 @@ class ViewArguments:
     title: str | None = field(default=None, metadata={"help": "Heading of the page."})
 
 
-def main(script_args: ViewArguments) -> None:
+def main(arguments: ViewArguments) -> None:
     """Write the page."""
-    tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer)
-    dataset = load_stage(script_args.dataset, split=script_args.split, tokenizer=tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    dataset = load_stage(arguments.dataset, split=arguments.split, tokenizer=tokenizer)
     html = token_heatmap(
         dataset,
         tokenizer,
-        signals=script_args.signals,
-        sides=script_args.sides,
-        title=script_args.title or f"Tokens of {script_args.dataset}",
-        start=script_args.start,
-        limit=script_args.limit,
+        signals=arguments.signals,
+        sides=arguments.sides,
+        title=arguments.title or f"Tokens of {arguments.dataset}",
+        start=arguments.start,
+        limit=arguments.limit,
         extract=extract_answer,
     )
-    Path(script_args.output).write_text(html, encoding="utf-8")
-    Console().print(f"Wrote {script_args.output} ({len(html) / 1e6:.1f} MB): open it in a browser.")
+    Path(arguments.output).write_text(html, encoding="utf-8")
+    Console().print(f"Wrote {arguments.output} ({len(html) / 1e6:.1f} MB): open it in a browser.")
