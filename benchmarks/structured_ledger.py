@@ -28,6 +28,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from tokalign.cli.evaluate_structured import EvaluateStructuredArguments, OptionalEngineArguments
+from tokalign.cli.evaluate_structured import main as evaluate
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
@@ -38,10 +40,6 @@ from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.seeds import problem_seed
 from tokalign.view.curriculum import curriculum, first_step
-
-# ledger_stages has put scripts/ on the path
-from evaluate_structured import EvaluateStructuredArguments, OptionalEngineArguments  # isort: skip
-from evaluate_structured import main as evaluate  # isort: skip
 
 WORLD = "--min_events 2 --max_events 3 --max_start 20 --max_change 10 --max_number 40".split()
 GRID_SEED = 1000

@@ -1,52 +1,8 @@
-"""Token heatmap of a signals dataset: one self-contained HTML file.
+"""`tokalign view` as a file of the clone, for `accelerate launch scripts/view.py …`."""
 
-python scripts/view.py --dataset runs/quickstart/signals --tokenizer runs/quickstart/base --output heatmap.html
-"""
+import sys
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from rich.console import Console
-from transformers import AutoTokenizer
-from trl import TrlParser
-
-from tokalign.rewards import extract_answer
-from tokalign.stage.loading import load_stage
-from tokalign.view import token_heatmap
-
-
-@dataclass
-class ViewArguments:
-    dataset: str = field(metadata={"help": "Signals dataset: folder or hub id."})
-    tokenizer: str = field(metadata={"help": "Hub id or path of the tokenizer (or model) that made the ids."})
-    output: str = field(default="heatmap.html", metadata={"help": "HTML file to write."})
-    split: str = field(default="train", metadata={"help": "Split to show."})
-    signals: list[str] | None = field(
-        default=None, metadata={"help": "Signals to show, the first one coloured, e.g. `contrast`; unset is all."}
-    )
-    sides: list[str] = field(default_factory=lambda: ["chosen", "rejected"], metadata={"help": "Completions to show."})
-    start: int = field(default=0, metadata={"help": "First row shown."})
-    limit: int = field(default=50, metadata={"help": "Rows shown."})
-    title: str | None = field(default=None, metadata={"help": "Heading of the page."})
-
-
-def main(script_args: ViewArguments) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer)
-    dataset = load_stage(script_args.dataset, split=script_args.split, tokenizer=tokenizer)
-    html = token_heatmap(
-        dataset,
-        tokenizer,
-        signals=script_args.signals,
-        sides=script_args.sides,
-        title=script_args.title or f"Tokens of {script_args.dataset}",
-        start=script_args.start,
-        limit=script_args.limit,
-        extract=extract_answer,
-    )
-    Path(script_args.output).write_text(html, encoding="utf-8")
-    Console().print(f"Wrote {script_args.output} ({len(html) / 1e6:.1f} MB): open it in a browser.")
-
+from tokalign.cli.main import main
 
 if __name__ == "__main__":
-    parser = TrlParser(ViewArguments)
-    main(*parser.parse_args_and_config())
+    main(["view", *sys.argv[1:]])

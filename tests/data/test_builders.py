@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
+from tokalign.data.builders import gsm8k, hendrycks_math, problems, ultrafeedback
 from tokalign.rewards import answers_match
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.loading import load_stage
@@ -33,17 +32,6 @@ MATH = [
     {"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1", "type": "Algebra"},
     {"problem": "Where?", "solution": "East. The answer is east.", "level": "Level 1", "type": "Algebra"},
 ]
-
-
-def builder(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"builder_{name}", REPOSITORY / "data" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gsm8k, hendrycks_math, ultrafeedback = builder("gsm8k"), builder("hendrycks_math"), builder("ultrafeedback")
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -128,7 +116,7 @@ def test_the_card_loads_and_lists_splits_columns_and_command(tmp_path: Path) -> 
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit"
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "train/*.parquet"}]
-    for text in ("| train | 2 |", "`solution`", "python "):
+    for text in ("| train | 2 |", "`solution`", f"tokalign data gsm8k --source {source} --output_dir {tmp_path}/out\n"):
         assert text in card.text
 
 
@@ -204,7 +192,7 @@ def test_bad_options_are_one_sentence(tmp_path: Path) -> None:
         gsm8k.Gsm8kArguments(source="x", output_dir="y", validation_share=1.5)
     with pytest.raises(ContractError, match="prompt_style is 'chat'"):
         gsm8k.Gsm8kArguments(source="x", output_dir="y", prompt_style="chat")
-    with pytest.raises(ContractError, match=r"neither a \.jsonl file, a folder .* check --source"):
+    with pytest.raises(ContractError, match=r"neither a \.jsonl or \.parquet file, a folder .* check --source"):
         gsm8k.main(gsm8k.Gsm8kArguments(source=str(tmp_path / "absent"), output_dir=str(tmp_path / "out")))
 
 
@@ -219,3 +207,138 @@ def test_real_gsm8k_and_math500_build_without_a_dropped_row(tmp_path: Path) -> N
         hendrycks_math.MathArguments(source=str(DATA / "math500"), output_dir=str(tmp_path / "math500"))
     )
     assert len(load_stage(tmp_path / "math500", split="test", stage="problems")) == 500
+
+
+# ------------------------------------------------------------------------------------------ files that say their split
+
+
+def test_a_file_beside_the_data_is_no_split(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """GSM8K's own folder has example_model_solutions.jsonl, whose rows are no questions."""
+    for name in ("gsm8k_train.jsonl", "dev.jsonl", "test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl"):
+        write(tmp_path / "in" / name, GSM8K[:1])
+    write(tmp_path / "in" / "example_model_solutions.jsonl", [{"ground_truth": "1"}])
+    gsm8k.main(gsm8k.Gsm8kArguments(source=str(tmp_path / "in"), output_dir=str(tmp_path / "out")))
+    assert "left alone, as the name says no split: example_model_solutions.jsonl\n" in capsys.readouterr().out
+    lengths = {split: len(load_stage(tmp_path / "out", split=split)) for split in ("train", "validation", "test")}
+    assert lengths == {"train": 1, "validation": 1, "test": 2}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", *sorted(lengths)]
+
+
+def test_one_file_may_have_any_name_and_several_may_not(tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "homework.jsonl", GSM8K[:1])
+    for name, where in (("file", source), ("folder", str(tmp_path / "in"))):
+        gsm8k.main(gsm8k.Gsm8kArguments(source=where, output_dir=str(tmp_path / name)))
+        assert len(load_stage(tmp_path / name, split="train")) == 1
+    write(tmp_path / "in" / "exam.jsonl", GSM8K[:1])
+    with pytest.raises(ContractError, match=r"No file of .* \(exam\.jsonl, homework\.jsonl\); call them train"):
+        gsm8k.main(gsm8k.Gsm8kArguments(source=str(tmp_path / "in"), output_dir=str(tmp_path / "out")))
+
+
+# --------------------------------------------------------------------------------------------------------- own rows
+
+
+def build_own(source: str | Path, out: Path, **options) -> Dataset:
+    problems.main(problems.OwnProblemsArguments(source=str(source), output_dir=str(out), **options))
+    return load_stage(out, stage="problems")
+
+
+def test_own_rows_of_any_column_names(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Two?", "worked": "It is #### no, #### 2 ", "name": "a", "level": 1},
+        {"question": "Three?", "worked": "#### 3", "name": 7, "level": "hard"},  # of another type: not read
+        {"question": "Four?", "worked": "4", "name": "c"},
+        {"question": " ", "worked": "#### 5", "name": "d"},
+        {"question": "Six?", "worked": "#### 6", "name": None},
+    ]
+    options = {"prompt_column": "question", "answer_column": "worked", "answer_after": "####", "id_column": "name"}
+    source = write(tmp_path / "rows.jsonl", rows)
+    made = build_own(source, tmp_path / "out", **options, solution_column="worked", instruction="Think.")
+    assert made.to_list() == [
+        {
+            "id": str(row["name"]),
+            "prompt": [{"role": "user", "content": f"{row['question']}\nThink."}],
+            "answer": answer,
+            "solution": row["worked"],
+        }
+        for row, answer in zip(rows, ("2", "3"), strict=False)
+    ]
+    manifest = read_manifest(tmp_path / "out" / "train")
+    assert manifest["dropped"] == {"no answer": 1, "no id": 1, "no question": 1}
+    write(tmp_path / "rows.jsonl", [*rows, {"question": "?", "worked": "#### 1", "name": "a"}])
+    with pytest.raises(ContractError, match=r"Row 5 of split train: `name` 'a' occurs twice; give every row its own"):
+        build_own(source, tmp_path / "again", **options)
+
+
+def test_own_answers_as_they_are_or_as_the_text_states_them(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "How much?"}]
+    rows = [{"prompt": talk, "answer": answer} for answer in (5, "so \\boxed{6}", None, "")]
+    source = write(tmp_path / "rows.jsonl", rows)
+    made = build_own(source, tmp_path / "given")
+    assert made["answer"] == ["5", "so \\boxed{6}"] and made["prompt"] == [talk] * 2
+    assert made["id"] == ["own-train-0", "own-train-1"]
+    made = build_own(source, tmp_path / "read", extract_answers=True, instruction="Briefly.")
+    assert made["answer"] == ["6"]
+    assert made["prompt"] == [[talk[0], {"role": "user", "content": "How much?\nBriefly."}]]
+
+
+def test_own_parquet_keeps_its_splits_and_takes_a_validation_share(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for split, count in (("train", 200), ("test", 3)):
+        rows = [{"id": i, "prompt": f"{split} {i}?", "answer": f"The answer is {i}."} for i in range(count)]
+        Dataset.from_list(rows).to_parquet(tmp_path / "in" / f"{split}.parquet")
+    options = {"extract_answers": True, "solution_column": "answer", "id_column": "id", "prompt_style": "string"}
+    train = build_own(tmp_path / "in", tmp_path / "out", **options, validation_share=0.2)
+    validation, test = (load_stage(tmp_path / "out", split=split) for split in ("validation", "test"))
+    assert len(train) + len(validation) == 200 and 20 <= len(validation) <= 60
+    assert {*train["id"], *validation["id"]} == {str(i) for i in range(200)}
+    assert test.to_list()[1] == {"id": "1", "prompt": "test 1?\n", "answer": "1", "solution": "The answer is 1."}
+
+
+def test_own_rows_with_a_schema_are_structured_problems(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    rows = [
+        {"prompt": "p", "answer": {"a": 1}, "schema": schema},
+        {"prompt": "p", "answer": '{"a": 2}', "schema": json.dumps(schema)},
+        {"prompt": "p", "answer": {"b": 1}, "schema": schema},
+        {"prompt": "p", "answer": "one", "schema": {"type": "string"}},
+        {"prompt": "p", "answer": {}, "schema": {"type": "thing"}},
+        {"prompt": "p", "answer": {}},
+    ]
+    source = write(tmp_path / "rows.jsonl", rows)
+    build_own(source, tmp_path / "out", schema_column="schema")
+    made = load_stage(tmp_path / "out", stage="structured")
+    assert made["answer"] == ['{"a": 1}', '{"a": 2}'] and made["schema"] == [json.dumps(schema)] * 2
+    assert made["completion"][0] == [{"role": "assistant", "content": '{"a": 1}'}]
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {
+        "answer breaks its schema": 1,
+        "answer is not JSON": 1,
+        "no schema": 1,
+        "schema does not compile": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"question": "a", "answer": "1"}, {}, r"has columns answer, question but no `prompt`; set --prompt_column"),
+        (
+            {"prompt": "a", "answer": "1"},
+            {"id_column": "key"},
+            r"has columns answer, prompt but no `key`; set --id_column",
+        ),
+        ({"prompt": ["a"], "answer": "1"}, {}, r"`prompt` of .*rows\.jsonl is text in some rows and not in others"),
+        (
+            {"prompt": "a", "answer": "1"},
+            {"answer_after": "#", "extract_answers": True},
+            r"--answer_after and --extract_answers both say",
+        ),
+    ],
+)
+def test_own_rows_that_cannot_be_read_are_one_sentence(tmp_path: Path, row, options, message: str) -> None:
+    rows = [row, {"prompt": "b", "answer": "2"}] if isinstance(row.get("prompt"), list) else [row]
+    with pytest.raises(ContractError, match=message):
+        build_own(write(tmp_path / "rows.jsonl", rows), tmp_path / "out", **options)
+    Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    if "prompt" not in row:
+        with pytest.raises(ContractError, match=message):
+            build_own(tmp_path / "rows.parquet", tmp_path / "out", **options)

@@ -13,13 +13,13 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from tests.data.test_builders import DATA, builder, needs_data, write
+from tests.data.test_builders import DATA, needs_data, write
+from tokalign.data.builders import bfcl, cooking, gsm8k, gsm8k_json
 from tokalign.rewards.structured.content import allowed_agreement
 from tokalign.stage.errors import ContractError
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 
-gsm8k, gsm8k_json, bfcl, cooking = builder("gsm8k"), builder("gsm8k_json"), builder("bfcl"), builder("cooking")
 needs_bfcl = pytest.mark.skipif(
     not (DATA / "bfcl" / "simple_python.jsonl").exists(),
     reason=f"no BFCL under {DATA}; set TOKALIGN_SHARED_DATA to its folder",
@@ -359,7 +359,7 @@ def test_bfcl_reads_two_files_by_option(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         ('{"id": "a", \n', r"Line 1 of .*simple_python\.jsonl is not JSON \(.* at column \d+\); repair or remove it"),
-        ("[]\n", r"Line 1 of .*simple_python\.jsonl has no `id`; repair or remove it"),
+        ("[]\n", r"Line 1 of .*simple_python\.jsonl is not a JSON object; repair or remove it"),
         ('\n{"id": "a", "question": []}\n', r"Line 2 of .*simple_python\.jsonl has no `function`; repair or remove it"),
     ],
 )
@@ -371,7 +371,9 @@ def test_a_bad_line_of_bfcl_is_one_sentence(tmp_path: Path, lines: str, message:
 
 
 def test_bad_bfcl_options_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match=r"_answers\.jsonl does not exist; check --source, or give --questions"):
+    with pytest.raises(
+        ContractError, match=r"simple_python\.jsonl does not exist; check --source, or give --questions"
+    ):
         bfcl.main(bfcl.BfclArguments(source=str(tmp_path), output_dir="unused"))
     with pytest.raises(ContractError, match="nothing to read; give --source, or both --questions and --answers"):
         bfcl.BfclArguments(output_dir="unused", questions="q.json")
@@ -462,18 +464,20 @@ def test_varied_schemas_ask_for_the_same_recipes_in_every_way() -> None:
             assert one["id"] == other["id"]
             assert one["prompt"][0]["content"].split("\n")[0] == other["prompt"][0]["content"].split("\n")[0]
     rng = random.Random(0)
-    shapes = [cooking.draw_shape(rng) for _ in range(300)]
+    layouts = [cooking.draw_layout(rng) for _ in range(300)]
     for name, keys in cooking.KEYS.items():
-        assert {shape.keys[name] for shape in shapes} == set(keys)
+        assert {layout.keys[name] for layout in layouts} == set(keys)
     changeable = {"servings", "minutes", "vegetarian", "steps"}
-    assert {name for shape in shapes for name in shape.optional} == changeable
-    assert {name for shape in shapes for name in cooking.FIELDS if name not in shape.fields} == changeable
-    assert {(shape.nested_facts, shape.nested_amounts) for shape in shapes} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    assert {name for layout in layouts for name in layout.optional} == changeable
+    assert {name for layout in layouts for name in cooking.FIELDS if name not in layout.fields} == changeable
+    assert {(layout.nested_facts, layout.nested_amounts) for layout in layouts} == {
+        (a, b) for a in (0, 1) for b in (0, 1)
+    }
     recipe = cooking.draw_recipe(rng)
-    shape = cooking.Shape(
+    layout = cooking.Layout(
         {name: keys[1] for name, keys in cooking.KEYS.items()}, nested_facts=True, nested_amounts=True
     )
-    _, document = cooking.render(recipe, shape)
+    _, document = cooking.render(recipe, layout)
     assert list(document) == ["title", "details", "shopping_list", "instructions"]
     assert document["details"] == {
         **{"people": recipe.servings, "time_in_minutes": recipe.minutes},
@@ -484,7 +488,7 @@ def test_varied_schemas_ask_for_the_same_recipes_in_every_way() -> None:
 
 def test_an_optional_field_may_be_missing_and_another_may_not() -> None:
     recipe = cooking.draw_recipe(random.Random(1))
-    schema, document = cooking.render(recipe, cooking.Shape(cooking.FIXED.keys, optional=("minutes",)))
+    schema, document = cooking.render(recipe, cooking.Layout(cooking.FIXED.keys, optional=("minutes",)))
     validator = jsonschema_rs.validator_for(schema, offline=True)
     assert document["minutes"] == recipe.minutes
     assert validator.is_valid({key: value for key, value in document.items() if key != "minutes"})

@@ -2,14 +2,12 @@
 
 import json
 import math
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from tests.support import ALPHABET, tiny_model, tiny_tokenizer
+from tokalign.cli.main import main
 from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, latency_of, plot
 from tokalign.generation.protocol import Completion
 from tokalign.rewards import StructuredReward
@@ -219,7 +217,7 @@ def test_runs_side_by_side(tmp_path):
     with pytest.raises(ContractError, match="do not both hold problem 'p10'; evaluate them on the same"):
         compare([tmp_path / "bad", tmp_path / "more"])
     problems_of().to_parquet(tmp_path / "other" / "train.parquet")
-    with pytest.raises(ContractError, match="has no column `validity`; run scripts/evaluate_structured"):
+    with pytest.raises(ContractError, match="has no column `validity`; run `tokalign evaluate structured`"):
         compare([tmp_path / "other"])
 
 
@@ -257,7 +255,7 @@ def test_bad_input_stops_before_any_generation(problems, settings, sentence, tmp
         )
 
 
-def test_the_script_free_constrained_and_the_table(tmp_path, monkeypatch, capsys):
+def test_the_verb_free_constrained_and_the_table(tmp_path, capsys):
     model = tmp_path / "model"
     TOKENIZER.save_pretrained(model)
     tiny_model(len(TOKENIZER)).save_pretrained(model)
@@ -267,9 +265,7 @@ def test_the_script_free_constrained_and_the_table(tmp_path, monkeypatch, capsys
     (tmp_path / "schema.json").write_text(json.dumps(short))
 
     def script(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate_structured.py", *map(str, arguments)])
-        file = Path(__file__).parents[2] / "scripts" / "evaluate_structured.py"
-        runpy.run_path(str(file), run_name="__main__")
+        main(["evaluate", "structured", *map(str, arguments)])
 
     common = ["--model", model, "--problems", tmp_path / "problems", "--split", "train", "--max_tokens", 60]
     common += ["--schema", tmp_path / "schema.json", "--limit", 5]

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from scripts.sample_rollouts import SampleRolloutsArguments
-from scripts.sample_rollouts import main as sample_rollouts
 from tests.generation.test_openai_engine import PROMPTS, check_answers, engine_at, good, serving
+from tokalign.cli.sample import SampleArguments
+from tokalign.cli.sample import main as sample_rollouts
 from tokalign.generation import EngineArguments, SamplingParams, openai_engine
+from tokalign.generation.arguments import SamplingArguments
 from tokalign.routing.decode.backend import LLMUnavailable
 from tokalign.routing.decode.vllm.servers import ServedLLM
 from tokalign.stage.errors import JobError
@@ -100,10 +101,8 @@ def test_a_server_that_dies_in_the_middle_of_a_job(tiny_path, tmp_path):
 
     def sample(url: str, folder: str):
         engine = EngineArguments(tiny_path, engine="openai", base_urls=[url], max_retries=1, timeout=10, concurrency=1)
-        arguments = SampleRolloutsArguments(
-            str(tmp_path / "problems"), str(tmp_path / folder), num_rollouts=2, shard_size=2, max_tokens=40
-        )
-        return sample_rollouts(arguments, engine)
+        arguments = SampleArguments(str(tmp_path / "problems"), str(tmp_path / folder), shard_size=2)
+        return sample_rollouts(arguments, SamplingArguments(num_rollouts=2, max_tokens=40), engine)
 
     asked = []
 

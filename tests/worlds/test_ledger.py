@@ -8,10 +8,9 @@ import random
 import jsonschema_rs
 import pytest
 
-from tests.data.test_builders import builder
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
-from tokalign.worlds import ledger
+from tokalign.worlds import ledger, ledger_builder
 from tokalign.worlds.ledger import (
     LedgerConfig,
     Problem,
@@ -219,14 +218,14 @@ def test_a_world_too_small_says_so():
 
 
 def sft_rows(**options):
-    script = builder("ledger")
-    arguments = script.LedgerArguments(output_dir="unused", sft=400, **options)
-    return list(script._sft_rows(arguments, LedgerConfig()))
+    arguments = ledger_builder.LedgerArguments(output_dir="unused", sft=400, **options)
+    return list(ledger_builder._sft_rows(arguments, LedgerConfig()))
 
 
 def problem_rows(split="test", **options):
-    script = builder("ledger")
-    return list(script._problem_rows(split, 100, script.LedgerArguments("unused", **options), LedgerConfig()))
+    return list(
+        ledger_builder._problem_rows(split, 100, ledger_builder.LedgerArguments("unused", **options), LedgerConfig())
+    )
 
 
 def rows_hash(rows):
@@ -288,11 +287,10 @@ def test_an_unknown_rendering_of_problems_says_so():
 
 
 def test_the_builder_writes_either_rendering(tmp_path):
-    script = builder("ledger")
     sizes = {"train": 5, "validation": 5, "test": 5, "sft": 5}
     for rendering in ledger.RENDERINGS:
         folder = tmp_path / rendering
-        script.main(script.LedgerArguments(str(folder), **sizes, problem_rendering=rendering))
+        ledger_builder.main(ledger_builder.LedgerArguments(str(folder), **sizes, problem_rendering=rendering))
         structured = rendering in ledger.SCHEMAS
         stage = "structured" if structured else "problems"
         assert len(load_stage(folder, split="test", stage=stage)) == 5

@@ -55,20 +55,20 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     "start": (
         _job("quickstart", "from nothing to a better model and a report, on a laptop"),
         _job("recipes", "list the recipes that ship with the package, copy one", first="name"),
+        _job("own-data", "the whole pipeline on GSM8K's text, with a stand-in model"),
     ),
     "data": (
         _several(
             "data",
             "build problems from a public data set, or from your own file",
             Verb("problems", "tokalign.data.builders.problems", "any JSONL, parquet or hub id with prompt and answer"),
-            Verb("pairs", "tokalign.data.builders.pairs", "your own pairs: prompt, chosen, rejected, as text"),
             Verb("gsm8k", "tokalign.data.builders.gsm8k", "GSM8K, word problems"),
             Verb("math", "tokalign.data.builders.hendrycks_math", "MATH, competition problems"),
             Verb("ultrafeedback", "tokalign.data.builders.ultrafeedback", "UltraFeedback, open instructions"),
             Verb("gsm8k-json", "tokalign.data.builders.gsm8k_json", "GSM8K answered as JSON"),
             Verb("bfcl", "tokalign.data.builders.bfcl", "function calls of the Berkeley leaderboard"),
             Verb("cooking", "tokalign.data.builders.cooking", "cooking recipes as JSON"),
-            Verb("ledger", "tokalign.data.builders.ledger", "the made-up ledger world"),
+            Verb("ledger", "tokalign.worlds.ledger_builder", "the made-up ledger world"),
         ),
         _job("sample", "sample answers to problems and verify them"),
         _job("reward", "score answers with a reward model or a function"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -57,3 +60,16 @@ def write_dataset_card(
     path.parent.mkdir(parents=True, exist_ok=True)
     DatasetCard("\n".join(lines) + "\n").save(path)
     return path
+
+
+def command_of(verb: str, arguments: Any) -> str:
+    """The command that `arguments`, a dataclass, are read from; options at their default are left out."""
+    words = ["tokalign", *verb.split()]
+    for option in fields(arguments):
+        value = getattr(arguments, option.name)
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if value is None or value == default:
+            continue
+        texts = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        words += [f"--{option.name}", *([texts[0].lower()] if isinstance(value, bool) else texts)]
+    return shlex.join(words)

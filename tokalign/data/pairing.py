@@ -21,14 +21,18 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 
 from tokalign.stage.errors import ContractError
-from tokalign.stage.jobs import Row
+from tokalign.stage.hashes import content_hash
+from tokalign.stage.jobs import Dropped, Kept, Row, run_job
+from tokalign.stage.processes import process_state
 
 NO_CORRECT, NO_WRONG = "no correct rollout", "no wrong rollout"
 NO_ANSWER, NO_FINISHED = "no wrong rollout with an answer", "no finished rollout"
@@ -257,7 +261,7 @@ def _best_and_worst(
         if rollout["reward"] is None or not math.isfinite(rollout["reward"]):
             raise ContractError(
                 f"Problem {rollout['id']!r}: `reward` is {rollout['reward']}, not a finite number; score the rollouts "
-                "with scripts/score_rewards.py."
+                "with `tokalign reward`."
             )
     rewards = [rollout["reward"] for rollout in finished]
     if max(rewards) - min(rewards) <= options.min_margin:
@@ -345,3 +349,89 @@ def check_something_left(manifest: Mapping[str, Any]) -> None:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         why = f"no problem gives a row ({reasons}); sample more rollouts a problem"
     raise ContractError(f"Nothing is left of {problems} problems for {manifest['name']}: {why}.")
+
+
+# --------------------------------------------------------------------------------------------------------- the stages
+
+_READ = ("id", "prompt", "answer", "prompt_ids", "completion_ids", "completion", "finish_reason")
+
+
+def write_pairs(
+    rollouts: Dataset,
+    output_dir: str | Path,
+    options: PairingOptions | BestWorstOptions,
+    *,
+    extract: Callable[[str], str | None],
+    name: str = "the dataset",
+    shard_size: int = 512,
+) -> dict[str, dict[str, Any]]:
+    """Write the stages of a rule: `pairs`, `positive` and, by answer frequency, `negative`.
+
+    Args:
+        rollouts: stage whose problems' rows are contiguous; verified, or with `reward` for `BestWorstOptions`.
+        extract: reads the final answer out of a text, for rollouts without `extracted`.
+        name: what errors call the rollouts.
+        shard_size: problems a shard.
+
+    Returns:
+        The manifest of each stage.
+
+    Raises:
+        ContractError: a column is missing, a problem's rows are not contiguous, or a stage would be empty.
+    """
+    by_reward = isinstance(options, BestWorstOptions)
+    if by_reward and "reward" not in rollouts.column_names:
+        raise ContractError(
+            f"{name} has no column `reward`, which the rule best_worst needs; make it with `tokalign reward`."
+        )
+    parameters: dict[str, Any] = {"rule": "best_worst", **vars(options)} if by_reward else dict(vars(options))
+    # In this order: the hash of the input, by which a run resumes, depends on it.
+    read = (*_READ, "reward") if by_reward else (*_READ, "correct", "extracted")
+    rollouts = rollouts.select_columns([column for column in read if column in rollouts.column_names])
+    if process_state().is_main_process:
+        parameters["rollouts"] = content_hash(rollouts)
+    problems = group_consecutive(rollouts, "id")
+    problems.info.description = rollouts.info.description  # the stage's manifest: its tokenizer is theirs
+    manifests = {}
+    for stage, select in _stages(options, extract).items():
+        manifests[stage] = run_job(
+            partial(_select_all, rollouts=rollouts, select=select),
+            problems,
+            Path(output_dir) / stage,
+            name=f"build_pairs: {stage}",
+            parameters=parameters,
+            shard_size=shard_size,
+            extra_manifest={"rollouts": len(rollouts)},
+        )
+        check_something_left(manifests[stage])
+    return manifests
+
+
+def _stages(
+    options: PairingOptions | BestWorstOptions, extract: Callable[[str], str | None]
+) -> dict[str, Callable[[list[Row]], Selection]]:
+    """For each stage of the rule what it takes from one problem's rollouts."""
+    if isinstance(options, BestWorstOptions):
+        return {"pairs": partial(best_worst_pair, options=options), "positive": partial(best_rows, options=options)}
+
+    def answer_of(rollout: Row) -> str | None:
+        return rollout["extracted"] if "extracted" in rollout else extract(rollout["completion"])
+
+    return {
+        "pairs": partial(preference_pairs, options=options, answer_of=answer_of),
+        "positive": partial(positive_rows, options=options),
+        "negative": partial(negative_rows, options=options, answer_of=answer_of),
+    }
+
+
+def _select_all(
+    groups: list[Row], *, rollouts: Dataset, select: Callable[[list[Row]], Selection]
+) -> Iterator[Dropped | Kept]:
+    """The job's function: `group_consecutive`'s rows in, each problem's selection out."""
+    for group in groups:
+        rows = rollouts.select(range(group["first"], group["first"] + group["count"])).to_list()
+        selection = select(rows)
+        if selection.reason is not None:
+            yield Dropped(selection.reason, selection.left_out)
+        else:
+            yield Kept(selection.rows, selection.left_out)

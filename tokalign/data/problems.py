@@ -1,4 +1,4 @@
-"""From a public problem set to the contract's problem columns: what the builders in `data/` share.
+"""From a problem set to the contract's problem columns: what the builders in `tokalign/data/builders/` share.
 
 A builder opens its source (`open_source`) and turns one row into `answer` and perhaps `solution`; `build_problems` does
 the rest: prompts, ids, the validation split by hash of the question, parquet shards with a manifest, the dataset card.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
 
-from tokalign.data.card import write_dataset_card
+from tokalign.data.card import command_of, write_dataset_card
 from tokalign.internals.datasets import DatasetNotFoundError
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped, run_job
@@ -39,7 +38,9 @@ _COLUMNS = {
 class ProblemArguments:
     """Options that every problem builder has."""
 
-    source: str = field(metadata={"help": "Hub id, a .jsonl file, or a folder with train.jsonl and/or test.jsonl."})
+    source: str = field(
+        metadata={"help": "Hub id, a .jsonl or .parquet file, or a folder with train.jsonl and/or test.jsonl."}
+    )
     output_dir: str = field(metadata={"help": "Folder to write to: one folder a split, and the dataset card."})
     prompt_style: str = field(
         default="string", metadata={"help": "'string' (question and a newline) or 'messages' (one user message)."}
@@ -58,7 +59,7 @@ class ProblemArguments:
 
 
 def open_source(source: str, config: str | None = None) -> dict[str, Dataset]:
-    """Splits of a `.jsonl` file (its name gives the split), of a folder of them, or of a dataset on the hub.
+    """Splits of a `.jsonl` or `.parquet` file, of a folder of them (`source_files`), or of a dataset on the hub.
 
     Args:
         source: path or hub id.
@@ -67,40 +68,93 @@ def open_source(source: str, config: str | None = None) -> dict[str, Dataset]:
     Raises:
         ContractError: nothing there, or a line that is not a JSON object (named with its number).
     """
-    path = Path(source)
-    if path.is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
-        files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-        for file in files:
-            _check_lines(file)
-        return {_split_name(file): load_dataset("json", data_files=str(file), split="train") for file in files}
+    if files := source_files(source):
+        return {split: read_files(parts) for split, parts in files.items()}
     try:
         configs = [config] if config else get_dataset_config_names(source)
         parts = [load_dataset(source, name) for name in configs]
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise ContractError(
-            f"{source} is neither a .jsonl file, a folder with .jsonl files, nor a dataset on the hub that can be read "
-            f"({type(error).__name__}); check --source."
+            f"{source} is neither a .jsonl or .parquet file, a folder of them, nor a dataset on the hub that can be "
+            f"read ({type(error).__name__}); check --source."
         ) from error
     assert all(isinstance(part, DatasetDict) for part in parts)
     return {split: concatenate_datasets([part[split] for part in parts if split in part]) for split in parts[0]}
 
 
-def _split_name(file: Path) -> str:
-    return next((split for split in ("train", "validation", "test") if split in file.stem), file.stem)
+# The words in a file's name that say its split, as `datasets.load_dataset` reads them.
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 
 
-def _check_lines(file: Path) -> None:
-    # `load_dataset` names neither the line nor, for a row that is not an object, the file
+def source_files(source: str) -> dict[str, list[Path]]:
+    """The files of a local source by split; nothing where `source` is neither a file nor a folder with such files.
+
+    A single file may have any name, and is "train" if the name says no split. In a folder the files are splits whose
+    names say so; others, such as a set of examples beside the data, are left alone and named on screen. A folder's
+    `.parquet` files are taken where it has no `.jsonl` ones.
+
+    Raises:
+        ContractError: several files, and no name says a split.
+    """
+    path = Path(source)
+    if path.is_file():
+        return {_split_of(path) or "train": [path]}
+    files = sorted(path.glob("*.jsonl")) or sorted(path.glob("*.parquet"))
+    if len(files) == 1:
+        return {_split_of(files[0]) or "train": files}
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file) or "", []).append(file)
+    others = ", ".join(file.name for file in splits.pop("", []))
+    if files and not splits:
+        raise ContractError(
+            f"No file of {source} says its split by its name ({others}); call them train, validation or test, or give "
+            "one file as --source."
+        )
+    if others and process_state().is_main_process:
+        print(f"{source}: left alone, as the name says no split: {others}")
+    return splits
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name says: "gsm8k_train.jsonl", or a hub's "test_prefs-00000-of-00001.parquet"."""
+    if part := re.fullmatch(r"(\w+)-\d{5}-of-\d{5}", file.stem):
+        return part[1]
+    words = set(re.split(r"[-._ \d]+", file.stem.casefold()))
+    return next((split for split, known in _SPLITS.items() if words & known), None)
+
+
+def read_files(files: list[Path]) -> Dataset:
+    """The rows of a split's files, which are all of one kind."""
+    kind = "parquet" if files[0].suffix == ".parquet" else "json"
+    if kind == "json":
+        for file in files:  # `load_dataset` names neither the line nor, for a row that is not an object, the file
+            for _ in read_lines(file):
+                pass
+    return load_dataset(kind, data_files=[str(file) for file in files], split="train")
+
+
+def read_lines(file: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line; `ContractError` naming a line that is none or lacks a `needed` key."""
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"Line {number} of {file}"
             try:
-                fault = None if isinstance(json.loads(line), dict) else "is not a JSON object"
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 fault = f"is not JSON ({error.msg} at column {error.colno})"
-            if fault:
-                raise ContractError(f"Line {number} of {file} {fault}; repair or remove it.")
+                raise ContractError(f"{where} {fault}; repair or remove it.") from None
+            if not isinstance(row, dict):
+                raise ContractError(f"{where} is not a JSON object; repair or remove it.")
+            if missing := [name for name in needed if name not in row]:
+                raise ContractError(f"{where} has no `{missing[0]}`; repair or remove it.")
+            yield row
 
 
 def column(rows: Dataset, names: tuple[str, ...], where: str) -> str:
@@ -112,14 +166,27 @@ def column(rows: Dataset, names: tuple[str, ...], where: str) -> str:
     raise ContractError(f"{where} has columns {there} but none of {', '.join(names)}; rename one of them.")
 
 
-def _in_validation(question: str, share: float) -> bool:
+def _words(question: Any) -> str:
+    """The words of a question, which is text or messages; "" where it is neither."""
+    if isinstance(question, list):
+        question = " ".join(str(message.get("content") or "") for message in question)
+    return " ".join(question.split()) if isinstance(question, str) else ""
+
+
+def _in_validation(question: Any, share: float) -> bool:
     """Decided by the question's words alone, so that a repeated question is never on both sides."""
-    identity = " ".join(question.split()).casefold().encode()
+    identity = _words(question).casefold().encode()
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") < share * 2**64
 
 
-def _prompt(question: str, args: ProblemArguments) -> str | list[dict[str, str]]:
-    content = f"{question}\n{args.instruction}" if args.instruction else question
+def _prompt(question: str | list[dict[str, str]], args: ProblemArguments) -> str | list[dict[str, str]]:
+    """The prompt of a question; one that is messages already keeps them, the instruction after the last of them."""
+    if isinstance(question, list):
+        *before, last = question
+        return (
+            [*before, {**last, "content": f"{last['content']}\n{args.instruction}"}] if args.instruction else question
+        )
+    content = f"{question.strip()}\n{args.instruction}" if args.instruction else question.strip()
     return content + "\n" if args.prompt_style == "string" else [{"role": "user", "content": content}]
 
 
@@ -132,6 +199,7 @@ def build_problems(
     title: str,
     licence: str,
     question: tuple[str, ...] = ("question", "problem"),
+    verb: str | None = None,
     notes: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Write every split as a problems stage with its manifest, and the dataset card.
@@ -143,6 +211,7 @@ def build_problems(
         args: the builder's arguments; all but `output_dir` are recorded in the manifests.
         title, licence, notes: for the card.
         question: names that the question's column may have.
+        verb: of `tokalign data`, where it is not `name`.
 
     Returns:
         The manifest of each split. Rows without a question are dropped and counted like those `convert` drops.
@@ -157,19 +226,11 @@ def build_problems(
             batch: list[dict[str, Any]], asked: str = asked, source_split: str = source_split
         ) -> Iterator[dict[str, Any] | Dropped]:
             for row in batch:
-                if not isinstance(row[asked], str) or not row[asked].strip():
-                    yield Dropped("no question")
-                    continue
-                made = convert(row, source_split)
-                yield (
-                    made
-                    if isinstance(made, Dropped)
-                    else {
-                        "id": row["id"],
-                        "prompt": _prompt(row[asked].strip(), args),
-                        **made,
-                    }
-                )
+                made = convert(row, source_split) if _words(row[asked]) else Dropped("no question")
+                if isinstance(made, Dropped):
+                    yield made
+                else:
+                    yield {"id": row["id"], "prompt": _prompt(row[asked], args), **made}
 
         kept = rows.remove_columns([c for c in ("id",) if c in rows.column_names])
         kept = kept.rename_column("_row", "id")
@@ -194,7 +255,7 @@ def build_problems(
         licence=licence,
         columns=columns,
         splits={split: manifest["rows"] for split, manifest in manifests.items()},
-        command=shlex.join(["python", *sys.argv]),
+        command=command_of(f"data {verb or name.replace('_', '-')}", args),
         notes=notes,
     )
     return manifests
@@ -217,7 +278,7 @@ def _with_validation(
         asked = column(rows, question, f"Split {split} of {args.source}")
         for name, wanted in (("train", False), ("validation", True)):
             part = numbered.filter(
-                lambda text, wanted: _in_validation(text or "", args.validation_share) is wanted,
+                lambda question, wanted: _in_validation(question, args.validation_share) is wanted,
                 input_columns=asked,
                 fn_kwargs={"wanted": wanted},
             )

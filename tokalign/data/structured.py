@@ -7,8 +7,6 @@ JSON Schema) and for SFT `completion` (messages). See `docs/data_contract.md`.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from tokalign.data.card import write_dataset_card
+from tokalign.data.card import command_of, write_dataset_card
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.processes import process_state
 
@@ -116,7 +114,7 @@ def write_structured(
             licence=licence,
             columns=written,
             splits={split: manifest["rows"] for split, manifest in manifests.items()},
-            command=shlex.join(["python", *sys.argv]),
+            command=command_of(f"data {name}", args),
             notes=notes,
         )
     return manifests

@@ -178,7 +178,9 @@ def compare_runs(run: str | Path, other: str | Path) -> dict[str, Any]:
     first, second = load_stage(run), load_stage(other)
     for where, rows in ((run, first), (other, second)):
         if "greedy_correct" not in rows.column_names:
-            raise ContractError(f"{where} holds no evaluation rows; run scripts/evaluate.py with this output_dir.")
+            raise ContractError(
+                f"{where} holds no evaluation rows; run `tokalign evaluate answers` with this output_dir."
+            )
     result: dict[str, Any] = {
         "greedy": paired_bootstrap(_by_id(first, "greedy_correct"), _by_id(second, "greedy_correct")),
         "sampled": None,

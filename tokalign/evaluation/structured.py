@@ -293,7 +293,7 @@ def compare(runs: Sequence[str | Path], names: Sequence[str] | None = None) -> d
         rows = load_stage(run)
         if missing := [column for column in FIGURES if column not in rows.column_names]:
             raise ContractError(
-                f"{run} has no column `{missing[0]}`; run scripts/evaluate_structured.py with this output_dir."
+                f"{run} has no column `{missing[0]}`; run `tokalign evaluate structured` with this output_dir."
             )
         own = {figure: dict(zip(rows["id"], rows[figure], strict=True)) for figure in FIGURES}
         first = first or own

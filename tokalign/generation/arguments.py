@@ -5,10 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tokalign.generation.protocol import SamplingParams
+from tokalign.stage.hashes import model_identity
+
+
+@dataclass
+class SamplingArguments:
+    """How a prompt is read, and what is drawn from the model."""
+
+    num_rollouts: int = field(default=64, metadata={"help": "Completions a problem (paper: 64)."})
+    temperature: float = field(default=1.0, metadata={"help": "0 is greedy. Paper: about 10 wrong answers a problem."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus kept while sampling."})
+    max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longer prompts are dropped and counted; unset is what the model can hold."}
+    )
+    prompt_format: Literal["chat", "raw"] = field(
+        default="chat",
+        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of all completions."})
+
+    @property
+    def params(self) -> SamplingParams:
+        """What an engine is told of every problem; each gets a seed of its own."""
+        return SamplingParams(
+            n=self.num_rollouts,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=self.max_tokens,
+            stop=tuple(self.stop or ()),
+        )
+
 
 @dataclass
 class EngineArguments:
-    """Command-line and YAML arguments of `tokalign.generation.load_engine`, for `TrlParser`."""
+    """The model, and what generates with it."""
 
     model: str = field(metadata={"help": "Hub id or path of the model (OpenAI engine: of its tokenizer too)."})
     engine: Literal["transformers", "vllm", "openai"] = field(
@@ -74,3 +107,10 @@ class EngineArguments:
         default="xgrammar",
         metadata={"help": "transformers, vllm: library that constrains completions to a JSON Schema, where asked to."},
     )
+
+
+def engine_identities(arguments: EngineArguments) -> dict[str, str | None]:
+    """`model_identity` of the model and the adapter; of a server's model, the name that it has there."""
+    remote = arguments.engine == "openai"
+    model = (arguments.served_model if remote else None) or arguments.model
+    return {"model": model_identity(model, remote=remote), "adapter": model_identity(arguments.adapter, remote=remote)}

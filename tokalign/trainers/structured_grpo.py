@@ -185,7 +185,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
             among them, which then replaces the one of `args`.
         args: a [`StructuredGRPOConfig`].
         train_dataset, eval_dataset: rows with `prompt`, and `schema` and `answer` as the configuration names them
-            (data/gsm8k_json.py, data/bfcl.py, data/cooking.py). Map-style datasets are checked before training.
+            (`tokalign data gsm8k-json`, `bfcl`, `cooking`). Map-style datasets are checked before training.
 
     Raises:
         ContractError: a row without a schema, or with one that is invalid, or with a reference that is not JSON.
@@ -406,7 +406,7 @@ def check_rows(rows: Dataset, reward: StructuredReward, name: str) -> None:
             "`schema` to a JSON Schema file, or `schema_column` to the column that holds them."
         )
     if "prompt" not in rows.column_names:
-        raise ContractError(f"The {name} dataset has no column `prompt`; build it with a dataset builder in data/.")
+        raise ContractError(f"The {name} dataset has no column `prompt`; build it with `tokalign data`.")
     if not columns:
         return
     number = 0

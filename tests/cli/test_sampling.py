@@ -1,36 +1,21 @@
-"""The sampling and pairing scripts on a tiny model: problems in; rollouts, pairs and SFT sets out."""
+"""`tokalign sample` and `tokalign pairs` on a tiny model: problems in; rollouts, pairs and SFT sets out."""
 
 from __future__ import annotations
-
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tokalign.generation.arguments import EngineArguments
+from tokalign.cli import pairs as build_pairs
+from tokalign.cli import sample as sample_rollouts
+from tokalign.generation.arguments import EngineArguments, SamplingArguments, engine_identities
 from tokalign.generation.protocol import Completion
 from tokalign.prompts import render_prompt
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError, JobError
-from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.hashes import tokenizer_hash, weights_hash
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-sample_rollouts, build_pairs = script("sample_rollouts"), script("build_pairs")
 
 
 class Scripted:
@@ -64,19 +49,16 @@ def problems(folder, count: int = 10, prompt=lambda k: f"What is {k}+1?") -> str
 def sample(tmp_path, monkeypatch, tiny_path, texts, **changes):
     monkeypatch.setattr(sample_rollouts, "load_engine", lambda arguments: Scripted(tiny_path, texts))
     where = tmp_path / "problems"
-    values = {
-        "dataset": str(where) if where.exists() else problems(where),
-        "output_dir": str(tmp_path / "rollouts"),
-        "num_rollouts": 6,
-        "shard_size": 4,
-        **changes,
-    }
-    return sample_rollouts.main(sample_rollouts.SampleRolloutsArguments(**values), EngineArguments(model=tiny_path))
+    arguments = sample_rollouts.SampleArguments(
+        dataset=str(where) if where.exists() else problems(where), output_dir=str(tmp_path / "rollouts"), shard_size=4
+    )
+    sampling = SamplingArguments(**{"num_rollouts": 6, **changes})
+    return sample_rollouts.main(arguments, sampling, EngineArguments(model=tiny_path))
 
 
 def pair(tmp_path, **changes):
     values = {"dataset": str(tmp_path / "rollouts"), "output_dir": str(tmp_path / "out"), "shard_size": 3, **changes}
-    return build_pairs.main(build_pairs.BuildPairsArguments(**values))
+    return build_pairs.main(build_pairs.PairsArguments(**values))
 
 
 TEXTS = ["1+1=2\n#### 2", "no\n#### 3", "no!\n#### 3", "so\n#### 4", "who knows"]
@@ -126,10 +108,9 @@ def test_shards_do_not_change_rollouts_of_the_real_engine(tmp_path, tiny_path):
     results = []
     for shard_size in (5, 2):
         folder = tmp_path / f"by{shard_size}"
-        arguments = sample_rollouts.SampleRolloutsArguments(
-            dataset=where, output_dir=str(folder), num_rollouts=2, max_tokens=8, shard_size=shard_size
-        )
-        sample_rollouts.main(arguments, EngineArguments(model=tiny_path))
+        arguments = sample_rollouts.SampleArguments(dataset=where, output_dir=str(folder), shard_size=shard_size)
+        sampling = SamplingArguments(num_rollouts=2, max_tokens=8)
+        sample_rollouts.main(arguments, sampling, EngineArguments(model=tiny_path))
         results.append(load_stage(folder, stage="rollouts").remove_columns("logprobs").to_list())
     assert results[0] == results[1] and len(results[0]) == 10
     assert len({tuple(row["completion_ids"]) for row in results[0]}) > 5
@@ -144,6 +125,18 @@ def test_other_weights_are_refused_on_resume(tmp_path, monkeypatch, tiny_path):
         sample(tmp_path, monkeypatch, other, TEXTS)
     with pytest.raises(JobError, match=r"temperature was 1.0 and is 0.7"):
         sample(tmp_path, monkeypatch, tiny_path, TEXTS, temperature=0.7)
+
+
+def test_what_a_manifest_says_of_an_engines_model(tiny_path):
+    weights = weights_hash(tiny_path)
+    for arguments, expected in (
+        ({"model": tiny_path}, (weights, None)),
+        ({"model": tiny_path, "adapter": tiny_path, "served_model": "unused"}, (weights, weights)),
+        ({"model": tiny_path, "engine": "openai", "adapter": "positive"}, (weights, "positive")),
+        ({"model": tiny_path, "engine": "openai", "served_model": "base"}, ("base", None)),
+        ({"model": "hub/name", "engine": "openai"}, ("hub/name", None)),
+    ):
+        assert tuple(engine_identities(EngineArguments(**arguments)).values()) == expected
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path, monkeypatch, tiny_path, capsys):

@@ -1,22 +1,17 @@
-"""`scripts/evaluate.py` and `scripts/view.py` run from their command lines on a tiny model."""
+"""`tokalign evaluate answers` and `tokalign view` on a tiny model."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from tests.support import tiny_tokenizer
+from tokalign.cli.main import main
 from tokalign.stage.errors import ContractError
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-
-def _run(monkeypatch, script, *arguments):
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+def _run(verb, *arguments):
+    main([*verb.split(), *map(str, arguments)])
 
 
 def _stages(folder):
@@ -36,31 +31,31 @@ def _stages(folder):
     return folder / "problems", folder / "pairs"
 
 
-def test_evaluate_compare_and_resume(tiny_path, tmp_path, monkeypatch, capsys):
+def test_evaluate_compare_and_resume(tiny_path, tmp_path, capsys):
     problems, pairs = _stages(tmp_path)
     common = ["--model", tiny_path, "--problems", problems, "--split", "train", "--max_tokens", 8, "--samples", 2]
     common += ["--shard_size", 4, "--preferences", pairs]
-    _run(monkeypatch, "evaluate.py", *common, "--output_dir", tmp_path / "a")
+    _run("evaluate answers", *common, "--output_dir", tmp_path / "a")
     first = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert first["n"] == 6 and 0 <= first["ci95"][0] <= first["greedy_accuracy"] <= first["ci95"][1] <= 1
     assert first["sampled_ci95"] and [row["k"] for row in first["pass_at_k"]] == [1, 2]
     assert first["logps"]["chosen"]["n"] == 6 and first["logps"]["chosen"]["mean"] < 0
-    _run(monkeypatch, "evaluate.py", *common, "--output_dir", tmp_path / "a")
+    _run("evaluate answers", *common, "--output_dir", tmp_path / "a")
     assert json.loads((tmp_path / "a" / "metrics.json").read_text()) == first
     capsys.readouterr()
-    _run(monkeypatch, "evaluate.py", *common, "--output_dir", tmp_path / "b", "--compare", tmp_path / "a")
+    _run("evaluate answers", *common, "--output_dir", tmp_path / "b", "--compare", tmp_path / "a")
     second = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert second["comparison"]["greedy"]["difference"] == 0 and second["comparison"]["greedy"]["p"] == 1
     assert second["comparison"]["logps"]["chosen"]["difference"] == 0
     assert "greedy accuracy" in capsys.readouterr().out
 
 
-def test_view_writes_one_page(tiny_path, tmp_path, monkeypatch):
+def test_view_writes_one_page(tiny_path, tmp_path):
     _, pairs = _stages(tmp_path)
     page = tmp_path / "page.html"
-    _run(monkeypatch, "view.py", "--dataset", pairs, "--tokenizer", tiny_path, "--output", page, "--limit", 2)
+    _run("view", "--dataset", pairs, "--tokenizer", tiny_path, "--output", page, "--limit", 2)
     html = page.read_text(encoding="utf-8")
     assert "Rows 0–1 of 6" in html and "true first error" in html and "<b>p1</b>" in html
     assert "reference answer: <b>2</b>" in html and "answer read: 2" in html
     with pytest.raises(ContractError, match="no row 9"):
-        _run(monkeypatch, "view.py", "--dataset", pairs, "--tokenizer", tiny_path, "--start", 9)
+        _run("view", "--dataset", pairs, "--tokenizer", tiny_path, "--start", 9)

@@ -1,33 +1,30 @@
-"""From prompts without answers to best/worst pairs, and the benchmarks' answer files, as a user runs the scripts."""
+"""From prompts without answers to best/worst pairs (`tokalign reward`), and `tokalign write-answers`."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import TrlParser
 
-from scripts import build_pairs, sample_rollouts, score_rewards, write_answers
+from tests.cli.test_sampling import Scripted
 from tests.rewards.test_reward_model import save_reward_model
-from tests.test_scripts_sampling import Scripted
-from tokalign.generation.arguments import EngineArguments
+from tokalign.cli import pairs, reward, sample, write_answers
+from tokalign.evaluation.instructions import read_questions
+from tokalign.generation.arguments import EngineArguments, SamplingArguments
+from tokalign.rewards.judges import by_function, load_function
 from tokalign.rewards.reward_model import RewardModel
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["Yes.", "No, not at all.", "Perhaps.", "I do not know what you mean."]
 FUNCTION = """
 def brevity(prompts, completions, completion_ids, **columns):
@@ -96,32 +93,30 @@ def rollouts(folder: Path, problems: int = 4, samples: int = 3, **changes) -> st
 
 def score(tmp_path: Path, name: str = "rewarded", **changes) -> dict:
     values = {"dataset": str(tmp_path / "rollouts"), "output_dir": str(tmp_path / name), "shard_size": 5, **changes}
-    return score_rewards.main(score_rewards.ScoreRewardsArguments(**values))
+    return reward.main(reward.RewardArguments(**values))
 
 
 def pair(tmp_path: Path, **changes) -> dict:
     values = {"dataset": str(tmp_path / "rewarded"), "output_dir": str(tmp_path / "pairs"), "rule": "best_worst"}
-    return build_pairs.main(build_pairs.BuildPairsArguments(**values | {"shard_size": 2} | changes))
+    return pairs.main(pairs.PairsArguments(**values | {"shard_size": 2} | changes))
 
 
-def sample(tmp_path: Path, monkeypatch, tiny_path: str, answers: list[str | None]) -> None:
+def sample_three(tmp_path: Path, monkeypatch, tiny_path: str, answers: list[str | None]) -> None:
     prompts = [[{"role": "user", "content": f"Is {k} a lot?"}] for k in range(len(answers))]
     ids = [f"p{k}" for k in range(len(answers))]
     (tmp_path / "problems").mkdir()
     rows = Dataset.from_dict({"id": ids, "prompt": prompts, "answer": answers})
     rows.to_parquet(tmp_path / "problems" / "train.parquet")
-    monkeypatch.setattr(sample_rollouts, "load_engine", lambda arguments: Scripted(tiny_path, TEXTS))
-    arguments = sample_rollouts.SampleRolloutsArguments(
-        dataset=str(tmp_path / "problems"), output_dir=str(tmp_path / "rollouts"), num_rollouts=3, shard_size=2
-    )
-    sample_rollouts.main(arguments, EngineArguments(model=tiny_path))
+    monkeypatch.setattr(sample, "load_engine", lambda arguments: Scripted(tiny_path, TEXTS))
+    arguments = sample.SampleArguments(str(tmp_path / "problems"), str(tmp_path / "rollouts"), shard_size=2)
+    sample.main(arguments, SamplingArguments(num_rollouts=3), EngineArguments(model=tiny_path))
 
 
 # ------------------------------------------------------------------------------------------------ prompts to pairs
 
 
 def test_from_prompts_without_answers_to_pairs(tmp_path, monkeypatch, tiny_path, judge, capsys):
-    sample(tmp_path, monkeypatch, tiny_path, [None] * 6)
+    sample_three(tmp_path, monkeypatch, tiny_path, [None] * 6)
     rows = load_stage(tmp_path / "rollouts", stage="rollouts")
     assert rows["correct"] == rows["extracted"] == rows["answer"] == [None] * 18
     with pytest.raises(JobError, match=r"Problem 'p0': `correct` is missing; .*, or pair them by reward"):
@@ -154,7 +149,7 @@ def test_from_prompts_without_answers_to_pairs(tmp_path, monkeypatch, tiny_path,
 
 
 def test_problems_with_and_without_answers_make_one_stage(tmp_path, monkeypatch, tiny_path, functions):
-    sample(tmp_path, monkeypatch, tiny_path, [None, None, "2", "", None, "2"])  # the first shard has none at all
+    sample_three(tmp_path, monkeypatch, tiny_path, [None, None, "2", "", None, "2"])  # the first shard has none at all
     rows = load_stage(tmp_path / "rollouts", stage="rollouts")
     assert [r["correct"] for r in rows if r["sample"] == 0] == [None, None, False, None, None, False]
     score(tmp_path, reward_function=f"{functions}:brevity")
@@ -173,7 +168,7 @@ def test_verified_rollouts_by_reward(tmp_path):
 
 def test_pairs_that_are_not_made_are_counted(tmp_path, functions):
     rollouts(tmp_path / "rollouts")
-    with pytest.raises(ContractError, match=r"has no column `reward`.*scripts/score_rewards\.py"):
+    with pytest.raises(ContractError, match=r"has no column `reward`.*`tokalign reward`"):
         pair(tmp_path, dataset=str(tmp_path / "rollouts"))
     score(tmp_path, reward_function=f"{functions}:brevity")
     with pytest.raises(ContractError, match=r"Nothing is left of 4 problems for .*: no problem's rewards differ"):
@@ -196,7 +191,7 @@ def test_functions_get_what_trl_gives_them(tmp_path, monkeypatch, functions):
     prompt = [{"role": "user", "content": "q"}]
     rows = [{"id": "p", "prompt": prompt, "completion": "ab", "completion_ids": [1], "x": 3}]
     seen: dict = {}
-    score_rewards.by_function(lambda **arguments: seen.update(arguments) or [0], "f")(rows)
+    by_function(lambda **arguments: seen.update(arguments) or [0], "f")(rows)
     assert seen == {
         "prompts": [prompt],
         "completions": [[{"role": "assistant", "content": "ab"}]],
@@ -255,7 +250,7 @@ def test_bad_functions_are_one_sentence(tmp_path, functions, name, message):
 )
 def test_functions_that_are_not_there(where, message):
     with pytest.raises(ContractError, match=message):
-        score_rewards.load_function(where)
+        load_function(where)
 
 
 def test_exactly_one_judge(tmp_path, judge):
@@ -309,7 +304,7 @@ def test_two_processes_judge_as_one(tmp_path, judge):
     rollouts(tmp_path / "rollouts")
     score(tmp_path, reward_model=judge)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "scripts" / "score_rewards.py"), "--reward_model", judge, "--shard_size", "5"]
+    command += ["-m", "tokalign", "reward", "--reward_model", judge, "--shard_size", "5"]
     command += ["--dataset", str(tmp_path / "rollouts"), "--output_dir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -328,72 +323,34 @@ ALPACA = [
     {"dataset": "vicuna", "instruction": "Say no.", "output": "No", "generator": "text_davinci_003"},
     {"dataset": "vicuna", "instruction": "Say it.", "output": "It", "generator": "text_davinci_003"},
 ]
-ARENA = [{"uid": f"u{k}", "category": "hard_prompt", "subcategory": "coding", "prompt": f"Do {k}."} for k in range(3)]
-OLD_ARENA = [
-    {"question_id": f"q{k}", "category": "a", "cluster": "b", "turns": [{"content": f"Do {k}."}]} for k in range(3)
-]
-MARKDOWN = "# A\n1. **b** c\n- d\n  * e\n#f\n## G **h** **i**\n-1 10.5 2."
 
 
-def questions(path: Path, rows: list[dict]) -> str:
+def questions(path: Path, rows: list) -> str:
     as_list = path.suffix == ".json"
     path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-def answer(tmp_path, monkeypatch, tiny_path, file: str, texts=(MARKDOWN,), engine=Scripted, **changes) -> Path:
+def answer(tmp_path, monkeypatch, tiny_path, texts, engine=Scripted, **changes) -> Path:
+    source = questions(tmp_path / "alpaca_eval.json", ALPACA)
     monkeypatch.setattr(write_answers, "load_engine", lambda arguments: engine(tiny_path, list(texts)))
-    values = {"questions": file, "output_dir": str(tmp_path / "answers"), "name": "tiny", "shard_size": 2, **changes}
+    values = {"questions": source, "output_dir": str(tmp_path / "answers"), "name": "tiny", "shard_size": 2, **changes}
     return write_answers.main(write_answers.WriteAnswersArguments(**values), EngineArguments(model=tiny_path))
 
 
 def test_alpaca_eval_reads_the_answers(tmp_path, monkeypatch, tiny_path, capsys):
-    source = questions(tmp_path / "alpaca_eval.json", ALPACA)
-    file = answer(tmp_path, monkeypatch, tiny_path, source, ["\nOf course. "])
+    file = answer(tmp_path, monkeypatch, tiny_path, ["\nOf course. "], system_prompt="Be brief.")
     assert file == tmp_path / "answers" / "tiny.json"
     assert json.loads(file.read_text()) == [
         {key: row[key] for key in ("dataset", "instruction")} | {"output": "Of course.", "generator": "tiny"}
         for row in ALPACA
     ]
-    assert "AlpacaEval: 3 of 3 answered, 0 cut by max_tokens" in capsys.readouterr().out
-
-
-def test_arena_hard_reads_the_answers(tmp_path, monkeypatch, tiny_path):
-    source = questions(tmp_path / "question.jsonl", ARENA)
-    file = answer(tmp_path, monkeypatch, tiny_path, source, system_prompt="Be brief.")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert file.name == "tiny.jsonl" and [row["uid"] for row in rows] == ["u0", "u1", "u2"]
-    row = rows[1]
-    assert list(row) == ["uid", "ans_id", "model", "messages", "tstamp", "metadata"] and row["model"] == "tiny"
-    assert row["messages"] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Do 1."},
-        {"role": "assistant", "content": {"answer": MARKDOWN}},
-    ]
-    assert len({row["ans_id"] for row in rows}) == 3 and row["tstamp"] > 1.7e9
-    assert list(row["metadata"].items()) == [  # the order counts
-        ("token_len", len(MARKDOWN) + 1),
-        ("header_count", {"h1": 1, "h2": 1, "h3": 0, "h4": 0, "h5": 0, "h6": 0}),
-        ("list_count", {"ordered": 1, "unordered": 2}),
-        ("bold_count", {"**": 3, "__": 0}),
-    ]
-    coded = "__a__ *b* **c\n```\n# no\n- no **no**\n```\n+ d\n12. e\n####### f\n``` - g\n* h **i**"
-    style = write_answers.style_of({"text": coded, "completion_ids": [1]})
-    assert style["header_count"] == dict.fromkeys(["h1", "h2", "h3", "h4", "h5", "h6"], 0)
-    assert style["list_count"] == {"ordered": 1, "unordered": 2}  # what follows a block never closed is text
-    assert style["bold_count"] == {"**": 1, "__": 1}
-
-
-def test_the_first_arena_hard_reads_the_answers(tmp_path, monkeypatch, tiny_path):
-    file = answer(tmp_path, monkeypatch, tiny_path, questions(tmp_path / "question.jsonl", OLD_ARENA), ["Done."])
-    row = json.loads(file.read_text().splitlines()[2])
-    assert (row["question_id"], row["model_id"]) == ("q2", "tiny")
-    assert row["choices"] == [{"index": 0, "turns": [{"content": "Done.", "token_len": 6}]}]
-    assert row["conv_metadata"]["token_len"] == 6 and {"answer_id", "tstamp"} < row.keys()
+    assert "3 of 3 answered, 0 cut by max_tokens" in capsys.readouterr().out
+    asked = load_stage(tmp_path / "answers" / "tiny.work", stage="rollouts")["prompt"][1]
+    assert asked == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say no."}]
 
 
 def test_a_killed_run_of_answers_goes_on_and_a_finished_one_loads_no_model(tmp_path, monkeypatch, tiny_path):
-    source = questions(tmp_path / "question.jsonl", ARENA)
     calls = []
 
     class Dies(Scripted):
@@ -404,80 +361,49 @@ def test_a_killed_run_of_answers_goes_on_and_a_finished_one_loads_no_model(tmp_p
             return super().generate(prompts, params, adapter=adapter)
 
     with pytest.raises(JobError, match="killed"):
-        answer(tmp_path, monkeypatch, tiny_path, source, TEXTS, Dies, temperature=1.0)
-    assert not (tmp_path / "answers" / "tiny.jsonl").exists()
-    file = answer(tmp_path, monkeypatch, tiny_path, source, TEXTS, Dies, temperature=1.0)
+        answer(tmp_path, monkeypatch, tiny_path, TEXTS, Dies, temperature=1.0)
+    assert not (tmp_path / "answers" / "tiny.json").exists()
+    file = answer(tmp_path, monkeypatch, tiny_path, TEXTS, Dies, temperature=1.0)
     assert calls == [2, 1, 1]
-    once = answer(tmp_path, monkeypatch, tiny_path, source, TEXTS, temperature=1.0, output_dir=str(tmp_path / "once"))
-
-    def answers(path: Path) -> list[tuple]:
-        return [(row["uid"], row["ans_id"], row["messages"]) for row in map(json.loads, path.read_text().splitlines())]
-
-    assert answers(file) == answers(once)
+    once = answer(tmp_path, monkeypatch, tiny_path, TEXTS, temperature=1.0, output_dir=str(tmp_path / "once"))
     before = file.read_bytes()
+    assert once.read_bytes() == before
     file.unlink()
-    monkeypatch.setattr(sample_rollouts, "load_engine", None)
-    answer(tmp_path, monkeypatch, tiny_path, source, engine=None, temperature=1.0)
+    answer(tmp_path, monkeypatch, tiny_path, [], engine=None, temperature=1.0)
     assert file.read_bytes() == before
-    assert sorted(path.name for path in file.parent.iterdir()) == ["tiny.jsonl", "tiny.work"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["tiny.json", "tiny.work"]
 
 
 def test_a_real_engine_answers_greedily_and_long_questions_are_counted(tmp_path, tiny_path, capsys):
-    rows = [*ARENA, {"uid": "long", "prompt": "x" * 600}]
+    rows = [{"uid": "short", "prompt": "Do it."}, {"uid": "long", "prompt": "x" * 600}]
     values = {"questions": questions(tmp_path / "question.jsonl", rows), "output_dir": str(tmp_path), "name": "tiny"}
     arguments = write_answers.WriteAnswersArguments(**values, max_tokens=6)
     file = write_answers.main(arguments, EngineArguments(model=tiny_path))
-    assert [json.loads(line)["uid"] for line in file.read_text().splitlines()] == ["u0", "u1", "u2"]
-    assert "3 of 4 answered" in capsys.readouterr().out
-    assert read_manifest(tmp_path / "tiny.work")["dropped"] == {"question longer than the model can hold": 1}
+    assert [(row["uid"], row["instruction"]) for row in json.loads(file.read_text())] == [("short", "Do it.")]
+    assert "1 of 2 answered" in capsys.readouterr().out
+    assert list(read_manifest(tmp_path / "tiny.work")["dropped"].values()) == [1]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a"}], r"The first row of .* has neither `instruction` \(AlpacaEval\), `uid` and `prompt`, nor"),
-        ([ARENA[0], {"uid": "u"}], r"Row 1 of .*question\.jsonl has no `prompt`, unlike the rows before it"),
-        ([ARENA[0], ARENA[0]], r"Row 1 of .*: the question 'u0' occurs twice; remove one"),
-        (
-            [{"question_id": "q", "turns": [{"content": "a"}] * 2}],
-            r"Row 0 of .* has 2 turns; only questions of one",
-        ),
-        ([{"question_id": "q", "turns": [{"content": ["a", "image"]}]}], r"Row 0 of .* holds no question in words"),
+        ([{"question": "a"}], r"Row 0 of .*question\.jsonl has no `instruction` in words; mend"),
+        ([ALPACA[0], {"prompt": ["a", "image"]}], r"Row 1 of .* has no `instruction` in words"),
+        ([ALPACA[0], "a"], r"Row 1 of .* has no `instruction` in words"),
+        ([], r"holds no questions"),
     ],
 )
 def test_bad_questions_are_one_sentence(tmp_path, rows, message):
     with pytest.raises(ContractError, match=message):
-        write_answers.read_questions(questions(tmp_path / "question.jsonl", rows))
+        read_questions(questions(tmp_path / "question.jsonl", rows))
 
 
 def test_files_that_are_no_questions_are_one_sentence(tmp_path):
     with pytest.raises(ContractError, match=r"There is no questions file absent\.json; download"):
-        write_answers.read_questions("absent.json")
-    (tmp_path / "a.json").write_text("[{]")
-    with pytest.raises(ContractError, match=r"a\.json is not JSON \(.*\); download it again"):
-        write_answers.read_questions(str(tmp_path / "a.json"))
-    (tmp_path / "a.jsonl").write_text('{"uid": "u", "prompt": "p"}\n{"uid"\n')
-    with pytest.raises(ContractError, match=r"Line 2 of .*a\.jsonl is not JSON"):
-        write_answers.read_questions(str(tmp_path / "a.jsonl"))
+        read_questions("absent.json")
+    for name, text in (("a.json", "[{]"), ("a.jsonl", '{"prompt": "p"}\n{"uid"\n')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ContractError, match=r"is neither a JSON list nor JSON lines \(.*\); download it again"):
+            read_questions(str(tmp_path / name))
     with pytest.raises(ContractError, match="--name is 'a/b'; it names the answer file, so leave out any folder"):
         write_answers.WriteAnswersArguments(questions="q", output_dir="o", name="a/b")
-
-
-# ------------------------------------------------------------------------------------------------------- the page
-
-
-def documented_commands() -> list[list[str]]:
-    page = (ROOT / "docs" / "reward_pairs.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-
-
-@pytest.mark.parametrize("command", documented_commands(), ids=lambda command: " ".join(command)[:60])
-def test_documented_command_is_read_by_its_script(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    spec = importlib.util.spec_from_file_location(f"page_{Path(command[at]).stem}", command[at])
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    types = [hint for name, hint in get_type_hints(module.main).items() if name != "return"]
-    TrlParser(types).parse_args_and_config(command[at + 1 :])  # raises or exits on an argument that the script lacks

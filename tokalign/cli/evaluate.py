@@ -1,0 +1,114 @@
+r"""Accuracy of a model on a problems stage, with 95 % intervals, pass@k, and a paired comparison with another run.
+
+    tokalign evaluate answers --model meta-llama/Meta-Llama-3-8B --problems runs/gsm8k --split test \
+        --output_dir runs/eval/base --samples 8 --temperature 1.0
+    tokalign evaluate answers --model meta-llama/Meta-Llama-3-8B --adapter runs/critical_dpo \
+        --problems runs/gsm8k --split test --output_dir runs/eval/critical_dpo --samples 8 \
+        --preferences runs/pairing/pairs --compare runs/eval/base --accelerate_config ddp
+
+Writes rows, `metrics.json` and, with `--preferences`, `logps/` into output_dir. A killed run resumes; rerunning
+a finished one only prints it. With a launcher: `accelerate launch -m tokalign evaluate answers …`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from tokalign.evaluation.logps import completion_logps
+from tokalign.evaluation.run import compare_runs, evaluate, write_metrics
+from tokalign.evaluation.tables import accuracy_table, difference_table
+from tokalign.generation import EngineArguments, load_engine
+from tokalign.generation.arguments import engine_identities
+from tokalign.rewards import answers_match, extract_answer
+from tokalign.stage.loading import load_stage
+from tokalign.stage.processes import process_state
+
+
+@dataclass
+class EvaluateArguments:
+    """The problems, how they are answered, and what the run is compared with."""
+
+    problems: str = field(metadata={"help": "Problems stage: folder or hub id."})
+    output_dir: str = field(metadata={"help": "Folder for rows and metrics.json."})
+    split: str = field(default="test", metadata={"help": "Split of the problems."})
+    limit: int | None = field(default=None, metadata={"help": "Evaluate the first problems only."})
+    samples: int = field(default=0, metadata={"help": "Completions a problem for sampled accuracy and pass@k."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the samples."})
+    max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    prompt_format: Literal["chat", "raw"] = field(
+        default="chat",
+        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
+    )
+    shard_size: int = field(default=256, metadata={"help": "Problems a shard: what a kill can lose."})
+    preferences: str | None = field(
+        default=None, metadata={"help": "Preferences stage whose chosen and rejected log-probs are measured too."}
+    )
+    preferences_split: str = field(default="train", metadata={"help": "Split of the preferences."})
+    logps_token_budget: int = field(default=32768, metadata={"help": "Most rows x tokens in a batch of log-probs."})
+    compare: str | None = field(default=None, metadata={"help": "output_dir of another run to compare with."})
+
+
+def main(arguments: EvaluateArguments, engine_arguments: EngineArguments) -> dict[str, Any]:
+    """Evaluate or resume; returns what `metrics.json` holds."""
+    state = process_state()
+    tokenizer = AutoTokenizer.from_pretrained(
+        engine_arguments.tokenizer or engine_arguments.model, trust_remote_code=engine_arguments.trust_remote_code
+    )
+    problems = load_stage(arguments.problems, split=arguments.split, stage="problems")
+    if arguments.limit is not None:
+        problems = problems.select(range(min(arguments.limit, len(problems))))
+    models = {"model": engine_arguments.model, "adapter": engine_arguments.adapter}
+    metrics = evaluate(
+        lambda: load_engine(engine_arguments),
+        problems,
+        arguments.output_dir,
+        extract=extract_answer,
+        match=answers_match,
+        tokenizer=tokenizer,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        stop=arguments.stop or (),
+        seed=arguments.seed,
+        prompt_format=arguments.prompt_format,
+        shard_size=arguments.shard_size,
+        parameters={
+            **engine_identities(engine_arguments),
+            "engine": engine_arguments.engine,
+            "dtype": engine_arguments.dtype,
+        },
+        extra_manifest={f"{name}_path": path for name, path in models.items()},
+    )
+    metrics |= {**models, "logps": None, "comparison": None}
+    if arguments.preferences is not None:
+        metrics["logps"] = completion_logps(
+            engine_arguments.model,
+            engine_arguments.adapter,
+            load_stage(
+                arguments.preferences,
+                split=arguments.preferences_split,
+                stage="preferences",
+                tokenizer=tokenizer,
+            ),
+            Path(arguments.output_dir) / "logps",
+            tokenizer=tokenizer,
+            dtype=engine_arguments.dtype,
+            token_budget=arguments.logps_token_budget,
+        )
+    if state.is_main_process:
+        if arguments.compare is not None:
+            metrics["comparison"] = compare_runs(arguments.output_dir, arguments.compare)
+        write_metrics(arguments.output_dir, metrics)
+        Console().print(accuracy_table(metrics))
+        if arguments.compare is not None:
+            Console().print(difference_table(metrics["comparison"], arguments.compare))
+    return metrics

@@ -1,0 +1,171 @@
+"""Build problems from your own rows: any JSON lines, parquet or hub id with a prompt and an answer in each.
+
+    tokalign data problems --source my_rows.jsonl --output_dir runs/mine
+    tokalign data problems --source my_rows.jsonl --prompt_column question --answer_column solution \\
+        --answer_after '####' --solution_column solution --output_dir runs/mine
+    tokalign data problems --source documents.jsonl --schema_column schema --output_dir runs/documents
+
+A prompt is text or messages. An answer is taken as it is, or read out of a longer text: what follows `--answer_after`,
+or what `--extract_answers` finds by the rules of docs/answers.md. With `--schema_column` the problems are structured:
+answer and schema are JSON, as text or as it stands in a JSON line; `completion` is the answer as a message, for SFT.
+
+Splits are kept: those of the hub's data set, or the files train, validation and test of a folder; one file is "train".
+Dropped and counted in the manifest: rows without a prompt, an answer, or an id where a column names it, and rows whose
+answer breaks its schema. For prompts without answers there is `tokalign data ultrafeedback --source …`.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+from datasets import Dataset
+
+from tokalign.data.problems import ProblemArguments, build_problems, open_source, read_files, read_lines, source_files
+from tokalign.data.structured import assistant, json_text
+from tokalign.rewards import extract_answer
+from tokalign.stage.errors import ContractError
+from tokalign.stage.jobs import Dropped
+
+
+@dataclass
+class OwnProblemsArguments(ProblemArguments):
+    """What to build, and which column holds what."""
+
+    prompt_style: str = field(
+        default="messages", metadata={"help": "Of prompts that are text: 'messages' (one user message) or 'string'."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Text, or messages."})
+    answer_column: str = field(default="answer", metadata={"help": "The answer, or a text that ends with it."})
+    answer_after: str | None = field(
+        default=None, metadata={"help": "The answer is what follows the last of these in its column, e.g. '####'."}
+    )
+    extract_answers: bool = field(
+        default=False, metadata={"help": "The answer is the one that its column's text states (docs/answers.md)."}
+    )
+    schema_column: str | None = field(default=None, metadata={"help": "JSON Schema of the document that answers."})
+    solution_column: str | None = field(default=None, metadata={"help": "Worked solution, for SFT."})
+    id_column: str | None = field(default=None, metadata={"help": "Names the row; unset is split and number."})
+    licence: str = field(default="unknown", metadata={"help": "The hub's name of the rows' licence, for the card."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer_after is not None and self.extract_answers:
+            raise ContractError("--answer_after and --extract_answers both say where the answer is; choose one.")
+
+    def columns(self) -> dict[str, str]:
+        """The source's column by what it holds; `own_id` is the id, since the builder's rows get one of their own."""
+        given = {name: getattr(self, f"{name}_column") for name in ("prompt", "answer", "schema", "solution")}
+        return {name: column for name, column in {**given, "own_id": self.id_column}.items() if column is not None}
+
+
+def _open(args: OwnProblemsArguments) -> dict[str, Dataset]:
+    """The source's splits with the columns that the arguments name, called by what they hold."""
+    files = source_files(args.source)
+    if files and all(file.suffix != ".parquet" for parts in files.values() for file in parts):
+        return {split: _from_lines(parts, args) for split, parts in files.items()}
+    splits, columns = {}, args.columns()
+    opened = {split: read_files(parts) for split, parts in files.items()} or open_source(args.source)
+    for split, rows in opened.items():
+        _check_columns(columns, rows.column_names, f"Split {split} of {args.source}")
+        # not renamed: one column may hold two things, such as the answer at the end of the solution
+        splits[split] = rows.map(
+            lambda row: {name: row[column] for name, column in columns.items()},
+            remove_columns=[name for name in rows.column_names if name not in columns],
+        ).select_columns(list(columns))
+    return splits
+
+
+def _from_lines(files: list[Path], args: OwnProblemsArguments) -> Dataset:
+    """JSON lines, all but the prompt as text: `load_dataset` fills every object up with the keys of all the others."""
+    columns = args.columns()
+    lines = [row for file in files for row in read_lines(file)]
+    where = " and ".join(map(str, files))
+    _check_columns(columns, {key for row in lines for key in row}, where)
+    if len({type(row.get(args.prompt_column)) for row in lines} - {type(None)}) > 1:
+        raise ContractError(f"`{args.prompt_column}` of {where} is text in some rows and not in others; use one kind.")
+    made = [{name: row.get(column) for name, column in columns.items()} for row in lines]
+    return Dataset.from_list([row | {name: _text(row[name]) for name in row if name != "prompt"} for row in made])
+
+
+def _check_columns(columns: dict[str, str], there: Iterable[str], where: str) -> None:
+    for name, column in columns.items():
+        if column not in (there := sorted(there)):
+            option = "id" if name == "own_id" else name
+            raise ContractError(f"{where} has columns {', '.join(there)} but no `{column}`; set --{option}_column.")
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json_text(value)
+
+
+def _check_ids(splits: dict[str, Dataset], column: str) -> None:
+    for split, rows in splits.items():
+        seen: set[str] = set()
+        for number, identity in enumerate(rows["own_id"]):
+            if identity is not None and identity in seen:
+                raise ContractError(
+                    f"Row {number} of split {split}: `{column}` {identity!r} occurs twice; give every row its own, or "
+                    "leave --id_column out."
+                )
+            seen.add(identity)
+
+
+def _structured(schema: str | None, answer: str) -> dict[str, Any] | Dropped:
+    """The further columns of a structured problem, or why it is none."""
+    if schema is None:
+        return Dropped("no schema")
+    try:
+        validator = jsonschema_rs.validator_for(json.loads(schema), offline=True)
+    except (ValueError, jsonschema_rs.ValidationError):
+        return Dropped("schema does not compile")
+    try:
+        document = json.loads(answer)
+    except ValueError:
+        return Dropped("answer is not JSON")
+    if not validator.is_valid(document):
+        return Dropped("answer breaks its schema")
+    return {"schema": schema, "completion": assistant(answer)}
+
+
+def main(args: OwnProblemsArguments) -> None:
+    """Write every split of the source, and the card."""
+    splits = _open(args)
+    if args.id_column is not None:
+        _check_ids(splits, args.id_column)
+
+    def convert(row: dict, split: str) -> dict | Dropped:
+        answer = _text(row["answer"])
+        if answer is not None and args.answer_after is not None:
+            _, mark, answer = answer.rpartition(args.answer_after)
+            answer = answer if mark else None
+        elif answer is not None and args.extract_answers:
+            answer = extract_answer(answer)
+        if answer is None or not answer.strip():
+            return Dropped("no answer")
+        made: dict[str, Any] = {"answer": answer.strip()}
+        if "own_id" in row:
+            if row["own_id"] is None:
+                return Dropped("no id")
+            made["id"] = str(row["own_id"])
+        if "solution" in row:
+            made["solution"] = _text(row["solution"])
+        if "schema" in row:
+            more = _structured(_text(row["schema"]), made["answer"])
+            if isinstance(more, Dropped):
+                return more
+            made |= more
+        return made
+
+    build_problems(
+        "own",
+        splits,
+        convert,
+        args,
+        verb="problems",
+        title=f"{Path(args.source).name} as tokalign problems",
+        licence=args.licence,
+        question=("prompt",),
+    )
