@@ -44,7 +44,7 @@ class SampledRow:
 
 @dataclass
 class Prefilled:
-    """U distinct prompts: their cache, which of its slots each may see (U, L), and next-token logits (U, V)."""
+    """U distinct prompts after their prefill: the cache, a mask (U, L) of its slots, and next-token logits (U, V)."""
 
     cache: Any  # DynamicCache; its layers are of many types to a type checker
     mask: torch.Tensor
