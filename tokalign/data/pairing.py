@@ -2,8 +2,8 @@
 
 Answer-frequency rule, for verified rollouts (critical-token DPO, arXiv 2411.19943v3, §3): a problem's wrong answers are
 sorted by how often they occur and taken until they cover half of its incorrect samples, one trajectory an answer. These
-trajectories are the negative SFT set and the rejected sides; one random correct trajectory a problem is the positive
-SFT set; each pair's chosen side is a random correct one.
+trajectories are the negative SFT set and the rejected sides of the pairs. The positive SFT set has one random correct
+trajectory a problem, and the chosen side of each pair is a random correct one.
 
 Choices that the paper leaves open: answers are compared as the strings that `extract_answer` gives; a wrong rollout
 without an answer forms no class and does not count towards the half, unless `include_unparsable`; rollouts that hit
@@ -11,8 +11,8 @@ the token limit or are empty are left out of both sides, because neither a cut-o
 was wrong. Every random choice is drawn from a seed and the problem's id, so it does not depend on shards or processes.
 
 Best/worst rule, for rewarded rollouts (T-REG, arXiv 2412.02685): a problem's rollout of the highest reward is chosen,
-the one of the lowest rejected. Rollouts are left out as above; equal rewards at either end are settled by a draw; a
-problem whose rewards do not differ, or whose best and worst are one answer, gives no pair.
+the one of the lowest rejected. Rollouts are left out as above; of rollouts with equal rewards one is drawn. A problem
+gives no pair if its rewards do not differ, or if its best and worst rollout are the same text.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def judge(reward: StructuredReward, text: str, reference: str | None, schema: st
 
 
 class Timing:
-    """Seconds of one process start, a line of JSON for each call; a killed run keeps what it has measured."""
+    """How long each call took since this process started, a line of JSON for each: a killed run keeps what it has."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)

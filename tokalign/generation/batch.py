@@ -44,7 +44,7 @@ class SampledRow:
 
 @dataclass
 class Prefilled:
-    """U distinct prompts: their cache, which of its slots each may see (U, L), and next-token logits (U, V)."""
+    """U distinct prompts after their prefill: the cache, a mask (U, L) of its slots, and next-token logits (U, V)."""
 
     cache: Any  # DynamicCache; its layers are of many types to a type checker
     mask: torch.Tensor
@@ -74,6 +74,7 @@ class Batch:
         def column(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
+        # Rows of one prompt have been prefilled once; this is where each gets a cache row of its own.
         index = column(which)
         self.rows, self.plan = rows, plan
         self.cache = start.cache
@@ -114,10 +115,13 @@ class Batch:
 
     def draw(self) -> int:
         """Append one token to every unfinished row; returns how many rows have finished and not yet left."""
+        # The random number of a row depends on its own seed, sample and age alone, so its tokens do not depend on the
+        # batch.
         c = self.columns
         u = uniforms(c["seed"], c["sample"], c["age"])
         chunk = max(1, SAMPLED_LOGITS // self.logits.shape[1])
         grammars = self.plan.grammars
+        # One transfer for all chunks: matchers live on the CPU.
         done = [] if grammars is None else c["done"].tolist()
         drawn = []
         for a in range(0, len(self.rows), chunk):
@@ -132,9 +136,12 @@ class Batch:
                 rows = self.rows[part]
                 matchers = [None if d else row.matcher for row, d in zip(rows, done[part], strict=True)]
                 grammars.mask_(allowed, matchers, [row.request for row in rows])
+            # Bans and grammars change what is drawn. The log-probability is that of the model itself, before both.
             ids = sample(allowed, u[part], c["temperature"][part], c["top_p"][part])[:, None]
             drawn.append((ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)))
         self.last = torch.cat([ids for ids, _ in drawn])
+        # Rows that have finished stay until enough have: cutting the cache at each end would cost more than their
+        # wasted draws. What they draw goes to a slot that nobody reads.
         slot = c["age"].masked_fill(c["done"], self.plan.longest)[:, None]
         c["ids"].scatter_(1, slot, self.last)
         c["logprobs"].scatter_(1, slot, torch.cat([logprobs for _, logprobs in drawn]))
@@ -142,6 +149,7 @@ class Batch:
             for row, was_done, token in zip(self.rows, done, self.last.flatten().tolist(), strict=True):
                 if row.matcher is not None and not was_done:
                     row.matcher.accept(token)
+        # An end token counts as drawn, so ages rise first; what ended before does not end twice.
         going = ~c["done"]
         c["age"] += going
         stopped = (self.last == c["stop_ids"]).any(1) & going
@@ -169,6 +177,7 @@ class Batch:
 
     def retire(self) -> None:
         """Hand finished rows their completions and drop them from the batch."""
+        # All that leaves the device in few transfers: a transfer a row would wait for the device each time.
         c = self.columns
         done = c["done"].tolist()
         leave = torch.tensor([k for k, d in enumerate(done) if d], device=self.mask.device)

@@ -1,9 +1,10 @@
 """Constrained decoding: before a token is drawn, the ids that no document of a JSON Schema can go on with are masked.
 
-The grammar is kept by xgrammar (arXiv 2411.15100) or llguidance. This file says to them what each id *spells*, which a
-byte-level or byte-fallback vocabulary does by itself. Other vocabularies (WordLevel, WordPiece, Unigram) leave part of
-the text to the tokenizer's decoder, e.g. the spaces between words: to a library that reads their entries as they stand,
-`1` `2` is the number 12, but it decodes to "1 2". So there an id spells what the decoder appends for it after a word.
+xgrammar (arXiv 2411.15100) or llguidance keeps the grammar. This file tells them what each id *spells*. The entries of
+a byte-level or byte-fallback vocabulary are their own spelling. Other vocabularies (WordLevel, WordPiece, Unigram)
+leave part of the text to the tokenizer's decoder, e.g. the spaces between words: a library that reads their entries as
+they stand takes `1` `2` for the number 12, but the two decode to "1 2". There, an id spells what the decoder appends
+for it after a word.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def is_byte_encoded(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def spellings(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[list[bytes], bool]:
-    """What each id spells where the vocabulary is not byte-encoded, and whether all words but the first bring a space.
+    """What each id of a vocabulary that is not byte-encoded spells, and whether words bring the space before them.
 
     Returns:
         One entry an id, empty if it spells nothing or may never be used in a document; and the answer.
@@ -175,7 +176,7 @@ def spelled_out(tokenizer: PreTrainedTokenizerBase, folder: str) -> bool:
 
 
 def needs_leading_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ids spell the space before their word, which the decoder leaves out before the first."""
+    """Whether the id of a word spells a space before it; the decoder leaves out the one before the first word."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or is_byte_encoded(tokenizer):
         return False
     return spellings(tokenizer, len(tokenizer))[1]
@@ -194,7 +195,7 @@ def check_llguidance(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def ebnf(schema: str, *, leading_space: bool) -> str:
-    """xgrammar's grammar of a schema; with `leading_space` a document begins with the one that its first word spells.
+    """xgrammar's grammar of a schema; with `leading_space` a document begins with the space of its first word.
 
     A piece that continues a word (`##12`, `@@3`) then cannot come first, where it would decode to its bare name.
     """

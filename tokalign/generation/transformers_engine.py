@@ -204,6 +204,8 @@ class TransformersEngine:
         waiting = deque(sorted(rows, key=lambda row: (row.width, row.group), reverse=True))
         batch: Batch | None = None
         while waiting or batch:
+            # Waiting rows join when a good part of the budget is free, not one by one: each joining is a prefill and a
+            # copy of the cache. A cache that is not plain cannot be padded, so there a batch runs to its end.
             if waiting and (batch is None or self._plain):
                 width = max(waiting[0].width, batch.width if batch else 0)
                 capacity = max(1, self.arguments.token_budget // width)
@@ -222,6 +224,7 @@ class TransformersEngine:
             if not batch.rows:
                 batch = None
                 continue
+            # The token that was drawn is read next: its slot becomes visible, at the position after the row's last.
             batch.mask = pad(batch.mask, (0, 1), value=1)
             position = batch.columns["start"] + batch.columns["age"] - 1
             batch.logits = self._forward(batch.last, batch.cache, batch.mask, position[:, None])
@@ -241,6 +244,7 @@ class TransformersEngine:
 
     def _prefill_prompts(self, rows: list[SampledRow]) -> tuple[Prefilled, list[int]]:
         """Each distinct prompt of `rows` once, padded on the left, and which of them each row continues."""
+        # Padded on the left, so that the next token of every prompt comes from the last column.
         place: dict[int, int] = {}
         which = [place.setdefault(row.group, len(place)) for row in rows]
         prompts = list({row.group: row.prompt for row in rows}.values())

@@ -1,14 +1,15 @@
 """How well token signals find the critical token of a wrong solution, and what each costs.
 
-The target is one token a wrong solution: the first wrong one where a world knows it (column `first_error`), or the
+Each wrong solution has one target token: its first wrong one where a world knows it (column `first_error`), or the
 critical token of the rollout estimate (`critical_index`; arXiv 2411.19943v3, section 3.1). A signal should be at its
-suspicious end there: the table of signals says which end that is, and values are turned so that it is the low one.
-Reported, with 95 % intervals from a bootstrap over solutions (tokens of one solution are not independent):
+suspicious end there; the table of signals says which end that is, and values are turned so that it is the low one. The
+report has, with 95 % intervals from a bootstrap over solutions (tokens of one solution are not independent):
 
-- AUROC of −score for "is the target" against all other tokens of the wrong solutions, ties counted half (Mann-Whitney);
-- hit@1: the solution's lowest score is at the target; hit within 1: at most one token away. Of several lowest tokens
-  one is taken at random, in expectation, so a constant score gets exactly the chance level;
-- cost: tokens through a model for each scored token.
+- AUROC: the chance that a target scores below another token of the wrong solutions, ties counted half (Mann-Whitney);
+- hit@1: the share of solutions whose lowest score is at the target; hit within 1: at most one token away from it. Where
+  several tokens are lowest, one of them at random would be taken, and the figure is the mean over that choice. So a
+  constant score has exactly the chance level;
+- cost: tokens that go through a model for each scored token.
 """
 
 from __future__ import annotations

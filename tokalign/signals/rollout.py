@@ -5,7 +5,8 @@ ends in the right answer. The critical token is the first t whose score is 0 and
 
 The ablation of section 2: pass@k from the prefix *with* the critical token, and from the prefix *without* it, where
 the next token is drawn from the model's own distribution with the critical token masked out. Deviation: both sides
-draw fresh samples. Counting again the samples that chose the token would make the first curve 0 by selection.
+draw fresh samples. The token was chosen because its continuations failed, so the samples that chose it would make the
+first curve 0, whatever the token does.
 
 The command is `tokalign score rollout` (`tokalign.cli.rollout`), since right answers are told by `tokalign.rewards`.
 """

@@ -101,6 +101,8 @@ def run_job(
     Raises:
         JobError: another run holds the folder, other parameters or input than before, a row that fails, a full disk.
     """
+    # The main process alone reads the folder and plans; the others get its plan or its error. Had each looked for
+    # itself, they might see different folders on a network file system and wait for each other for ever.
     state = process_state()
     folder = Path(output_dir)
     console = Console(stderr=True)
@@ -121,6 +123,8 @@ def run_job(
         if isinstance(plan, str):
             raise JobError(plan)
         _wait_until_visible(folder)
+        # In turn, not in blocks: shards of a sorted input differ in cost, and after a resume what is left lies
+        # anywhere.
         mine = plan["todo"][state.process_index :: state.num_processes]
         with JobProgress(folder, plan, state, console, name) as progress:
             for index in mine:
@@ -129,6 +133,7 @@ def run_job(
             while progress.unfinished():
                 time.sleep(_POLL_SECONDS)
         state.wait_for_everyone()
+        # Only now is every shard on disk: the manifest says complete, or the next start finds what is missing.
         if state.is_main_process and plan["manifest"]["status"] != "complete":
             _finish(folder, plan)
         state.wait_for_everyone()
@@ -221,6 +226,7 @@ def _prepare(
         manifest["seed"] = parameters["seed"]
     job = job_hash(manifest)
     assert job is not None
+    # Compared before anything is deleted: a mistyped folder is refused whole.
     if (folder / MANIFEST).exists():
         before = read_manifest(folder)
         _compare(before, manifest, folder)
@@ -228,6 +234,8 @@ def _prepare(
             manifest = before
     names = [shard_name(i, manifest["shards"]) for i in range(manifest["shards"])]
     _clean(folder, set(names))
+    # A shard is trusted by its content, not by its name: a disk that was full or a copy that was cut short leaves files
+    # under right names. Damaged ones are deleted here, before any process looks at what is there.
     todo = []
     for i, file in enumerate(names):
         problem = shard_problem(folder / file, job, i, pages=True)  # as costly as the hash of the input above
@@ -237,6 +245,7 @@ def _prepare(
         if (folder / file).exists():
             console.print(f"[yellow]{name}: {file} {problem}; it is computed again.")
             (folder / file).unlink()  # the others take a file that exists for a finished one
+    # The folder says "running" before the first row is computed, so a killed job never passes for a finished stage.
     if todo:
         manifest = {key: value for key, value in manifest.items() if key not in _RESULTS} | {"status": "running"}
     if manifest["status"] != "complete":
@@ -342,6 +351,7 @@ def _run_shard(
             output.extend([item] if isinstance(item, dict) else item)
         progress.advance(position)
     table = _to_table(output, f"{manifest['name']}, rows {ids[0]!r} to {ids[-1]!r}")
+    # Counts go into the shard that they count. In a file of their own they could be of another state than the rows.
     counts = {
         "job": plan["job"],
         "shard": index,
@@ -421,6 +431,7 @@ def _finish(folder: Path, plan: Mapping[str, Any]) -> None:
         schema = pa.unify_schemas(filled, promote_options="permissive") if filled else pa.schema([])
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise JobError(f"{manifest['name']}: the shards disagree about a column: {error}.") from None
+    # Shards are written apart, so their types may differ; readers of a folder expect one schema.
     for file, own, count in zip(files, schemas, counts, strict=True):
         if own != schema:
             table = pq.read_table(file) if count["rows"] else schema.empty_table()

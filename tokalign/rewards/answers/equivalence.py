@@ -6,7 +6,7 @@ and in data-loader processes, on text that a policy under optimisation chooses. 
 child per process: its alarm is used there (always a main thread), the address space is limited there, and a
 child that still does not answer is killed and replaced.
 
-The child runs this very file (`python -P math_equivalence.py`), so that it needs neither an importable
+The child runs this very file (`python -P equivalence.py`), so that it needs neither an importable
 caller nor a re-import of the caller's `__main__`; requests and replies are JSON lines.
 """
 

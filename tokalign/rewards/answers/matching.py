@@ -3,7 +3,7 @@
 An answer is read into a normal form first: a number (an exact rational), a word, or a list, tuple, interval,
 union or matrix of further answers. Two forms of different shape never match, so `(1,2)`, `1,2` and `12` stay
 apart whatever a symbolic library makes of them. Only what is left, expressions with symbols or roots, goes
-to math-verify (`math_equivalence`). Conventions and bounds: `docs/answers.md`. Data: GSM8K (Cobbe et al.
+to math-verify (`equivalence.py`). Conventions and bounds: `docs/answers.md`. Data: GSM8K (Cobbe et al.
 2021, arXiv 2110.14168), MATH (Hendrycks et al. 2021, arXiv 2103.03874).
 """
 

@@ -54,12 +54,14 @@ class Walk:
                     / (b + n + invented keys + Σ over optional keys that are there (1 − credit)).
     Of an array, with the share m = min(1, (1 + items) / (1 + `minItems`)),
         g(array) = m / (1 + items beyond `maxItems` + Σ over items (1 − g(item))).
-    A scalar has 1 or 0 by type; with bounds, BOUND if only a bound is broken. One that should be a constant and has its
-    type only has BOUND in any case. What has the right type is above 0 at every level, and faults are counted, never
-    averaged away: so each costs, wherever it is (a required key less, a key invented, a type made wrong), and adding
-    sound parts cannot hide it. The cost shrinks with depth, by 0.6 a level at most, and meets floating point at some 30
-    levels of objects. Among alternatives (`anyOf`, `oneOf`) the best counts: there a fault is what is one for the best
-    of them, before and after.
+    A scalar has 1 if its type is right, else 0; the grade with bounds is BOUND where only a bound is broken. A scalar
+    that should be a constant, and only has its type, has BOUND by both grades.
+
+    A value of the right type is above 0 at every level, and faults are added up, never averaged. So each fault costs,
+    wherever it is (a required key left out, a key invented, a type made wrong), and no number of sound parts hides it.
+    The cost shrinks with depth, at most to 0.6 a level, and is lost in floating point at some 30 levels of objects. Of
+    alternatives (`anyOf`, `oneOf`) the one with the best grade counts; a change is a fault if it is one under the best
+    alternative before the change and under the best one after it.
     """
 
     def __init__(self, max_values: int):
@@ -70,7 +72,7 @@ class Walk:
         self.known: dict[tuple[int, int], tuple[float, float, int]] = {}
 
     def top(self, shape: Shape, value: Any) -> Grade:
-        """The grade of a whole document; nothing where no key or item is there that the schema asks for."""
+        """The grade of a whole document. It is 0 for a container without any key or item that the schema asks for."""
         keys, full = self.grade(shape, value)
         # Taken now: the questions below grade parts of the value once more, which must not count its invented keys
         # again.
@@ -87,7 +89,7 @@ class Walk:
         return Grade(keys, full, True) if named else Grade(0.0, 0.0, False)
 
     def fault(self, shape: Shape, value: Any, place: str) -> str | None:
-        """The first fault in words, with its place (a JSON pointer); None where the grade sees none."""
+        """The first fault in words, with its place (a JSON pointer); None if the grade is 1."""
         if min(self.grade(shape, value)) == 1.0:
             return None
         # The alternative that the grade took is the one that was meant, so its faults are the ones to name.

@@ -17,13 +17,15 @@ the grade of keys and types and f the same with bounds (`tokalign.rewards.struct
     validity 1;  format 1 if the fence is as asked;  schema ½ f + ½ [valid and no invented key];
     correctness = agreement with the reference;  length 1 if valid and within the bounds
 
-So while structure is on, every hack ranks below every answer, and of what is above 0 each of these costs: a missing
-key, an invented key, a wrong type, text around. Whatever is on, none of them pays: no component rises by one, as long
-as the reference fits the schema. Where there are alternatives (`anyOf`, `oneOf`), a fault is what is one for the
-alternative that fits best, before and after. `[]` is right where the schema asks for no items: `minItems` or a
-reference make it cost. Deviations from the paper: structure is judged on parsed keys and types instead of substrings, a
-fence is no reason to be invalid, correctness compares typed values instead of words, the length term is a bonus
-instead of a malus.
+A *fault* is a missing key, an invented key, a value of a wrong type, or text around the document. While the component
+structure is on, every row of the table but the first ranks below every answer, and a fault lowers each score that is
+above 0. Whichever components are on, a fault raises none of them, as long as the reference fits the schema. Where the
+schema has alternatives (`anyOf`, `oneOf`), a completion is judged by the one that it fits best, so a change is a fault
+only if it is one under that alternative, both before and after the change. An empty list is right where the schema asks
+for no items; `minItems` or a reference makes it cost.
+
+Deviations from the paper: structure is judged on parsed keys and types instead of substrings, a fence is no reason to
+be invalid, correctness compares typed values instead of words, the length term is a bonus instead of a malus.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class CompiledSchema:
 
     Attributes:
         schema: as given.
-        shape: its keys and types, None for a schema that says nothing about them.
+        shape: its keys and types.
     """
 
     def __init__(self, schema: dict[str, Any] | bool):
@@ -209,7 +209,7 @@ def _references(schema: Any, path: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _closable(schema: dict[str, Any]) -> bool:
-    """Whether `additionalProperties: false` says of this object what the grade says: nothing else shares its keys."""
+    """Whether `additionalProperties: false` would refuse exactly the keys that the grade calls invented."""
     in_place = _IN_PLACE & schema.keys()
     if in_place - {"anyOf", "oneOf", "$ref"} or (in_place and (OBJECT_WORDS | {"type"}) & schema.keys()):
         return False

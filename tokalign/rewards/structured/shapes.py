@@ -39,8 +39,9 @@ class Shape:
         items, prefix, min_items, max_items: of an array.
         options: alternatives; a shape with options has nothing else.
         bounds: validator of what the schema says about scalars beyond their type.
-        constant: they allow one value; another one is half a fault of type, which tells alternatives apart.
-        perfect: validator that passes just the objects and arrays without any fault, where there is one.
+        constant: the bounds allow one value alone. Another value of its type has half the credit (`grading.BOUND`), by
+            which alternatives are told apart.
+        perfect: validator that passes an object or array if and only if it has no fault; None where there is none.
     """
 
     types: frozenset[str] | None = None

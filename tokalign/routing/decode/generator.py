@@ -279,6 +279,9 @@ class RoutedBatch:
         policy, rows, columns = self.generator.policy, self.rows, self._current_columns()
         written: dict[int, tuple[int, float]] = {}
         scores: dict[int, float] = {}
+        # 1. The SLM reads every row that it is asked about, and the policy scores them. Its proposal is drawn at once
+        # for all of these rows, because id, log-probability and score then reach the CPU in one transfer; a routed row
+        # drops it.
         if policy.needs_slm:
             asked = [r for r, row in enumerate(rows) if not row.span]
             if asked:
@@ -296,12 +299,15 @@ class RoutedBatch:
             by_llm = [r for r, row in enumerate(rows) if row.span]
         else:
             by_llm = list(range(len(rows)))
+        # 2. The LLM draws for the routed rows. Its draws overwrite the proposals in `written`.
         if by_llm:
             logits, _ = self._read(1, by_llm)
             drawn = self._draw(logits, self._of_rows(columns, by_llm, logits.device), by_llm)
             for r, each in zip(by_llm, drawn, strict=True):
                 written[r] = (int(each[0]), each[1])
                 rows[r].span = max(0, rows[r].span - 1)
+        # 3. Each row takes its token and may end. Rows leave from the last place on, because the place of one that
+        # leaves is filled by the last.
         columns["step"] += 1
         llm_rows = set(by_llm)
         texts = self._tails([r for r, row in enumerate(rows) if row.params.stop], written)
@@ -317,6 +323,8 @@ class RoutedBatch:
     def _admit(self) -> None:
         """Let waiting rows in while there is room; always at least one row."""
         generator = self.generator
+        # Every row of a cache has the slots of the longest, so the budget is rows × widest, as it will be when all are
+        # full.
         width = max((row.width for row in self.rows), default=0)
         while self.waiting and len(self.rows) < generator.max_rows:
             width = max(width, self.waiting[0].width)
@@ -337,6 +345,7 @@ class RoutedBatch:
         self._changed = True
 
     def _current_columns(self) -> dict[str, torch.Tensor]:
+        # Made anew only when rows come or go. A transfer to the device at each step would cost more than the step adds.
         if self._changed:
             device, rows = self._models[0].device, self.rows
             self._columns = {
@@ -364,6 +373,7 @@ class RoutedBatch:
             side: 0 for the SLM, 1 for the LLM.
         """
         model = self._models[side]
+        # A row that this model has not met may share its prompt with others: read it once.
         fresh = [p for p in places if not model.lengths[p]]
         if fresh:
             self._share_prompts(side, fresh)
@@ -381,6 +391,8 @@ class RoutedBatch:
         alike: dict[tuple[int, ...], list[int]] = {}
         for place in fresh:
             alike.setdefault(self.rows[place].prompt, []).append(place)
+        # Three cases: a row in flight holds the prompt already (copy its slots); several new rows have it (one reads
+        # it, the others copy); one row alone has it (it is read with the first step).
         leaders = []
         for prompt, places in alike.items():
             length = len(prompt) - 1

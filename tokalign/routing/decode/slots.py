@@ -68,6 +68,8 @@ class SlotLayer(DynamicLayer):
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        # Rows that are adjacent and equally long are one block of the buffer, which is written and shown without a
+        # copy. All other rows are written by index, and gathered for attention where they are not adjacent.
         at = self.layout
         if at.part is not None and at.past is not None:
             buffer[at.part, :, at.past : at.length] = new
@@ -138,6 +140,7 @@ class CachedModel:
     @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Forget a row; the last row takes its number."""
+        # The last row moves into the gap, so that rows stay numbered without one and most passes can use slices.
         last = len(self.lengths) - 1
         if row != last and self.lengths[last]:
             self._copy(last, row, self.lengths[last])
@@ -173,6 +176,7 @@ class CachedModel:
             Logits (R, V) after each row's last token and, if asked, the states (R, d) that the LM head got there.
         """
         counts = [len(each) for each in tokens]
+        # Nearly every step: one token a row needs no padding, so there is nothing to cut into passes.
         if max(counts) == 1 or len(rows) == 1:
             return self._forward(rows, tokens, counts, hidden)
         order, results = [], []
@@ -190,6 +194,8 @@ class CachedModel:
     def _forward(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int], hidden: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Tokens are aligned on the right, so that column -1 is the last token of every row. A row with fewer new tokens
+        # than the widest has padding before them, whose positions may even be negative.
         at, lengths = self._layout, self.lengths
         width = max(counts)
         starts = [lengths[row] + count - width for row, count in zip(rows, counts, strict=True)]  # may be negative
@@ -205,6 +211,8 @@ class CachedModel:
         )
         ids, positions = table[:, :-1], table[:, -1:] + torch.arange(width, device=self.device)
         mask: Any = None
+        # What the layers need depends on how regular the pass is: nothing but a slice (even, adjacent), slots of every
+        # token (even, apart), or slots and a mask (uneven).
         if not even or at.part is None:
             at.index = torch.tensor(list(rows), device=self.device)
         if not even:
@@ -217,6 +225,7 @@ class CachedModel:
             mask = self._masks(positions)
         elif at.part is None:
             at.slots = positions
+        # The hook takes what the LM head reads. `output_hidden_states` would keep the states of all layers.
         caught: list[torch.Tensor] = []
         handle = (
             self.model.base_model.register_forward_hook(lambda _, __, out: caught.append(out.last_hidden_state[:, -1]))
@@ -266,6 +275,8 @@ class CachedModel:
 
     def _needed(self, rows: int = 0, slots: int = 0) -> tuple[int, int]:
         """Rows and slots for all rows in flight, at least these, and a little room."""
+        # An eighth more rows and ROOM more slots than are needed: a batch that grows by a row or a token at a time must
+        # not copy everything it holds at each step.
         live = max(rows, len(self.lengths))
         return live + live // 8, max([slots, *self.lengths]) + ROOM
 
@@ -316,6 +327,7 @@ def forward_parts(counts: Sequence[int]) -> list[list[int]]:
     A pass reads all weights, so few are better, but each of its rows is padded to the longest: short rows share one
     pass, and a long prompt does not drag rows that need one token along.
     """
+    # Longest first, so that the first row of a part is its width and every later one is padded to it.
     parts: list[list[int]] = []
     width = real = 0
     for i in sorted(range(len(counts)), key=lambda i: -counts[i]):

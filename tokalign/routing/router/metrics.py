@@ -1,9 +1,9 @@
 """How well scores find divergent tokens, and what finding them costs: AUROC, AUPRC, recall at LLM rates, calibration.
 
-A token is routed to the large model (LLM) from a score on; the *LLM rate* is the share of all tokens that are. Tokens
-without a verdict (label −1) are routed or not like all others, so they count in rates; they are neither right nor wrong
-to route, so they count in nothing else. Tokens of one response are not independent: intervals are 95 % percentile
-bootstraps over *responses*.
+A token is routed to the large model (LLM) if its score is at least a threshold. The *LLM rate* is the share of all
+tokens that are routed. A token without a verdict (label −1) is routed by its score like any other, so it counts in
+rates; nobody knows whether that was right, so it counts in nothing else. Tokens of one response are not independent:
+intervals are 95 % percentile bootstraps over *responses*.
 """
 
 from __future__ import annotations
