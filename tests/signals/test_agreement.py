@@ -102,8 +102,8 @@ def test_cost_is_the_jobs_count_or_passes_over_prompt_and_completion():
 
 
 def test_a_signal_without_a_row_is_refused_in_one_sentence():
-    rows = [{**row, "rejected_margin": row["rejected_contrast"]} for row in planted()]
-    with pytest.raises(ValueError, match=r"no token signal 'margin'.*register") as error:
+    rows = [{**row, "rejected_nameless": row["rejected_contrast"]} for row in planted()]
+    with pytest.raises(ValueError, match=r"no token signal 'nameless'.*register") as error:
         agreement(rows)
     assert str(error.value).count("\n") == 0
     assert set(agreement(rows, ["contrast"])["first_error"]["signals"]) == {"contrast", CHANCE}

@@ -18,7 +18,7 @@ from tokalign.signals.registry import get, known, names, register
 
 ROOT = Path(__file__).resolve().parents[2]
 MARGIN = Signal(
-    name="margin",
+    name="own_margin",
     title="top-two margin",
     low=0.0,
     high=1.0,
@@ -53,14 +53,14 @@ def test_weights_rewards_and_suspicion_agree_about_the_end(name):
 
 
 def test_own_signal_by_a_call(table):
-    with pytest.raises(ValueError, match=r"no token signal 'margin' .*register yours"):
-        get("margin")
-    assert known("margin") is None
-    assert register(MARGIN) is get("margin") is known("margin") is register(MARGIN)
-    rows = [{**row, "rejected_margin": row["rejected_contrast"]} for row in planted()]
-    assert agreement(rows, samples=5)["first_error"]["signals"]["margin"]["tokens_per_scored_token"] == 3
-    with pytest.raises(ValueError, match="is a signal 'margin' already"):
-        register(Signal("margin", "another", 0.0, 2.0, "nats", "high"))
+    with pytest.raises(ValueError, match=r"no token signal 'own_margin' .*register yours"):
+        get("own_margin")
+    assert known("own_margin") is None
+    assert register(MARGIN) is get("own_margin") is known("own_margin") is register(MARGIN)
+    rows = [{**row, "rejected_own_margin": row["rejected_contrast"]} for row in planted()]
+    assert agreement(rows, samples=5)["first_error"]["signals"]["own_margin"]["tokens_per_scored_token"] == 3
+    with pytest.raises(ValueError, match="is a signal 'own_margin' already"):
+        register(Signal("own_margin", "another", 0.0, 2.0, "nats", "high"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_own_signal_by_an_entry_point(table, monkeypatch):
     """A package that is installed beside this one names its row in its pyproject.toml; nobody imports it."""
     point = EntryPoint("margin", "tests.signals.test_registry:MARGIN", registry.ENTRY_POINTS)
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.ENTRY_POINTS else [])
-    assert get("margin").title == "top-two margin" and "margin" in names()
+    assert get("own_margin").title == "top-two margin" and "own_margin" in names()
 
 
 def test_an_entry_point_that_is_no_signal_is_named(table, monkeypatch):

@@ -256,14 +256,14 @@ def test_values_become_steps(value, scale, step):
         ("entropy", [0.0, 1.0, 4.0], ["s0", "s2", "s10"]),  # high is suspicious, and has no end
         ("logprob", [-4.0, -1.0, 0.0], ["s10", "s2", "s0"]),
         ("token_reward", [-0.5, 0.0, 0.1], ["s10", "s0", "p2"]),
-        ("margin", [-1.0, 0.0, 4.0], ["s2", "s0", "p10"]),  # registered nowhere: one scale on both sides of 0
+        ("nameless", [-1.0, 0.0, 4.0], ["s2", "s0", "p10"]),  # registered nowhere: one scale on both sides of 0
     ],
 )
 def test_the_table_of_signals_says_what_is_strong(signal, values, steps):
     row = {"id": "a", "chosen_ids": [10, 11, 12], f"chosen_{signal}": values}
     html = token_heatmap([row], tiny_tokenizer())
     assert [t["class"].split()[1] for t in Page(html).tokens] == steps
-    assert ("its suspicious end are unknown" in html) == (signal == "margin")
+    assert ("its suspicious end are unknown" in html) == (signal == "nameless")
 
 
 @pytest.mark.parametrize(
