@@ -90,10 +90,13 @@ class _Source:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 title = (ast.get_docstring(node) or name).strip().splitlines()[0].rstrip(".")
                 title = re.sub(r"Configuration class for the \[`(\w+)`\]", r"Options of \1", title)  # TRL's form
-                options = [option for base in node.bases for option in self.options(ast.unparse(base), foreign)[1]]
                 own = list(_fields(node, self.constants))
-                replaced = {option.name for option in own}
-                return title, [option for option in options if option.name not in replaced] + own
+                known = {option.name for option in own}
+                options: list[Option] = []
+                for base in node.bases:  # what two bases define is the first one's, as in Python
+                    options += [o for o in self.options(ast.unparse(base), foreign)[1] if o.name not in known]
+                    known |= {option.name for option in options}
+                return title, options + own
             if isinstance(node, ast.ImportFrom) and node.module and any(a.name == name for a in node.names):
                 if node.module.split(".")[0] == "tokalign":
                     return _Source(node.module).options(name, foreign)
