@@ -109,6 +109,8 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         _job("serve", "an OpenAI-compatible server over a routed pair"),
     ),
 }
+OURS = (ContractError, JobError, OptionError)
+ORDINARY = (ValueError, OSError, ImportError)
 VERBS = {verb.name: verb for verbs in GROUPS.values() for verb in verbs}
 
 
@@ -164,7 +166,7 @@ def entry() -> None:
     """
     try:
         main()
-    except Exception as error:
+    except (*OURS, *ORDINARY) as error:
         if os.environ.get("TOKALIGN_TRACEBACK") or not is_said(error):
             raise
         raise SystemExit(f"tokalign: {error}") from None
@@ -176,11 +178,10 @@ def is_said(error: BaseException) -> bool:
     Ours by class, or an ordinary error that our own code raised with a sentence; Python's and the libraries' end
     without a full stop or come from files of theirs.
     """
-    if isinstance(error, ContractError | JobError | OptionError):
+    if isinstance(error, OURS):
         return True
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
-    return isinstance(error, ValueError | OSError) and ours and str(error).endswith(".")
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, ORDINARY) and raised_in.is_relative_to(PACKAGE) and str(error).endswith(".")
 
 
 def run(module: str, words: list[str], command: str = "") -> Any:
@@ -196,6 +197,8 @@ def run(module: str, words: list[str], command: str = "") -> Any:
         return None
     try:
         options = parser.parse_args_and_config(with_shipped_config(words))
+    except ContractError:  # a verb's own check of its options
+        raise
     except ValueError as error:
         raise OptionError(f"{command}: {error}") from error
     result = function(*options)
