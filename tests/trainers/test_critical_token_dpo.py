@@ -415,6 +415,16 @@ def test_a_model_called_around_its_hooks_is_weighted_too(tiny_path, tmp_path, ro
     assert trainer.compute_loss(trainer.model, batch) == loss
 
 
+def test_logits_for_compute_metrics_are_the_models_own(tiny_path, tmp_path, rows):
+    trainer = make_trainer(tiny_path, tmp_path, rows, moved=True)
+    batch = first_batch(trainer)
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert loss == trainer.compute_loss(trainer.model, batch)
+    expected = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.equal(outputs.logits, expected)
+
+
 def test_a_plain_model_path_is_enough(tiny_path, tmp_path, rows):
     trainer = CriticalTokenDPOTrainer(
         tiny_path, args=CriticalTokenDPOConfig(**settings(tmp_path, max_steps=1)), train_dataset=Dataset.from_list(rows)
