@@ -1,28 +1,26 @@
-"""What the benchmarks on the ledger world run before they differ: from a base model to scored pairs, by seed.
+"""What the experiments on the ledger world run: every command of this package that they call, and only here.
 
-Each stage is a script or a recipe with the command line that a user would type (tokalign/cli/stages.py prints and keeps
-them); a killed benchmark goes on where it stopped.
+Each stage is a command line that a user would type (tokalign/cli/stages.py prints and keeps them). A stage that is
+finished is not run again, so a killed experiment goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
+from tokalign.cli.evaluate_structured import EvaluateStructuredArguments, OptionalEngineArguments
+from tokalign.cli.evaluate_structured import main as evaluate_structured_main
 from tokalign.cli.ledger_models import trained_model
+from tokalign.cli.quickstart import logp_curve
 from tokalign.cli.stages import Stages
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+__all__ = ["MAX_TOKENS", "TDPO", "LedgerStages", "logp_curve", "models", "trained_model"]
 
-LEDGER = "recipes/ledger"
 MAX_TOKENS = 96
+SIDES = ("positive", "negative")
+TDPO = "benchmarks/peers/tdpo.py"
 
 
 def models(base: str | None, eval_model: str | None) -> tuple[str, str]:
@@ -33,59 +31,111 @@ def models(base: str | None, eval_model: str | None) -> tuple[str, str]:
     )
 
 
-def stages_in(folder: Path) -> Stages:
-    """The stages of a benchmark, kept in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return Stages(folder)
+def early_model(folder: Path) -> Path:
+    """A weak base that was stopped early in its training, as `folder`/model: short runs wait for no large model."""
+    stages = LedgerStages(folder)
+    world = stages.problems(folder / "world", sft=8000)
+    start = {"model_name_or_path": world / "ledger-slm", "dataset_name": world / "sft"}
+    return stages.recipe("model", "sft", "base_slm", **start, max_steps=250)
 
 
-def build_pairs(stages: Stages, out: Path, base: str, *, problems: int, rollouts: int, seed: int) -> Path:
-    """Problems of the train split, rollouts of the base, and pairs; the folder of the pairs."""
-    world = out / "world"
-    stages.run(
-        *("problems", "data/ledger.py", "--output_dir", world, "--seed", seed),
-        *("--train", problems, "--validation", 1, "--test", 1, "--sft", 1),
-    )
-    stages.run(
-        *("rollouts", "scripts/sample_rollouts.py", "--model", base, "--dataset", world / "train"),
-        *("--output_dir", out / "rollouts", "--num_rollouts", rollouts, "--max_tokens", MAX_TOKENS, "--seed", seed),
-    )
-    stages.run(
-        *("pairs", "scripts/build_pairs.py", "--dataset", out / "rollouts"),
-        *("--output_dir", out / "preferences", "--seed", seed),
-    )
-    return out / "preferences" / "pairs"
+def flags(**options: Any) -> list[Any]:
+    """Options as on a command line; None leaves one out, a list has several words."""
+    words: list[Any] = []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, (list, tuple)) else [value])]
+    return words
 
 
-def score_token_rewards(stages: Stages, out: Path, model: str, dataset: Path) -> Path:
-    """Self-generated token rewards of `model` on `dataset`; the folder of the scored stage."""
-    stages.run(
-        *("token rewards", "scripts/score.py", "token-reward", "--model", model, "--dataset", dataset),
-        *("--templates", "ledger", "--output_dir", out / "rewarded"),
-    )
-    return out / "rewarded"
+class LedgerStages(Stages):
+    """The stages of one folder; each method runs one and returns the folder that it has written."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder)
+        self.folder = folder
+
+    def _job(self, verb: str, output: Path, **options: Any) -> Path:
+        """Run a verb into `output`, by which the stage is known."""
+        self.run(str(output.relative_to(self.folder)), verb, *flags(output_dir=output, **options))
+        return output
+
+    def recipe(self, name: str, recipe: str, config: str, **options: Any) -> Path:
+        """Train by a verb (or the path of a script) with a YAML of recipes/ledger/."""
+        output = self.folder / name.replace(", ", "_").replace(" ", "_")
+        self.train(name, recipe, output, *flags(config=f"recipes/ledger/{config}.yaml", **options))
+        return output
+
+    def problems(self, output: Path, *, seed: int = 0, **options: Any) -> Path:
+        """Problems by split; a split without a size gets one."""
+        sizes = dict.fromkeys(("train", "validation", "test", "sft"), 1)
+        return self._job("data ledger", output, **(sizes | {"seed": seed} | options))
+
+    def pairs(self, base: str, *, problems: int, rollouts: int, seed: int) -> Path:
+        """Problems of the train split, rollouts of the base, and pairs of right and wrong ones."""
+        world, out = self.problems(self.folder / "world", seed=seed, train=problems), self.folder
+        options = {"model": base, "dataset": world / "train", "num_rollouts": rollouts, "max_tokens": MAX_TOKENS}
+        sampled = self._job("sample", out / "rollouts", **options, seed=seed)
+        self._job("pairs", out / "preferences", dataset=sampled, seed=seed)
+        return out / "preferences" / "pairs"
+
+    def contrast(self, base: str, dataset: Path, seed: int) -> Path:
+        """Contrastive scores by two adapters, trained on the right and on the wrong rollouts of `pairs`."""
+        adapters = {}
+        for side in SIDES:
+            data = {"model_name_or_path": base, "dataset_name": self.folder / "preferences" / side}
+            adapters[side] = self.recipe(side, "sft", f"{side}_sft", **data, seed=seed)
+        output = self.folder / "scored"
+        return self._job("score contrast", output, model=base, dataset=dataset, **adapters)
+
+    def likelihood(self, name: str, model: str, dataset: Path, *signals: str, adapter: Path | None = None) -> Path:
+        """Log-prob, entropy or the implicit reward of an adapter against its base; `name` is of the folder."""
+        options = {"model": model, "adapter": adapter, "signals": signals, "dataset": dataset}
+        return self._job("score likelihood", self.folder / name, **options)
+
+    def token_rewards(self, model: str, dataset: Path) -> Path:
+        """Self-generated token rewards by contrastive prompting."""
+        options = {"model": model, "dataset": dataset, "templates": "ledger"}
+        return self._job("score token-reward", self.folder / "rewarded", **options)
+
+    def rollout_estimate(self, base: str, dataset: Path, *, rows: int, continuations: int, seed: int) -> Path:
+        """Share of right continuations behind every prefix of the first wrong answers, and their critical token."""
+        sizes = {"max_rows": rows, "n": continuations, "max_tokens": MAX_TOKENS, "seed": seed}
+        output = self.folder / "estimate"
+        return self._job("score rollout", output, model=base, dataset=dataset, **sizes)
+
+    def first_errors(self, base: str, dataset: Path) -> Path:
+        """The true first wrong token of every wrong answer."""
+        options = {"dataset": dataset, "tokenizer": base, "problems": self.folder / "world" / "train"}
+        return self._job("score first-error", self.folder / "marked", **options)
+
+    def evaluation(self, name: str, model: str, problems: Path, **options: Any) -> Path:
+        """Greedy and sampled accuracy on problems: metrics.json."""
+        options |= {"model": model, "problems": problems, "split": "train", "max_tokens": MAX_TOKENS}
+        return self._job("evaluate answers", self.folder / "evaluation" / name, **options)
+
+    def structured_evaluation(
+        self, name: str, model: Path, adapter: Path | None, problems: Path, **settings: Any
+    ) -> dict[str, Any]:
+        """Figures of structured answers to problems; the job keeps its rows itself."""
+        output = str(self.folder / "evaluation" / name)
+        return evaluate_structured_main(
+            EvaluateStructuredArguments(output_dir=output, problems=str(problems), **settings),
+            OptionalEngineArguments(model=str(model), adapter=adapter and str(adapter)),
+        )
+
+    def routing_labels(self, slm: str, llm: str, problems: Path, seed: int) -> Path:
+        """Labels by outcome: does the LLM, going on behind the SLM's token, still reach the right answer?"""
+        options = {"model": llm, "slm": slm, "verdict": "outcome", "dataset": problems, "max_tokens": MAX_TOKENS}
+        return self._job("label", self.folder / "labels", **options, shard_size=512, seed=seed)
+
+    def routed(self, name: str, slm: str, llm: str, problems: Path, seed: int, **policy: Any) -> Path:
+        """Answers of a pair under a policy."""
+        output = self.folder / "routed" / name.replace(" ", "_")
+        options = {"slm": slm, "llm": llm, "dataset": problems, "max_tokens": MAX_TOKENS, "shard_size": 256}
+        return self._job("generate", output, **options, seed=seed, **policy)
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean over seeds with its 95 % interval by Student's t, the values, and the p-value of a mean of 0.
-
-    The p-value (two-sided) says something of differences only; like the interval it is null for a single seed.
-    """
-    n = len(values)
-    mean = sum(values) / n
-    found: dict[str, Any] = {"mean": mean, "ci95": [None, None], "seeds": n, "values": list(values), "p": None}
-    if n > 1:
-        error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-        spread = error * float(stats.t.ppf(0.975, n - 1))
-        found["ci95"] = [mean - spread, mean + spread]
-        found["p"] = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
-    return found
-
-
-def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """`over_seeds` of a − b: two methods on the same problems, pairs and seeds."""
-    return over_seeds([x - y for x, y in zip(a, b, strict=True)])
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+if __name__ == "__main__":
+    early_model(Path(sys.argv[1]))

@@ -1,20 +1,18 @@
-r"""Everything that docs/results/ says, in one command: runs the experiments, keeps their JSON, and writes the pages.
+r"""Everything that docs/results/ says, in one command: runs the experiments, keeps their JSON, and fills in the pages.
 
     python benchmarks/suite.py                      # hours (`make benchmarks`); pages and data go to docs/results/
     python benchmarks/suite.py --quick true         # minutes (`make benchmarks-quick`), to runs/benchmarks/quick/
     python benchmarks/suite.py --only treg_ledger   # some of them
     python benchmarks/suite.py --render true        # the pages alone, from the data that is there
 
-Each experiment is a script beside this one, run as its page shows, one after the other. A killed suite started again
-skips what is finished and goes on within the experiment that it was at. On a machine with a GPU `speed_gpu` runs as
-well: the same measurements in bf16 at the shapes of 1.5B and 8B models.
+Each experiment is a file of experiments/, run with the arguments below, one after the other. A killed suite started
+again skips what is finished and goes on within the experiment that it was at. On a machine with a GPU `speed-gpu` runs
+as well: the same measurements in bf16 at the shapes of 1.5B and 8B models.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -27,79 +25,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger_stages import ROOT, stages_in, write_json
-from pages.common import load_runs
-from pages.index import index
 from rich.console import Console
 from trl import TrlParser
 
-from tokalign.cli.ledger_models import trained_model
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # as a script, this file has its own folder there
+    sys.path.insert(0, str(ROOT))
 
-PAGES = ("critical_token_dpo", "treg", "structured_grpo", "routing", "compositions", "speed", "reliability")
+from benchmarks.render import read_json, render, write_json  # noqa: E402
+from tokalign.cli.ledger_models import trained_model  # noqa: E402
+
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A script of this folder with its arguments.
+    """A module of experiments/ with its arguments; what follows a hyphen in its name is the machine.
 
     Args:
-        full: beside the script's defaults. quick: of the short run; `{base}` stands for the ledger's weak base model,
+        full: beside the module's defaults. quick: of the short run; `{base}` stands for the ledger's weak base model,
             `{early}` for one that was stopped early in its training (short runs wait for no large model).
         threads: CPU threads that PyTorch gets; one where the models are so small that more would only wait.
         gpu: it needs one.
     """
 
     name: str
-    script: str
-    full: tuple[str, ...] = ()
-    quick: tuple[str, ...] = ()
+    quick: str
+    full: str = ""
     threads: int = 1
     gpu: bool = False
 
+    def command(self, *, quick: bool) -> list[str]:
+        """What is run, without the folder that it writes."""
+        module = f"benchmarks.experiments.{self.name.partition('-')[0]}"
+        return ["python", "-m", module, *shlex.split(self.quick if quick else self.full)]
 
-def words(text: str) -> tuple[str, ...]:
-    return tuple(shlex.split(text))
 
-
-FEW = words("--seeds 2 --problems 200 --validation_problems 100 --test_problems 100 --samples 1 --learning_rates 3e-4")
+FEW = "--seeds 2 --problems 200 --validation_problems 100 --test_problems 100 --samples 1 --learning_rates 3e-4"
 EXPERIMENTS = (
+    Experiment("critical_dpo_ledger", f"{FEW} --base {{base}} --rollouts 8 --estimate_rows 4 --continuations 16"),
+    Experiment("treg_ledger", f"{FEW} --base {{base}} --eval_model {{base}} --rollouts 4"),
     Experiment(
-        *("critical_dpo_ledger", "critical_dpo_ledger.py"),
-        quick=(*FEW, *words("--base {base} --rollouts 8 --estimate_rows 4 --continuations 16")),
-    ),
-    Experiment("treg_ledger", "treg_ledger.py", quick=(*FEW, *words("--base {base} --eval_model {base} --rollouts 4"))),
-    Experiment(
-        *("token_credit", "token_credit.py"),
-        quick=words("--base {base} --eval_model {base} --seeds 2 --problems 100 --estimate_rows 4 --continuations 8"),
+        "token_credit", "--base {base} --eval_model {base} --seeds 2 --problems 100 --estimate_rows 4 --continuations 8"
     ),
     Experiment(
-        *("structured_ledger", "structured_ledger.py"),
-        quick=words(
-            "--seeds 2 --ablation_seeds 1 --base_documents 6400 --problems 200 --pairs_from 50 --steps 3"
-            " --completions 32 --learning_rates 1e-3 --validation_problems 40 --test_problems 60"
-        ),
+        "structured_ledger",
+        "--seeds 2 --ablation_seeds 1 --base_documents 6400 --problems 200 --pairs_from 50 --steps 3"
+        " --completions 32 --learning_rates 1e-3 --validation_problems 40 --test_problems 60",
     ),
     Experiment(
-        *("routing_ledger", "routing_ledger.py"),
-        quick=words(
-            "--slm {early} --llm {base} --seeds 2 --train_problems 300 --validation_problems 40 --test_problems 60"
-            " --rates 0.08 0.2 --clock_rate 0.2 --clock_problems 16 --repeats 2"
-        ),
+        "routing_ledger",
+        "--slm {early} --llm {base} --seeds 2 --train_problems 300 --validation_problems 40 --test_problems 60"
+        " --rates 0.08 0.2 --clock_rate 0.2 --clock_problems 16 --repeats 2",
     ),
     Experiment(
-        *("compositions", "compositions.py"),
-        quick=(
-            *FEW,
-            *words("--base {base} --eval_model {base} --llm {early} --rollouts 4 --pairs 32 --continuations 4"),
-        ),
+        "compositions",
+        f"{FEW} --base {{base}} --eval_model {{base}} --llm {{early}} --rollouts 4 --pairs 32 --continuations 4",
     ),
+    Experiment("faults", "--kills 2 --training_kills 2 --only build_pairs score_contrast write_answers critical_dpo"),
+    Experiment("speed", "--size quick", threads=os.cpu_count() or 1),
     Experiment(
-        *("reliability", "reliability.py"),
-        quick=words("--kills 2 --training_kills 2 --flips 100 --only build_pairs score_contrast write_answers"),
+        "speed-gpu",
+        "--device cuda --dtype bfloat16 --size quick",
+        "--device cuda --dtype bfloat16 --size real",
+        gpu=True,
     ),
-    Experiment("speed", "speed.py", quick=words("--size quick"), threads=os.cpu_count() or 1),
-    Experiment("speed_gpu", "speed.py", words("--device cuda --dtype bfloat16 --size real"), gpu=True),
 )
 
 
@@ -121,8 +111,9 @@ class SuiteArguments:
 
 def main(args: SuiteArguments) -> None:
     os.chdir(ROOT)
+    pages = Path("docs/results")
     out = Path(args.output_dir or f"runs/benchmarks/{'quick' if args.quick else 'full'}")
-    results = Path(args.results_dir or (out / "results" if args.quick else "docs/results"))
+    results = Path(args.results_dir or (out / "results" if args.quick else pages))
     names = [e.name for e in EXPERIMENTS]
     if unknown := set(args.only) - set(names):
         raise SystemExit(f"No experiment {', '.join(sorted(unknown))}; there are {', '.join(names)}.")
@@ -131,27 +122,24 @@ def main(args: SuiteArguments) -> None:
             chosen = experiment.name in args.only if args.only else not experiment.gpu or torch.cuda.is_available()
             if chosen:
                 run(experiment, out, results / "data", quick=args.quick)
-    write_pages(results)
+    render(results, pages)
 
 
 def run(experiment: Experiment, out: Path, data: Path, *, quick: bool) -> None:
     """Run an experiment, unless it is finished, and keep its JSON."""
     console, folder = Console(), out / experiment.name
-    command = ["python", f"benchmarks/{experiment.script}", *(experiment.quick if quick else experiment.full)]
-    note = folder / "suite.json"  # command and seconds so far; finished or not
-    state = json.loads(note.read_text()) if note.exists() else {}
+    command, note = experiment.command(quick=quick), folder / "suite.json"  # its command, seconds so far; finished?
+    state = read_json(note) if note.exists() else {}
     if state.get("command") != shlex.join(command):
         state = {"command": shlex.join(command), "seconds": 0.0, "finished": False}
     console.rule(f"[bold]{experiment.name}[/bold]", align="left")
     if not state["finished"]:
-        folder.mkdir(parents=True, exist_ok=True)
-        arguments = [part.format(**models(out, command)) if part in ("{base}", "{early}") else part for part in command]
         environment = os.environ | {"OMP_NUM_THREADS": str(experiment.threads), "PYTHONPATH": str(ROOT)}
+        there = models(out, command)
+        arguments = [there.get(part, part) for part in command[1:]] + ["--output_dir", str(folder)]
         started = time.perf_counter()
         try:
-            subprocess.run(
-                [sys.executable, *arguments[1:], "--output_dir", str(folder)], check=True, cwd=ROOT, env=environment
-            )
+            subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, env=environment)
             state |= {"finished": True, "date": time.strftime("%Y-%m-%d")}
         finally:
             state["seconds"] += time.perf_counter() - started
@@ -163,43 +151,36 @@ def run(experiment: Experiment, out: Path, data: Path, *, quick: bool) -> None:
         "seconds": round(state["seconds"]),
         "machine": machine(experiment),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "results": without_paths(json.loads((folder / "results.json").read_text())),
+        "results": without_paths(read_json(folder / "results.json")),
     }
-    data.mkdir(parents=True, exist_ok=True)
     write_json(data / f"{experiment.name}.json", keep)
     console.print(f"[dim]✓ {data / experiment.name}.json, {keep['seconds']} s[/dim]", highlight=False)
 
 
 def models(out: Path, command: list[str]) -> dict[str, str]:
-    """The models of short runs, trained first where they are not there."""
-    found = {"base": str(trained_model("ledger-slm"))}
+    """What stands for the models of short runs, trained first where they are not there."""
+    there = {}
+    if "{base}" in command:
+        there["{base}"] = str(trained_model("ledger-slm"))
     if "{early}" in command:
-        folder = out / "early"
-        stages, world = stages_in(folder), folder / "world"
-        stages.run(
-            *("problems", "data/ledger.py", "--output_dir", world, "--sft", 8000),
-            *(part for split in ("train", "validation", "test") for part in (f"--{split}", 1)),
-        )
-        stages.train(
-            *("early", "recipes/sft.py", folder / "model", "--config", "recipes/ledger/base_slm.yaml"),
-            *("--model_name_or_path", world / "ledger-slm", "--dataset_name", world / "sft", "--max_steps", 250),
-        )
-        found["early"] = str(folder / "model")
-    return found
+        # in a process of its own: the ledger's stages hide the GPU from theirs
+        subprocess.run([sys.executable, "-m", "benchmarks.ledger_stages", str(out / "early")], check=True, cwd=ROOT)
+        there["{early}"] = str(out / "early" / "model")
+    return there
 
 
 def machine(experiment: Experiment) -> dict[str, Any]:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "cpu": names[0] if names else platform.machine(),
         "cores": f"{os.cpu_count()} cores",
         "threads": f"{experiment.threads} thread{'s' if experiment.threads > 1 else ''}",
     }
     if experiment.gpu:
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
 
 
 def without_paths(value: Any) -> Any:
@@ -209,21 +190,6 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [without_paths(item) for item in value]
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
-
-
-def write_pages(results: Path) -> None:
-    """Every page whose runs are there, its figures, and an index with the verdicts counted."""
-    texts = {}
-    for name in PAGES:
-        module = importlib.import_module(f"pages.{name}")
-        runs = load_runs(results / "data", module.NEEDS)
-        if module.NEEDS[0] in runs:  # the others add to it
-            (results / "figures").mkdir(parents=True, exist_ok=True)
-            texts[name] = module.page(runs)
-            module.figures(runs, results / "figures")
-            (results / f"{name}.md").write_text(texts[name], encoding="utf-8")
-    if texts:
-        (results / "README.md").write_text(index(texts), encoding="utf-8")
 
 
 if __name__ == "__main__":

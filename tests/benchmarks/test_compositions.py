@@ -1,19 +1,18 @@
-"""Compositions: signals as scores in [0, 1], first errors as routing labels, and the page with its verdicts."""
+"""Compositions: signals as scores in [0, 1], first errors as routing labels, and the verdicts in the tables."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
-from compositions import (
+from datasets import Dataset
+
+from benchmarks.experiments import compositions
+from benchmarks.experiments.common import DETECTION, difference, over_seeds, summary
+from benchmarks.experiments.compositions import (
     AGREED,
     CONTRAST,
-    DETECTION,
     DETECTOR_CLAIMS,
     DPO,
     METHODS,
@@ -25,12 +24,8 @@ from compositions import (
     detector_rows,
     summarise_detection,
 )
-from datasets import Dataset
-from ledger_comparison import difference, summary
-from ledger_stages import over_seeds
-from pages import compositions as pages
-
 from tests.trainers.preferences import preference_rows
+from tokalign.cli.main import main
 
 ROW = {
     "id": "p",
@@ -53,15 +48,13 @@ def test_signals_become_scores_that_are_low_where_they_suspect():
     assert {f"rejected_{signal}" for signal in WEIGHTS.values() if signal.startswith("s_")} == set(found)
 
 
-def test_a_composed_score_trains(tiny_path, tmp_path, monkeypatch):
+def test_a_composed_score_trains(tiny_path, tmp_path):
     (tmp_path / "pairs").mkdir()
     rows = [row | {"rejected_s_llm": row["rejected_contrast"]} for row in preference_rows(tiny_path, 4)]
     Dataset.from_list(rows).to_parquet(tmp_path / "pairs" / "train.parquet")
-    script = Path(__file__).parents[2] / METHODS["LLM disagrees"].recipe
     options = ["--model_name_or_path", tiny_path, "--dataset_name", str(tmp_path / "pairs"), "--signal", "s_llm"]
     options += ["--max_steps", "1", "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [str(script), *options, "--report_to", "none"])
-    runpy.run_path(str(script), run_name="__main__")
+    main([METHODS["LLM disagrees"].recipe, *options, "--report_to", "none"])
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -129,35 +122,23 @@ def results() -> dict:
     }
 
 
-def cells(text: str, start: str) -> list[str]:
-    """Of the first line that starts so: the table of rows comes before that of detectors."""
-    line = next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
-    return [cell.strip() for cell in line.strip("|").split(" | ")]
-
-
-def test_the_page_gives_the_verdicts_row_by_row(tmp_path):
-    run = {
-        "command": "python benchmarks/compositions.py",
-        "date": "2026-01-01",
-        "seconds": 61,
-        "machine": {"cpu": "a CPU", "cores": "2 cores", "threads": "1 thread"},
-        "versions": {"torch": "2"},
-        "results": json.loads(json.dumps(results())),  # as it is read
-    }
-    text = pages.page({"compositions": run})
-    assert [w in cells(text, "entropy")[6] for w in ("+10.", "**holds**")] == [True, True]
-    assert [w in cells(text, "random")[6] for w in ("-10.", "**does not hold**")] == [True, True]
-    assert "**cannot be told here**" in cells(text, "log-prob")[6]
-    assert cells(text, DPO)[6] == cells(text, "base")[6] == cells(text, REFERENCE)[7] == ""
-    assert f"Against the row *{DPO}*, of 9: 1 better (entropy), 1 worse (random), 7 not to be told apart." in text
-    assert "199 to 200 pairs" in text and "60 wrong answers" in text and "perhaps not at their best: entropy." in text
+def test_the_tables_give_the_verdicts_row_by_row():
+    shown = compositions.tables(json.loads(json.dumps(results())))  # as it is read
+    rows = {row[0]: row for row in shown["methods"][1]}
+    assert [word in rows["entropy"][6] for word in ("+10.", "**holds**")] == [True, True]
+    assert [word in rows["random"][6] for word in ("-10.", "**does not hold**")] == [True, True]
+    assert "**cannot be told here**" in rows["log-prob"][6]
+    assert rows[DPO][6] == rows["base"][6] == rows[REFERENCE][7] == ""
+    assert rows["LLM disagrees"][1].endswith("written another token, 0.9 elsewhere (routing labels by prefill)")
+    assert shown["counts"][1][0] == [DPO, "1 of 9: entropy", "1 of 9: random", "7 of 9"]
+    assert shown["pairs"] == "199 to 200" and shown["solutions"] == "60"
+    assert dict(zip(METHODS, shown["grid"][1], strict=True))["entropy"] == ["entropy", "50.0", "**60.0** (edge)"]
+    verdicts = {row[0]: row[-1] for row in shown["detection_claims"][1]}
     for router, other in DETECTOR_CLAIMS:
-        verdict = cells(text, f"{router} finds the first error better than {other}")[-1]
-        assert verdict == ("**does not hold**" if other == REFERENCE else "**cannot be told here**")
-    pages.figures({"compositions": run}, tmp_path)
-    assert set(re.findall(r"figures/(\S+\.png)", text)) == {file.name for file in tmp_path.glob("*.png")}
+        word = "**does not hold**" if other == REFERENCE else "**cannot be told here**"
+        assert verdicts[f"{router} finds it better than {other}"] == word
+    assert set(compositions.figures(results())) == {"compositions_accuracy.png", "compositions_detection.png"}
 
 
 def test_every_row_of_the_table_is_explained():
-    assert set(METHODS) == set(pages.SOURCES)
-    assert (pages.DPO, pages.REFERENCE, pages.OWN, pages.CONTRAST) == (DPO, REFERENCE, OWN, CONTRAST)
+    assert set(METHODS) == set(compositions.SOURCES)

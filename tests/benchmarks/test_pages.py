@@ -1,30 +1,30 @@
-"""The pages of docs/results/ are what the committed data says, and the words on them follow from the figures."""
+"""The pages of docs/results/ are what the committed data says, and the verdicts on them follow from the figures."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+import shutil
 
 import pytest
-from ledger_comparison import ComparisonArguments, difference, summary
-from ledger_stages import ROOT, over_seeds, paired
-from pages.common import claims_table, grid_section, load_runs, markdown_table, number, percent, verdict
-from pages.index import index
 from scipy import stats
-from suite import EXPERIMENTS, PAGES, without_paths
+
+from benchmarks import render
+from benchmarks.experiments.common import ComparisonArguments, difference, grid_table, over_seeds, paired, summary
+from benchmarks.render import PAGES, ROOT, claim, error_bars, fill, markdown, number, percent, verdict
+from benchmarks.suite import EXPERIMENTS, without_paths
 
 RESULTS = ROOT / "docs" / "results"
-WRITTEN = [name for name in PAGES if (RESULTS / f"{name}.md").exists()]
 
 
 def test_over_seeds_is_students_t() -> None:
     values = [0.50, 0.56, 0.53, 0.61, 0.55]
-    found = over_seeds(values)
+    figure = over_seeds(values)
     test = stats.ttest_1samp(values, 0)
-    assert found["mean"] == pytest.approx(sum(values) / 5) and found["values"] == values
-    assert found["ci95"] == pytest.approx(list(test.confidence_interval()))
-    assert found["p"] == pytest.approx(test.pvalue)
+    assert figure["mean"] == pytest.approx(sum(values) / 5) and figure["values"] == values
+    assert figure["ci95"] == pytest.approx(list(test.confidence_interval()))
+    assert figure["p"] == pytest.approx(test.pvalue)
 
 
 def test_one_seed_has_no_interval_and_equal_seeds_no_spread() -> None:
@@ -55,24 +55,14 @@ def test_paired_is_the_paired_test() -> None:
 def test_the_verdict_follows_the_interval(ci95, word) -> None:
     entry = {"mean": 0.01, "ci95": ci95, "seeds": 5, "values": [], "p": 0.2}
     assert verdict(entry) == word
-    (_, _, row) = claims_table([{"claim": "a > b", "paper": "+1.0", "entry": entry, "unit": "points"}])
-    assert f"**{word}**" in row and "+1.0" in row and "0.200" in row
+    assert claim("a > b", "+1.0", entry)[-2:] == ["0.200", f"**{word}**"]
 
 
-def test_the_grid_shows_what_was_chosen_and_what_stands_at_its_edge() -> None:
-    grid = {"a": {"0.1": {"greedy": 0.5}, "1": {"greedy": 0.25}}, "b": {"0.1": {"greedy": 0.0}, "1": {"greedy": 0.1}}}
-    validation = {"grid": grid, "learning_rate": {"a": 0.1, "b": 1.0}, "at_edge": ["b"]}
-    lines = grid_section(validation, "Greedy,", lambda cell: cell["greedy"])
-    assert lines[4:8] == [
-        "| learning rate | 0.1 | 1 |",
-        "| --- | --- | --- |",
-        "| a | **50.0** | 25.0 |",
-        "| b | 0.0 | **10.0** |",
-    ]
-    assert lines[-2].endswith("best: b.")
-    assert not any(
-        "edge" in line for line in grid_section(validation | {"at_edge": []}, "Greedy,", lambda c: c["greedy"])
-    )
+def test_a_claim_about_another_level_has_no_p_value() -> None:
+    entry = {"mean": 1.3, "ci95": [1.1, 1.5], "p": 0.001}
+    row = claim("faster", "2.8", entry, "×", digits=2, sign="", level=1)
+    assert row == ["faster", "2.8", "1.30 (1.10 – 1.50) ×", "–", "**holds**"]
+    assert verdict(entry, 1.2) == "cannot be told here" and verdict(entry, 1.6) == "does not hold"
 
 
 def test_two_seeds_tell_nothing() -> None:
@@ -80,60 +70,107 @@ def test_two_seeds_tell_nothing() -> None:
     assert verdict(over_seeds([0.1, 0.1, 0.1])) == "holds"
 
 
+def test_the_grid_shows_what_was_chosen_and_what_stands_at_its_edge() -> None:
+    grid = {"a": {"0.1": {"greedy": 0.5}, "1": {"greedy": 0.25}}, "b": {"0.1": {"greedy": 0.0}, "1": {"greedy": 0.1}}}
+    validation = {"grid": grid, "learning_rate": {"a": 0.1, "b": 1.0}, "at_edge": ["b"]}
+    headings, rows = grid_table(validation, lambda cell: cell["greedy"])
+    assert headings == ("learning rate", "0.1", "1")
+    assert rows == [["a", "**50.0**", "25.0"], ["b", "0.0", "**10.0** (edge)"]]
+
+
 def test_figures_are_printed_with_their_intervals() -> None:
     entry = {"mean": 0.5761, "ci95": [0.5524, 0.6]}
     assert percent(entry) == "57.6 (55.2 – 60.0)" and number(entry, 3, "+") == "+0.576 (+0.552 – +0.600)"
     assert percent({"mean": 0.5, "ci95": [None, None]}) == "50.0"
-    assert markdown_table(["a"], [["x|y"]])[-1] == "| x\\|y |"
+    assert markdown((["a"], [["x|y"]])) == "| a |\n| --- |\n| x\\|y |"
+
+
+def test_error_bars_end_where_the_intervals_do() -> None:
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    error_bars(axis, {"a": {"mean": 0.5, "ci95": [0.4, 0.7]}, "b": {"mean": 0.2, "ci95": [None, None]}})
+    (bars,) = axis.containers
+    ends = [[x for x, _ in segment] for segment in bars[2][0].get_segments()]
+    assert ends[0] == pytest.approx([40, 70]) and ends[1] == pytest.approx([20, 20])
 
 
 def test_differences_are_paired_by_seed() -> None:
     runs = {"a": [{"greedy": 0.5, "sampled": 0.4}, {"greedy": 0.6, "sampled": 0.5}]}
     runs["b"] = [{"greedy": 0.4, "sampled": 0.4}, {"greedy": 0.5, "sampled": 0.5}]
-    found = difference(runs, "a", "b")
-    assert found["greedy"]["values"] == pytest.approx([0.1, 0.1]) and found["sampled"]["mean"] == 0
+    gap = difference(runs, "a", "b")
+    assert gap["greedy"]["values"] == pytest.approx([0.1, 0.1]) and gap["sampled"]["mean"] == 0
     assert summary(runs)["b"]["greedy"]["mean"] == pytest.approx(0.45)
     assert ComparisonArguments().seeds >= 5
 
 
+def test_marks_are_filled_and_filled_again() -> None:
+    runs = {
+        "one": {"rows": (["a", "b"], [["1", "2"]]), "n": "12"},
+        "two": {"rows": (["a", "b"], [["3", "4"]]), "empty": (["a"], [])},
+        "gone": None,
+    }
+    text = (
+        "We saw <!-- number: one.n --><!-- end --> of <!-- number: gone.n -->7<!-- end -->.\n\n"
+        "<!-- table: one.rows + gone.rows + two.rows -->\n<!-- end -->\n<!-- table: two.empty -->\nold\n<!-- end -->\n"
+    )
+    once = fill(text, runs.__getitem__)
+    assert once == fill(once, runs.__getitem__)
+    assert re.sub("<!--.*?-->", "", once) == (
+        "We saw 12 of *not run*.\n\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |\n\n*not run*\n"
+    )
+    with pytest.raises(KeyError, match=r"asks for one.m, but the run has rows, n"):
+        fill("<!-- number: one.m -->x<!-- end -->", runs.__getitem__)
+
+
 def test_no_path_of_a_machine_is_kept() -> None:
-    found = without_paths({"base": "/home/me/.cache/ledger-slm-12", "list": ["/a/b", "1/2"], "n": 3})
-    assert found == {"base": "ledger-slm-12", "list": ["b", "1/2"], "n": 3}
+    kept = without_paths({"base": "/home/me/.cache/ledger-slm-12", "list": ["/a/b", "1/2"], "n": 3})
+    assert kept == {"base": "ledger-slm-12", "list": ["b", "1/2"], "n": 3}
     for file in RESULTS.glob("**/*.json"):
         assert not re.search(r'"/[a-z]+/', file.read_text()), file
 
 
-def test_every_experiment_is_a_script_that_is_there() -> None:
+def test_every_experiment_is_a_module_that_is_there_and_has_a_place_on_a_page() -> None:
+    texts = "".join((RESULTS / f"{name}.md").read_text() for name in PAGES)
     for experiment in EXPERIMENTS:
-        assert (ROOT / "benchmarks" / experiment.script).exists()
-    names = {experiment.name for experiment in EXPERIMENTS}
-    assert len(names) == len(EXPERIMENTS)
-    for page in PAGES:
-        assert set(importlib.import_module(f"pages.{page}").NEEDS) <= names
+        module = importlib.import_module(experiment.command(quick=True)[2])
+        assert callable(module.main) and callable(module.tables) and callable(module.figures)
+        assert module is render.module_of(experiment.name)
+        assert f"{experiment.name}.run" in texts
+    assert len({experiment.name for experiment in EXPERIMENTS}) == len(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_the_committed_page_is_what_the_committed_data_says(name) -> None:
-    module = importlib.import_module(f"pages.{name}")
-    runs = load_runs(RESULTS / "data", module.NEEDS)
+@pytest.mark.parametrize("name", [*PAGES, "README"])
+def test_a_page_is_fit_to_be_filled(name) -> None:
     text = (RESULTS / f"{name}.md").read_text()
-    assert module.page(runs) == text
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert pictures
-    for link in [*pictures, *re.findall(r"\]\((\.\./[^)#]+)", text)]:
+    assert not re.search(r"^<!-- number", text, re.MULTILINE), "a line that begins so is HTML, and not Markdown"
+    assert len(re.findall("<!-- (?:table|number): ", text)) == text.count("<!-- end -->")
+    for link in re.findall(r"\]\(((?:\.\./|figures/|data/)[^)#]+)", text):
         assert (RESULTS / link).exists(), link
-    for run in runs.values():
-        assert f"`{run['command']}`" in text
-        assert set(run) == {"name", "command", "date", "seconds", "machine", "versions", "results"}
+
+
+def test_the_committed_pages_and_pictures_are_what_the_committed_data_says(tmp_path) -> None:
+    """Every page again, from its data, into another folder."""
+    shutil.copytree(RESULTS / "data", tmp_path / "data")
+    render.render(tmp_path, RESULTS)
+    for name in (*PAGES, "README"):
+        assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
+    drawn = {file.name for file in (tmp_path / "figures").iterdir()}
+    linked = {
+        link for page in PAGES for link in re.findall(r"figures/(\w+\.png)", (RESULTS / f"{page}.md").read_text())
+    }
+    frozen = {"speed_growth.png", "reliability_flips.png"}  # of scripts that have gone
+    assert drawn | frozen == linked and not drawn & frozen
 
 
 def test_the_index_counts_the_verdicts_of_the_pages() -> None:
-    texts = {name: (RESULTS / f"{name}.md").read_text() for name in WRITTEN}
-    assert (RESULTS / "README.md").read_text() == index(texts)
-    assert sum(map(int, re.findall(r"\| (\d+) \| (\d+) \| (\d+) \|", index(texts))[0])) > 0
+    _, rows = render.verdict_counts({name: (RESULTS / f"{name}.md").read_text() for name in PAGES})
+    assert all(sum(map(int, row[1:])) > 0 for row in rows)
+    assert rows[0] == ["[Critical-token DPO](critical_token_dpo.md)", "9", "4", "8"]
 
 
-def test_data_is_small() -> None:
+def test_data_is_small_and_says_how_it_was_made() -> None:
     for file in (RESULTS / "data").glob("*.json"):
-        json.loads(file.read_text())
-        assert file.stat().st_size < 400_000, file
+        kept = json.loads(file.read_text())
+        assert {"name", "command", "date", "machine", "versions", "results"} <= set(kept)
+        assert kept["name"] == file.stem and file.stat().st_size < 400_000, file

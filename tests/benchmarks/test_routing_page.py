@@ -1,4 +1,4 @@
-"""Routing in the ledger world: figures over seeds from hand-made seeds, what a rerun keeps, and the page's verdicts."""
+"""Routing in the ledger world: figures over hand-made seeds, what a rerun keeps, and the verdicts in the tables."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 from itertools import pairwise
 
 import pytest
-import routing_ledger
-from pages import routing
-from routing_ledger import (
+
+from benchmarks.experiments import routing_ledger
+from benchmarks.experiments.routing_ledger import (
     LLM,
     NEURAL,
     POLICIES,
@@ -18,9 +18,11 @@ from routing_ledger import (
     ROUTERS,
     SLM,
     RoutingLedgerArguments,
-    SeedRun,
+    RoutingSeed,
     at_equal_rate,
+    figures,
     summarise,
+    tables,
 )
 
 RATES = [0.04, 0.12]
@@ -54,24 +56,18 @@ def made_up_seed(number: int, *, lead: float = 0.05, cost: float = 4e6) -> dict:
     return {"points": points, "labels": labels, "routers": routers}
 
 
-def made_up_run(seeds: list[dict], clock: list[dict] = ()) -> dict:
+def made_up_results(seeds: list[dict], clock: list[dict] = ()) -> dict:
     arguments = {"seeds": len(seeds), "train_problems": 2000, "validation_problems": 200, "test_problems": 600}
-    results = {"arguments": arguments, "parameters": {"slm": 1e6, "llm": 1e7, "router": 1e5}, "clock": list(clock)}
-    return {
-        "routing_ledger": {
-            "command": "python benchmarks/routing_ledger.py",
-            "date": "2026-11-25",
-            "seconds": 60,
-            "machine": {"cpu": "some CPU"},
-            "versions": {"torch": "2.13.0"},
-            "results": results | summarise(seeds, RATES),
-        }
-    }
+    sizes = {"slm": 1e6, "llm": 1e7, "router": 1e5}
+    results = {"arguments": arguments, "parameters": sizes, "clock": list(clock)} | summarise(seeds, RATES)
+    return json.loads(json.dumps(results))  # as it comes from the file
 
 
-def verdict_of(page: str, claim: str) -> str:
-    (row,) = [line for line in page.splitlines() if line.startswith(f"| {claim}")]
-    return re.findall(r"\*\*(.*)\*\*", row)[0]
+def verdict_of(results: dict, claim: str) -> str:
+    """Of the one claim that starts so, in any table."""
+    shown = [content[1] for content in tables(results).values() if not isinstance(content, str)]
+    (row,) = [row for rows in shown for row in rows if row[0].startswith(claim)]
+    return row[-1].strip("*")
 
 
 def test_accuracy_at_equal_rate_is_linear_between_the_neighbours() -> None:
@@ -112,26 +108,25 @@ def test_figures_over_seeds_are_those_of_each_seed() -> None:
 
 
 def test_the_verdicts_follow_the_figures() -> None:
-    page = routing.page(made_up_run([made_up_seed(number) for number in range(4)]))
-    assert verdict_of(page, "neural router > entropy at 12 %") == "holds"
-    assert verdict_of(page, "routed − LLM alone, at 12 %") == "holds"  # a point below, the paper 4
-    assert verdict_of(page, "activated parameters fall, at 12 %") == "holds"
-    assert verdict_of(page, "so does the full cost, at 12 %") == "holds"
-    assert verdict_of(page, "more tokens differ without harm") == "does not hold"
+    results = made_up_results([made_up_seed(number) for number in range(4)])
+    assert verdict_of(results, "neural router > entropy at 12 %") == "holds"
+    assert verdict_of(results, "routed − LLM alone, at 12 %") == "holds"  # a point below, the paper 4
+    assert verdict_of(results, "activated parameters fall, at 12 %") == "holds"
+    assert verdict_of(results, "so does the full cost, at 12 %") == "holds"
+    assert verdict_of(results, "more tokens differ without harm") == "does not hold"
     worse = [made_up_seed(number, lead=-0.05, cost=4e7) for number in range(4)]
-    page = routing.page(made_up_run(worse))
-    assert verdict_of(page, "neural router > random at 4 %") == "does not hold"
-    assert verdict_of(page, "so does the full cost, at 12 %") == "does not hold"
+    results = made_up_results(worse)
+    assert verdict_of(results, "neural router > random at 4 %") == "does not hold"
+    assert verdict_of(results, "so does the full cost, at 12 %") == "does not hold"
     for seed in worse:
         seed["points"][NEURAL]["0.12"]["accuracy"] -= 0.04
-    page = routing.page(made_up_run(worse))
-    assert verdict_of(page, "routed − LLM alone, at 12 %") == "does not hold"
-    mixed = [made_up_seed(number, lead=(-1) ** number * 0.05) for number in range(4)]
-    assert verdict_of(routing.page(made_up_run(mixed)), "neural router > entropy at 12 %") == "cannot be told here"
+    assert verdict_of(made_up_results(worse), "routed − LLM alone, at 12 %") == "does not hold"
+    mixed = made_up_results([made_up_seed(number, lead=(-1) ** number * 0.05) for number in range(4)])
+    assert verdict_of(mixed, "neural router > entropy at 12 %") == "cannot be told here"
 
 
 @pytest.mark.parametrize(("ratio", "word"), [(1.3, "holds"), (0.9, "does not hold"), (1.0, "cannot be told here")])
-def test_the_clock_is_judged_against_equal_speed(ratio: float, word: str, tmp_path) -> None:
+def test_the_clock_is_judged_against_equal_speed(ratio: float, word: str) -> None:
     def entry(mean: float) -> dict:
         return {"mean": mean, "ci95": [0.95 * mean, 1.05 * mean], "seeds": 7, "values": [], "p": 0.0}
 
@@ -142,21 +137,18 @@ def test_the_clock_is_judged_against_equal_speed(ratio: float, word: str, tmp_pa
         "tokens_per_second": {LLM: entry(400.0), ROUTED: entry(400.0 * ratio)},
         "ratio": {LLM: entry(1.0), ROUTED: entry(ratio)},
     }
-    runs = made_up_run([made_up_seed(number) for number in range(2)], [clock])
-    page = routing.page(runs)
-    assert verdict_of(page, "routed is faster than the LLM alone, batch 16") == word
-    assert f"{ratio:.2f} ({0.95 * ratio:.2f} – {1.05 * ratio:.2f}) ×" in page
-    routing.figures(runs, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == set(re.findall(r"figures/(routing_\w+\.png)", page))
+    results = made_up_results([made_up_seed(number) for number in range(2)], [clock])
+    assert verdict_of(results, "routed is faster than the LLM alone, batch 16") == word
+    assert f"{ratio:.2f} ({0.95 * ratio:.2f} – {1.05 * ratio:.2f}) ×" in tables(results)["clock_claims"][1][0]
+    assert set(figures(results)) == {"routing_frontier.png", "routing_labels_clock.png"}
 
 
-def test_without_a_clock_and_with_one_seed_the_page_claims_nothing(tmp_path) -> None:
-    runs = json.loads(json.dumps(made_up_run([made_up_seed(0)])))  # as it comes from the file
-    page = routing.page(runs)
-    assert "The clock" not in page
-    assert set(re.findall(r"\*\*(.*?)\*\*", page)) == {"cannot be told here"}
-    routing.figures(runs, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+def test_without_a_clock_and_with_one_seed_nothing_is_claimed() -> None:
+    results = made_up_results([made_up_seed(0)])
+    shown = tables(results)
+    assert shown["clock"][1] == shown["clock_claims"][1] == []
+    assert set(re.findall(r"\*\*(.*?)\*\*", json.dumps(shown))) == {"cannot be told here"}
+    assert len(figures(results)) == 2
 
 
 def test_thresholds_are_searched_once_for_the_same_settings(tmp_path, monkeypatch) -> None:
@@ -166,8 +158,8 @@ def test_thresholds_are_searched_once_for_the_same_settings(tmp_path, monkeypatc
         searched.append(name)
         return {f"{rate:g}": rate / 2 for rate in self.args.rates}
 
-    monkeypatch.setattr(SeedRun, "_serve", serve)
-    run = SeedRun.__new__(SeedRun)
+    monkeypatch.setattr(RoutingSeed, "_serve", serve)
+    run = RoutingSeed.__new__(RoutingSeed)
     run.args, run.out = RoutingLedgerArguments(slm="s", llm="l", rates=RATES), tmp_path
     assert run.thresholds(NEURAL) == {0.04: 0.02, 0.12: 0.06}
     run.args.test_problems = 5
@@ -180,7 +172,7 @@ def test_thresholds_are_searched_once_for_the_same_settings(tmp_path, monkeypatc
 
 
 class MadeUpRun:
-    """A SeedRun without models."""
+    """A RoutingSeed without models."""
 
     def __init__(self, args: RoutingLedgerArguments, seed: int):
         self.seed, self.made = seed, made_up_seed(seed)
@@ -202,9 +194,10 @@ def test_the_clock_is_timed_when_asked_and_kept_otherwise(tmp_path, monkeypatch)
 
     def clock(run: MadeUpRun, args: RoutingLedgerArguments) -> list[dict]:
         timed.append(run.seed)
-        return [{"batch": len(timed), "tokens_per_second": {}, "ratio": {}}]
+        entry = {ROUTED: {"mean": 1.0, "ci95": [None, None], "seeds": 1}}
+        return [{"batch": len(timed), "llm_rate": 0.12, "tokens_per_second": entry, "ratio": entry}]
 
-    monkeypatch.setattr(routing_ledger, "SeedRun", MadeUpRun)
+    monkeypatch.setattr(routing_ledger, "RoutingSeed", MadeUpRun)
     monkeypatch.setattr(routing_ledger, "clock", clock)
     monkeypatch.setattr(routing_ledger, "sizes", lambda run: {"slm": 1, "llm": 10, "router": 1})
 

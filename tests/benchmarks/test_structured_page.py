@@ -1,12 +1,27 @@
-"""The page of structured GRPO from a small results dict: verdicts follow the differences, not the words; and what the
+"""Structured GRPO's tables from a small results dict: verdicts follow the differences, not the words; and what the
 benchmark makes of the runs' figures and logs, against plain computations."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from ledger_stages import over_seeds
-from pages.structured_grpo import figures, page
-from structured_ledger import ABLATED, ABLATIONS, CONSTRAINED, FIGURES, LITERAL, MAIN, TUNED, rises, smooth, tables
+
+from benchmarks.experiments.common import over_seeds
+from benchmarks.experiments.structured_ledger import (
+    ABLATED,
+    ABLATIONS,
+    CONSTRAINED,
+    FIGURES,
+    LITERAL,
+    MAIN,
+    TUNED,
+    figures,
+    figures_of,
+    rises,
+    smooth,
+    tables,
+)
 
 SEEDS, ABLATION_SEEDS = 3, 3
 LEVEL = {"base": 0.3, "SFT": 0.5, "DPO": 0.6, "GRPO": 0.8, LITERAL: 0.7, CONSTRAINED: 0.95}
@@ -46,8 +61,8 @@ def histories() -> dict:
     }
 
 
-@pytest.fixture(name="runs")
-def runs_fixture() -> dict:
+@pytest.fixture(name="results")
+def results_fixture() -> dict:
     rates = {"3e-4": 3e-4, "1e-3": 1e-3}
     worth = {f"{rate:g}": {"structure": 0.5 + rate, "content_f1": 0.5} for rate in rates.values()}
     results = {
@@ -67,64 +82,59 @@ def runs_fixture() -> dict:
             "learning_rate": dict.fromkeys(TUNED, 1e-3),
             "at_edge": ["DPO"],
         },
-        **tables(cells()),
+        **figures_of(cells()),
         **rises(histories()),
     }
-    run = {"command": "python benchmarks/structured_ledger.py", "date": "2026-01-01", "seconds": 75}
-    machine = {"cpu": "a processor", "cores": "2 cores", "threads": "1 thread"}
-    return {"structured_ledger": run | {"machine": machine, "versions": {"torch": "2"}, "results": results}}
+    return json.loads(json.dumps(results))  # as it is read
 
 
-def verdict_of(text: str, claim: str, part: str) -> str:
-    """Verdict of a claim's row in a section of the page."""
-    section = text.split(f"## {part}\n")[1].split("\n## ")[0]
-    (line,) = [line for line in section.splitlines() if line.startswith(f"| {claim}")]
-    return line.split("**")[1]
+def verdict_of(results: dict, table: str, claim: str) -> str:
+    (row,) = [row for row in tables(results)[table][1] if row[0].startswith(claim)]
+    return row[-1].strip("*")
 
 
 @pytest.mark.parametrize(
-    ("part", "claim", "expected"),
+    ("table", "claim", "expected"),
     [
-        ("The methods", "structure: GRPO > DPO", "holds"),
-        ("The methods", "content F1: DPO > SFT", "holds"),
-        ("The methods", f"structure: {CONSTRAINED} > GRPO", "holds"),
-        ("The methods", f"content F1: GRPO > {CONSTRAINED}", "holds"),
-        ("The methods", "constrained decoding is slower", "holds"),
-        ("The methods", f"structure: GRPO > {LITERAL}", "holds"),
-        ("The ablation", "structure: GRPO > GRPO − structure", "holds"),
-        ("The ablation", "valid: GRPO > GRPO − format", "cannot be told here"),
-        ("The emergent curriculum", "validity before structure", "holds"),
-        ("The emergent curriculum", "structure before correctness", "does not hold"),
-        ("Transfer to another schema", "structure: GRPO > SFT", "holds"),
+        ("claims", "structure: GRPO > DPO", "holds"),
+        ("claims", "content F1: DPO > SFT", "holds"),
+        ("claims", f"structure: {CONSTRAINED} > GRPO", "holds"),
+        ("claims", f"content F1: GRPO > {CONSTRAINED}", "holds"),
+        ("claims", "constrained decoding is slower", "holds"),
+        ("literal_claims", f"structure: GRPO > {LITERAL}", "holds"),
+        ("ablation_claims", "structure: GRPO > GRPO − structure", "holds"),
+        ("ablation_claims", "valid: GRPO > GRPO − format", "cannot be told here"),
+        ("curriculum_claims", "validity before structure", "holds"),
+        ("curriculum_claims", "structure before correctness", "does not hold"),
+        ("transfer_claims", "structure: GRPO > SFT", "holds"),
     ],
 )
-def test_verdict_of_each_kind_of_claim(runs, part, claim, expected):
-    assert verdict_of(page(runs), claim, part) == expected
+def test_verdict_of_each_kind_of_claim(results, table, claim, expected):
+    assert verdict_of(results, table, claim) == expected
 
 
-def test_verdicts_turn_with_the_figures(runs):
-    results = runs["structured_ledger"]["results"]
+def test_verdicts_turn_with_the_figures(results):
     for entry in results["differences"]:
         if (entry["better"], entry["worse"]) == ("GRPO", "DPO"):
             entry["structure"] = over_seeds([-0.1, -0.11, -0.12])
     results["slowdown"] = over_seeds([0.9, 1.1, 1.0])
-    text = page(runs)
-    assert verdict_of(text, "structure: GRPO > DPO", "The methods") == "does not hold"
-    assert verdict_of(text, "constrained decoding is slower", "The methods") == "cannot be told here"
+    assert verdict_of(results, "claims", "structure: GRPO > DPO") == "does not hold"
+    assert verdict_of(results, "claims", "constrained decoding is slower") == "cannot be told here"
 
 
-def test_page_shows_figures_paper_and_grid(runs):
-    text = page(runs)
-    assert "| GRPO | 92.1 / 89.7 / 84.5 | 0.001 | 81.0 (" in text  # mean of 0.80, 0.81, 0.82
-    assert "| structure: GRPO > DPO | +7.2 | +20.0 (+20.0 – +20.0) points |" in text
-    assert "The largest loss here is 30.0 points" in text
-    assert "| GRPO | 15.2" not in text and "| GRPO | 85.4 / 91.2 | 41.0" in text
-    assert "perhaps not at their best: DPO." in text
-    assert "SFT reads 10 documents" in text and "12 steps of 16 completions" in text
-    assert page(runs) == text
+def test_tables_show_figures_paper_and_grid(results):
+    shown = tables(results)
+    methods = {row[0]: row for row in shown["methods"][1]}
+    assert methods["GRPO"][1:3] == ["92.1 / 89.7 / 84.5", "0.001"] and methods["GRPO"][3].startswith("81.0 (")
+    assert shown["claims"][1][2][:3] == ["structure: GRPO > DPO", "+7.2", "+20.0 (+20.0 – +20.0) points"]
+    assert shown["dearest"].startswith("30.0 points (GRPO − ")
+    transfer = {row[0]: row for row in shown["transfer"][1]}
+    assert transfer["GRPO"][1] == "85.4 / 91.2" and transfer["GRPO"][2].startswith("41.0")
+    assert {row[0]: row[2] for row in shown["grid"][1]}["DPO"] == "**25.1** (edge)"
+    assert (shown["sft_documents"], shown["steps"], shown["completions"]) == ("10", "12", "16")
 
 
-def test_page_of_a_run_without_ablation_and_with_one_seed(runs):
+def test_tables_of_a_run_without_ablation_and_with_one_seed(results):
     one = cells()
     for by_method in one.values():
         for method in list(by_method):
@@ -132,20 +142,19 @@ def test_page_of_a_run_without_ablation_and_with_one_seed(runs):
                 del by_method[method]
             else:
                 by_method[method] = by_method[method][:1]
-    results = runs["structured_ledger"]["results"]
     results["arguments"] |= {"seeds": 1, "ablation_seeds": 0}
-    results |= tables(one) | rises({m: logs[:1] for m, logs in histories().items()})
-    text = page(runs)
-    assert "## The ablation" not in text
-    assert "**holds**" not in text and "**does not hold**" not in text
+    results |= figures_of(one) | rises({m: logs[:1] for m, logs in histories().items()})
+    shown = tables(results)
+    assert shown["ablation"][1] == shown["ablation_claims"][1] == []
+    assert "**holds**" not in json.dumps(shown) and "**does not hold**" not in json.dumps(shown)
 
 
-def test_figures_are_the_ones_that_the_page_links(runs, tmp_path):
-    figures(runs, tmp_path)
-    text = page(runs)
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == sorted(part.split(")")[0] for part in text.split("(figures/")[1:])
-    assert len(files) == 3
+def test_three_pictures(results):
+    assert {name.removeprefix("structured_grpo_") for name in figures(results)} == {
+        "methods.png",
+        "curriculum.png",
+        "transfer.png",
+    }
 
 
 def test_half_way_steps_and_their_order():
@@ -172,7 +181,7 @@ def test_running_mean_against_a_loop():
 
 
 def test_differences_pair_the_seeds_that_both_methods_have():
-    found = tables(cells())
+    found = figures_of(cells())
     entry = next(e for e in found["differences"] if e["worse"] == "GRPO − validity")
     assert entry["validity"]["values"] == pytest.approx([0.3, 0.3, 0.3])
     assert found["slowdown"]["values"] == pytest.approx([1000 / 500, 1000 / 499, 1000 / 498])

@@ -1,17 +1,12 @@
-"""The jobs of benchmarks/reliability.py, on inputs that are made once a session."""
-
-import sys
-from pathlib import Path
+"""The jobs of benchmarks/experiments/faults.py, on inputs that are made once a session."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
     """The server that starts jobs; tests that use it start scripts without importing PyTorch again."""
-    import faults
+    from benchmarks.experiments import faults
 
     faults.prepare(tmp_path_factory.mktemp("cache"))
     return faults
@@ -19,6 +14,4 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inputs(forks, tmp_path_factory):
-    from fault_inputs import make_inputs
-
-    return make_inputs(tmp_path_factory.mktemp("faults") / "inputs")
+    return forks.make_inputs(tmp_path_factory.mktemp("faults") / "inputs")

@@ -1,4 +1,4 @@
-"""Jobs and a training killed at random instants end as if nobody had disturbed them (benchmarks/reliability.py)."""
+"""Jobs and a training killed at random instants end as if undisturbed; long: benchmarks/experiments/faults.py."""
 
 from __future__ import annotations
 
@@ -12,34 +12,29 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import TrainingArguments
 
+from tests.faults.damage import write_stage
 from tokalign.trainers.checkpoints import last_whole_checkpoint, resume_point
-
-KINDS = ("mismatches", "duplicates", "missing", "manifests", "files", "leftovers")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["score_contrast", "write_answers"])
+@pytest.mark.parametrize("name", ["score_contrast", "write-answers", "critical_dpo"])
 def test_a_killed_job_ends_like_one_never_killed(forks, inputs, tmp_path, name):
-    from fault_inputs import jobs_on
-
-    job = next(job for job in jobs_on(inputs) if job.name == name)
+    """`critical_dpo` is a training: its weights are compared byte by byte."""
+    job = next(job for job in forks.jobs_on(inputs) if job.name == name)
     want = tmp_path / "undisturbed"
     window = forks.undisturbed(job, want)
     outcome = forks.disturbed(job, want, tmp_path, kills=2, window=window, draw=random.Random(1))
-    found = outcome.as_dict()
-    assert found["kills"] == 2 and found["runs"] >= 1
-    assert {kind: found[kind] for kind in KINDS} == dict.fromkeys(KINDS, 0)
+    assert outcome["kills"] == 2 and outcome["runs"] >= 1
+    assert {kind: outcome[kind] for kind in forks.KINDS} == dict.fromkeys(forks.KINDS, 0)
 
 
 @pytest.mark.slow
 def test_a_second_run_on_the_same_folder_stops_with_one_sentence(forks, inputs, tmp_path):
-    from fault_inputs import jobs_on
-
-    job = next(job for job in jobs_on(inputs) if job.name == "build_pairs")
+    job = next(job for job in forks.jobs_on(inputs) if job.name == "pairs")
     want, out = tmp_path / "want", tmp_path / "out"
     forks.undisturbed(job, want)
     first = forks.start(job, out)
-    while not forks.at_work(out):
+    while not job.work(out):
         assert first.exitcode is None, "the first run was over before the second began"
         time.sleep(0.002)
     second = forks.start(job, out, log=tmp_path / "second.log")
@@ -55,10 +50,8 @@ def test_a_second_run_on_the_same_folder_stops_with_one_sentence(forks, inputs, 
 
 
 def test_differences_are_seen(forks, tmp_path):
-    import fault_shards
-
     job = forks.Job("rows", "", (), files=("*.txt",))
-    fault_shards.write_stage(tmp_path / "want")
+    write_stage(tmp_path / "want")
     (tmp_path / "want" / "answers.txt").write_text("a")
     nothing = Counter(forks.differences(job, tmp_path / "want", tmp_path / "want"))
     assert nothing.total() == 0
@@ -88,14 +81,6 @@ def test_differences_are_seen(forks, tmp_path):
         (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"dropped": {"all": 1}}))
 
     assert changed(fewer) == {"manifests": 1}
-
-
-@pytest.mark.slow
-def test_a_killed_training_ends_with_the_same_weights(forks, inputs, tmp_path):
-    from fault_training import training
-
-    found = training(inputs, tmp_path, kills=1, draw=random.Random(3))
-    assert found["kills"] == found["runs"] == 1 and found["different_weights"] == 0
 
 
 def checkpoint(folder, step: int, state: str | None = None, processes: int = 0):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.structured_reward import GOOD, SCHEMA, hostile, large
+from tests.rewards.hostile import GOOD, SCHEMA, hostile, large
 from tests.rewards.ordering import searching
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Limits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # benchmarks are scripts, not a package
-
-from peers import tdpo
-from peers.tdpo import TDPOConfig, TDPOTrainer, tdpo_loss
-
+from benchmarks.peers import tdpo
+from benchmarks.peers.tdpo import TDPOConfig, TDPOTrainer, tdpo_loss
 from tests.trainers.preferences import first_batch, gradients, make_trainer, preference_rows, settings
 from tokalign.trainers import CriticalTokenDPOTrainer
 

@@ -1,45 +1,30 @@
 r"""Speed of routed decoding at the shapes of real pairs: random weights, decisions replayed at a fixed LLM rate.
 
-    python benchmarks/routed_decoding.py                                      # Qwen2.5 0.5B + 3B, bf16, CPU
-    python benchmarks/routed_decoding.py --pair 1.5b 3b --router_only true    # the router's time alone
-    python benchmarks/routed_decoding.py --pair 1.5b 8b --device cuda --batch_sizes 1 16 64
+    python -m benchmarks.experiments.routed_decoding                                      # Qwen2.5 0.5B + 3B, bf16, CPU
+    python -m benchmarks.experiments.routed_decoding --pair 1.5b 3b --router_only true    # the router's time alone
+    python -m benchmarks.experiments.routed_decoding --pair 1.5b 8b --device cuda --batch_sizes 1 16 64
 
 What is decided does not matter to speed, so the decisions are drawn once (12 % of the positions) and replayed, and the
 real router is run and its answer thrown away. SLM-only, LLM-only and routed decoding run on the same engine in the
 same process, in turns. `ideal` is what the same forward passes would take if nothing else cost anything: stock
 transformers forwards of each model with a filled cache, timed alone, times how often routed decoding needs them (a
 hand-off feeds the LLM everything since the last one in one forward). Beside it: the router's share of an SLM step.
-Writes results.json and results.png to `output_dir`.
+Writes results.json to `output_dir`; speed.py judges it.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from tokenizers import Tokenizer, models
-from transformers import (
-    DynamicCache,
-    HfArgumentParser,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import DynamicCache, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.experiments.measure import timed, word_tokenizer
+from benchmarks.render import Tables, save
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, ReplayPolicy
@@ -131,24 +116,6 @@ def random_router(slm: Any, arguments: Arguments) -> TokenRouter:
     return router
 
 
-def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
-    words = {f"t{i}": i for i in range(vocab_size)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), unk_token="t0")
-
-
-def synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def timed(function: Callable[[], Any], device: str) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
 class RoutedReplay(ReplayPolicy):
     """Given decisions, after the router was asked: what it answers is not used, its time is spent."""
 
@@ -233,12 +200,8 @@ def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Argu
     # ReplayPolicy finds a row's decisions by its seed
     params = [SamplingParams(temperature=0, max_tokens=arguments.new_tokens, seed=row) for row in range(batch)]
     steps = decisions(batch, arguments)
-    tokenizer = tokenizer_of(arguments.vocab_size)
-    policies = {
-        "SLM only": NeverLLM(),
-        "routed": RoutedReplay(steps, router),
-        "LLM only": AlwaysLLM(),
-    }
+    tokenizer = word_tokenizer(arguments.vocab_size)
+    policies = {"SLM only": NeverLLM(), "routed": RoutedReplay(steps, router), "LLM only": AlwaysLLM()}
     engines = {name: RoutedGenerator(slm, llm, tokenizer, policy) for name, policy in policies.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     written = 0
@@ -284,66 +247,36 @@ def router_share(batch: int, slm: Any, router: TokenRouter, step: float, argumen
     return {"seconds": seconds, "share_of_slm_step": seconds / step}
 
 
-def report(results: list[dict[str, Any]], arguments: Arguments) -> None:
-    """Table on screen, results.json and results.png in `output_dir`."""
-    output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    content = {"arguments": asdict(arguments), "machine": machine, "results": results}
-    (output / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    table = Table(title=f"{' + '.join(arguments.pair)}, {arguments.dtype}, {arguments.device}, tokens a second")
-    ways = list(results[0]["tokens_per_second"])
-    columns = (
-        "batch",
-        "LLM rate",
-        *ways,
-        "LLM step / SLM step",
-        "routed / LLM only",
-        "share of ideal",
-        "router / step",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for r in results:
-        speeds = [f"{r['tokens_per_second'][way]:.2f}" for way in ways]
-        ratios = (f"{r['step_ratio']:.2f}", f"{r['speedup_over_llm_only']:.2f}", f"{r['share_of_ideal']:.2f}")
+def tables(results: dict[str, Any]) -> Tables:
+    """The three ways beside the ideal, or the router's time beside a step of the SLM, by batch size."""
+    rows = []
+    for r in results["results"]:
+        if results["arguments"]["router_only"]:
+            times = (f"{1e3 * r[key]:.1f}" for key in ("slm_step_seconds", "seconds"))
+            rows.append([str(r["batch"]), *times, f"{100 * r['share_of_slm_step']:.1f} %"])
+            continue
+        speeds = (f"{speed:.2f}" for speed in r["tokens_per_second"].values())
+        ratios = (f"{r[key]:.2f}" for key in ("step_ratio", "speedup_over_llm_only", "share_of_ideal"))
         share = f"{100 * r['router']['share_of_slm_step']:.1f} %"
-        table.add_row(str(r["batch"]), f"{100 * r['llm_rate']:.1f} %", *speeds, *ratios, share)
-    Console().print(table)
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    places = np.arange(len(results))
-    bars = {way: [r["tokens_per_second"][way] for r in results] for way in ways}
-    bars["ideal"] = [r["batch"] * arguments.new_tokens / r["ideal_seconds"] for r in results]
-    for k, (way, speeds) in enumerate(bars.items()):
-        drawn = axes.bar(places + 0.2 * k, speeds, 0.2, label=way, color=f"C{k}", alpha=0.5 if way == "ideal" else 1)
-        axes.bar_label(drawn, fmt="%.1f", fontsize=8)
-    axes.set_xticks(places + 0.3, [f"batch {r['batch']}" for r in results])
-    title = f"{' + '.join(arguments.pair)}, {100 * arguments.rate:g} % of the tokens by the LLM"
-    axes.set(ylabel="tokens a second", title=title, yscale="log")
-    axes.legend()
-    figure.savefig(output / "results.png", dpi=150)
+        rows.append([str(r["batch"]), f"{100 * r['llm_rate']:.1f} %", *speeds, *ratios, share])
+    if results["arguments"]["router_only"]:
+        return {"router": (("batch", "SLM step, ms", "router, ms", "share"), rows)}
+    ways = (f"{way}, tokens/s" for way in results["results"][0]["tokens_per_second"])
+    ratio_names = ("LLM step / SLM step", "routed / LLM only", "share of ideal", "router / step")
+    return {"routed decoding": (("batch", "LLM rate", *ways, *ratio_names), rows)}
 
 
-def report_router(slm: Any, router: TokenRouter, arguments: Arguments) -> None:
-    """The router's time beside a step of the SLM: a table, and router.json in `output_dir`."""
-    forwards = Forwards(slm, arguments.prompt_length, arguments)
-    table = Table("batch", "SLM step, ms", "router, ms", "share", title=f"{arguments.pair[0]}, {arguments.dtype}")
-    results = []
+def router_alone(slm: Any, router: TokenRouter, arguments: Arguments) -> list[dict[str, float]]:
+    """The router's time beside a step of the SLM behind a cache of a prompt, by batch size."""
+    forwards, shares = Forwards(slm, arguments.prompt_length, arguments), []
     for batch in arguments.batch_sizes:
         step = forwards.seconds(batch, 1)
         share = router_share(batch, slm, router, step, arguments)
-        results.append({"batch": batch, "slm_step_seconds": step, **share})
-        times = (f"{1e3 * step:.1f}", f"{1e3 * share['seconds']:.1f}")
-        table.add_row(str(batch), *times, f"{100 * share['share_of_slm_step']:.1f} %")
-    output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    content = {"arguments": asdict(arguments), "parameters": router.num_parameters(), "results": results}
-    (output / "router.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    Console().print(table)
+        shares.append({"batch": batch, "slm_step_seconds": step, **share})
+    return shares
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: Arguments) -> dict[str, Any]:
     for name in arguments.pair:
         if name not in SHAPES:
             raise SystemExit(f"--pair has {name!r}: use two of {', '.join(SHAPES)}.")
@@ -351,9 +284,12 @@ def main(arguments: Arguments) -> None:
     slm = random_model(arguments.pair[0], arguments)
     router = random_router(slm, arguments)
     if arguments.router_only:
-        return report_router(slm, router, arguments)
-    llm = random_model(arguments.pair[1], arguments)
-    report([compare(batch, slm, llm, router, arguments) for batch in arguments.batch_sizes], arguments)
+        measured = router_alone(slm, router, arguments)
+    else:
+        llm = random_model(arguments.pair[1], arguments)
+        measured = [compare(batch, slm, llm, router, arguments) for batch in arguments.batch_sizes]
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return save(arguments.output_dir, {"arguments": asdict(arguments), "machine": machine, "results": measured}, tables)
 
 
 if __name__ == "__main__":

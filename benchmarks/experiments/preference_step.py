@@ -1,48 +1,37 @@
 r"""What a step of our preference trainers costs beside TRL's DPOTrainer step on the same batch: time and peak memory.
 
-    python benchmarks/preference_step.py                            # critical-token DPO; CPU, vocabularies 32k and 128k
-    python benchmarks/preference_step.py --method treg              # T-REG with the rewards in the dataset
-    python benchmarks/preference_step.py --device cuda --dtype bfloat16 --hidden_size 2048 --layers 16 --peft \
-        --vocab_size 128256 --completion_length 1024 --batch_size 8
+    python -m benchmarks.experiments.preference_step                    # critical-token DPO; CPU, 32k and 128k words
+    python -m benchmarks.experiments.preference_step --method treg      # T-REG with the rewards in the dataset
+    python -m benchmarks.experiments.preference_step --device cuda --dtype bfloat16 --hidden_size 2048 --layers 16 \
+        --peft --vocab_size 128256 --completion_length 1024 --batch_size 8
 
 A step is collation, both forward passes, backward and optimizer. Time: both trainers in one process, taking turns, and
 the median of the pairs' ratios (a busy machine slows both halves of a pair). Memory: each trainer alone in a process of
 its own, the peak of allocated device memory, or on a CPU of resident memory above what the imports take. The target
-is ≤ 1.05 for both. Writes results.json and results.png to `output_dir`/`method`.
+is ≤ 1.05 for both. Writes results.json to `output_dir`; speed.py judges it.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rich.console import Console
-from rich.table import Table
-from tokenizers import Tokenizer, models
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.experiments.measure import peak_bytes, random_llama, timed, word_tokenizer
+from benchmarks.render import ROOT, Tables, save
 from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegConfig, TRegTrainer
 
-OURS = {
-    "critical_token_dpo": (CriticalTokenDPOTrainer, CriticalTokenDPOConfig),
-    "treg": (TRegTrainer, TRegConfig),
-}
+OURS = {"critical_token_dpo": (CriticalTokenDPOTrainer, CriticalTokenDPOConfig), "treg": (TRegTrainer, TRegConfig)}
 
 
 @dataclass
@@ -65,17 +54,9 @@ class Arguments:
     memory_of: str | None = field(default=None, metadata={"help": "For the script itself: measure this method only."})
 
 
-def made_up_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word for every id."""
-    words = {"<pad>": 0, "</s>": 1} | {f"t{i}": i for i in range(2, vocab_size)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="</s>")), pad_token="<pad>", eos_token="</s>"
-    )
-
-
 def make_step(arguments: Arguments, vocab_size: int, method: str, folder: str) -> Callable[[], None]:
     """One training step of `method` on a fixed batch of random rows, as a function to call again and again."""
-    tokenizer = made_up_tokenizer(vocab_size)
+    tokenizer = word_tokenizer(vocab_size)
     rng = random.Random(arguments.seed)
     rows = []
     for i in range(arguments.batch_size):
@@ -119,46 +100,23 @@ def make_step(arguments: Arguments, vocab_size: int, method: str, folder: str) -
         trainer.training_step(trainer.model, trainer.data_collator(rows))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        if arguments.device != "cpu":
-            torch.cuda.synchronize()
 
     return step
 
 
 def save_model(arguments: Arguments, vocab_size: int, folder: str) -> None:
     """A Llama with random weights, for both trainers to load."""
-    torch.manual_seed(arguments.seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=3 * arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=max(1, arguments.hidden_size // 64),
-        max_position_embeddings=arguments.prompt_length + arguments.completion_length,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    with torch.device(arguments.device):  # a real shape would take minutes on the host
-        model = LlamaForCausalLM(config).to(getattr(torch, arguments.dtype))
-    model.save_pretrained(f"{folder}/model")
-
-
-def peak_bytes(device: str) -> int:
-    """Peak memory of this process so far (on a CPU: of Linux)."""
-    if device == "cpu":
-        # Not getrusage: a child's ru_maxrss starts at its parent's
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    return torch.cuda.max_memory_allocated()
+    heads = max(1, arguments.hidden_size // 64)
+    shape = {"vocab_size": vocab_size, "intermediate_size": 3 * arguments.hidden_size}
+    random_llama(f"{folder}/model", arguments, **shape, num_attention_heads=heads, num_key_value_heads=heads)
 
 
 def measure_memory(arguments: Arguments, vocab_size: int, method: str) -> int:
     """Peak memory of three steps (the first makes the optimizer's state) in a process of its own."""
     options = asdict(arguments) | {"vocab_size": vocab_size, "memory_of": method}
     flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    run = subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.experiments.preference_step", *flags]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return int(run.stdout.splitlines()[-1])
 
 
@@ -169,10 +127,9 @@ def measure_time(arguments: Arguments, vocab_size: int, folder: str) -> dict[str
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     for pair in range(arguments.pairs + 2):
         for method in methods if pair % 2 else methods[::-1]:
-            start = time.perf_counter()
-            steps[method]()
-            if pair >= 2:
-                seconds[method].append(time.perf_counter() - start)
+            taken = timed(steps[method], arguments.device)
+            if pair >= 2:  # the first two warm up
+                seconds[method].append(taken)
     return seconds
 
 
@@ -192,38 +149,23 @@ def compare(arguments: Arguments, vocab_size: int) -> dict:
     }
 
 
-def report(results: list[dict], arguments: Arguments) -> None:
-    """Table on screen, results.json and results.png in `output_dir`."""
-    output = Path(arguments.output_dir) / arguments.method
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps({"arguments": asdict(arguments), "results": results}, indent=2))
-    table = Table(title=f"{arguments.method} step / DPOTrainer step")
-    for column in ("vocabulary", "DPO s", "ours s", "time ratio", "DPO GiB", "ours GiB", "memory ratio"):
-        table.add_column(column, justify="right")
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.5), squeeze=False)
-    for result, axis in zip(results, axes[0], strict=True):
-        methods = list(result["seconds"])
-        times = [statistics.median(result["seconds"][method]) for method in methods]
-        sizes = [result["peak_bytes"][method] / 2**30 for method in methods]
-        table.add_row(
-            f"{result['vocab_size']:,}",
-            *(f"{value:.3f}" for value in (*times, result["time_ratio"], *sizes, result["memory_ratio"])),
-        )
-        for method in methods:
-            axis.plot(result["seconds"][method], marker=".", label=method)
-        ratios = f"time × {result['time_ratio']:.3f}, memory × {result['memory_ratio']:.3f}"
-        axis.set(title=f"{result['vocab_size']:,} tokens: {ratios}", xlabel="pair", ylabel="seconds a step")
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(output / "results.png", dpi=120)
-    Console().print(table)
+def tables(results: dict[str, Any]) -> Tables:
+    """A row for each vocabulary size: medians, peaks and their ratios."""
+    rows = []
+    for entry in results["results"]:
+        times, peaks = entry["seconds"], entry["peak_bytes"]
+        figures = [*(statistics.median(times[m]) for m in times), entry["time_ratio"]]
+        figures += [*(peaks[m] / 2**30 for m in times), entry["memory_ratio"]]
+        rows.append([f"{entry['vocab_size']:,}", *(f"{figure:.3f}" for figure in figures)])
+    headings = ("words", "DPO, s", "ours, s", "time ratio", "DPO, GiB", "ours, GiB", "memory ratio")
+    return {f"{results['arguments']['method']} step beside DPOTrainer's": (headings, rows)}
 
 
 def main(arguments: Arguments) -> None:
     """Measure and report, or print one method's peak memory where the script has called itself for that."""
     if arguments.memory_of is None:
-        report([compare(arguments, vocab_size) for vocab_size in arguments.vocab_size], arguments)
+        compared = [compare(arguments, vocab_size) for vocab_size in arguments.vocab_size]
+        save(arguments.output_dir, {"arguments": asdict(arguments), "results": compared}, tables)
         return
     imports = peak_bytes(arguments.device)  # half a gigabyte that is no part of any step
     with tempfile.TemporaryDirectory() as folder:

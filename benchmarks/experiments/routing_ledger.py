@@ -1,7 +1,7 @@
 r"""Token routing (R2R, arXiv 2505.21600) in the ledger world, by seed: from labels to served accuracy, and the clock.
 
-    python benchmarks/routing_ledger.py --output_dir runs/benchmarks/routing_ledger
-    python benchmarks/routing_ledger.py --output_dir runs/benchmarks/routing_ledger --clock true      # again, alone
+    python -m benchmarks.experiments.routing_ledger
+    python -m benchmarks.experiments.routing_ledger --clock true      # again, alone
 
 SLM 0.16 M parameters, LLM 3.05 M (1:19), one pair for all seeds. A seed has its own labelled problems, routers (the
 paper's, a linear one, one on the entropy alone), validation problems on which every threshold is set so that it
@@ -10,12 +10,11 @@ Accuracies are compared at exactly equal LLM rates, between the rates that were 
 
 The clock (`--clock false` leaves it out) times SLM only, LLM only and routed on the same engine in turns, and
 transformers' assisted generation with the same pair. It is timed anew whenever it is asked for; everything else is
-kept, and a killed run goes on where it stopped. Writes results.json; pages/routing.py makes the page.
+kept, and a killed run goes on where it stopped. Writes results.json; docs/results/routing.md shows it.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,12 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from ledger_stages import LEDGER, MAX_TOKENS, over_seeds, paired, stages_in, write_json
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
 from trl import TrlParser
 
-from tokalign.cli.ledger_models import trained_model
+from benchmarks.ledger_stages import MAX_TOKENS, LedgerStages, trained_model
+from benchmarks.render import CLAIM, Tables, claim, number, percent, read_json, save, write_json
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
@@ -38,17 +36,19 @@ from tokalign.routing.decode.policies import AlwaysLLM, EntropyPolicy, NeverLLM,
 from tokalign.routing.decode.served_rate import served_threshold
 from tokalign.routing.router.model import TokenRouter
 from tokalign.stage.loading import load_stage
+from tokalign.statistics import over_seeds, paired
 
 NEURAL = "neural router"
-ROUTERS = {
-    NEURAL: (),
-    "linear router": ("--architecture", "linear", "--learning_rate", 1e-2),
-    "entropy": ("--architecture", "linear", "--inputs", "entropy", "--learning_rate", 1e-1),
+ROUTERS: dict[str, dict[str, Any]] = {
+    NEURAL: {},
+    "linear router": {"architecture": "linear", "learning_rate": 1e-2},
+    "entropy": {"architecture": "linear", "inputs": "entropy", "learning_rate": 1e-1},
 }
 POLICIES = (*ROUTERS, "random", "query-level")
 SLM, LLM, ROUTED = "SLM only", "LLM only", "routed"
 ASSISTED, PLAIN = "assisted generation (transformers)", "LLM only (transformers generate)"
 MEASURES = ("accuracy", "llm_rate", "activated_parameters", "full_cost")
+GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
 FIRST_SEED = 2  # the base models were trained on the problems of seed 1
 
 
@@ -56,18 +56,14 @@ FIRST_SEED = 2  # the base models were trained on the problems of seed 1
 class RoutingLedgerArguments:
     """Sizes of the experiment."""
 
-    output_dir: str = field(
-        default="runs/benchmarks/routing_ledger", metadata={"help": "Folder of all results; a killed run goes on."}
-    )
+    output_dir: str = "runs/benchmarks/routing_ledger"
     slm: str | None = field(default=None, metadata={"help": "Instead of the ledger's weak base."})
     llm: str | None = field(default=None, metadata={"help": "Instead of the ledger's strong base."})
     seeds: int = field(default=5, metadata={"help": "How many."})
     train_problems: int = field(default=2000, metadata={"help": "Problems a seed that are labelled."})
     validation_problems: int = field(default=200, metadata={"help": "Problems a seed on which rates are set."})
     test_problems: int = field(default=600, metadata={"help": "Held-out problems a seed."})
-    rates: list[float] = field(
-        default_factory=lambda: [0.04, 0.08, 0.12, 0.2], metadata={"help": "LLM rates of the frontier."}
-    )
+    rates: list[float] = field(default_factory=lambda: [0.04, 0.08, 0.12, 0.2], metadata={"help": "LLM rates served."})
     clock: bool = field(default=True, metadata={"help": "Time the ways of decoding, on an otherwise idle machine."})
     clock_rate: float = field(default=0.12, metadata={"help": "LLM rate of the timed runs; one of `rates`."})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16], metadata={"help": "Of the timed runs."})
@@ -75,32 +71,23 @@ class RoutingLedgerArguments:
     repeats: int = field(default=7, metadata={"help": "Turns of the timed runs, after one that does not count."})
 
 
-class SeedRun:
+class RoutingSeed:
     """Labels, routers, thresholds and test runs of one seed; whatever is there is kept."""
 
     def __init__(self, args: RoutingLedgerArguments, seed: int):
         self.args, self.seed = args, seed
         self.slm, self.llm = str(args.slm), str(args.llm)
-        self.out = Path(args.output_dir) / f"seed-{seed}"
-        self.world = self.out / "world"
-        self.stages = stages_in(self.out)
-        self.stages.run(
-            *("problems", "data/ledger.py", "--output_dir", self.world, "--seed", seed, "--sft", 1),
-            *("--train", args.train_problems, "--validation", args.validation_problems, "--test", args.test_problems),
-        )
+        self.stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}")
+        self.out = self.stages.folder
+        sizes = {split: getattr(args, f"{split}_problems") for split in ("train", "validation", "test")}
+        self.world = self.stages.problems(self.out / "world", seed=seed, **sizes)
 
     def label_and_train(self) -> None:
         """Labels by outcome, and the routers."""
-        self.stages.run(
-            *("labels", "scripts/label_routing.py", "--model", self.llm, "--slm", self.slm, "--verdict", "outcome"),
-            *("--dataset", self.world / "train", "--output_dir", self.out / "labels", "--max_tokens", MAX_TOKENS),
-            *("--shard_size", 512, "--seed", self.seed),
-        )
+        folder = self.stages.routing_labels(self.slm, self.llm, self.world / "train", self.seed)
+        data = {"dataset_name": folder / "labels", "slm": self.slm, "seed": self.seed}
         for name, options in ROUTERS.items():
-            self.stages.train(
-                *(name, "recipes/router.py", self.router(name), "--config", f"{LEDGER}/router.yaml"),
-                *("--dataset_name", self.out / "labels" / "labels", "--slm", self.slm, "--seed", self.seed, *options),
-            )
+            self.stages.recipe(f"routers/{name}", "router", "router", **data, **options)
 
     def router(self, name: str) -> Path:
         return self.out / "routers" / name.replace(" ", "_")
@@ -122,38 +109,32 @@ class SeedRun:
             policy = RouterPolicy(TokenRouter.from_pretrained(self.router(name)), 0.5)
         generator = RoutedGenerator.from_pretrained(self.slm, self.llm, policy=policy)
         prompts = prompts_of(self.world / "validation", generator)
-        found = {}
+        thresholds = {}
         for rate in sorted(self.args.rates):
-            served = served_threshold(generator, prompts, greedy(), rate)
-            policy.threshold = found[f"{rate:g}"] = served.threshold  # where the search for the next rate begins
-        return found
+            served = served_threshold(generator, prompts, GREEDY, rate)
+            policy.threshold = thresholds[f"{rate:g}"] = served.threshold  # where the search for the next rate begins
+        return thresholds
 
     def points(self) -> dict[str, dict[str, dict[str, float]]]:
         """Both models alone, and every policy at every rate: `MEASURES` on the test problems."""
-        alone = {SLM: self._routed(SLM, "--policy", "never"), LLM: self._routed(LLM, "--policy", "always")}
+        alone = {SLM: self._routed(SLM, policy="never"), LLM: self._routed(LLM, policy="always")}
         points = {name: {"": measures(run_summary(folder))} for name, folder in alone.items()}
         for name in ROUTERS:
             points[name] = {}
-            options = ("--policy", "entropy") if name == "entropy" else ("--router", self.router(name))
+            options = {"policy": "entropy"} if name == "entropy" else {"router": self.router(name)}
             for rate, threshold in self.thresholds(name).items():
-                folder = self._routed(f"{name} {rate:g}", *options, "--threshold", threshold)
+                folder = self._routed(f"{name} {rate:g}", threshold=threshold, **options)
                 points[name][f"{rate:g}"] = measures(run_summary(folder))
         points["random"] = {
-            f"{rate:g}": measures(run_summary(self._routed(f"random {rate:g}", "--policy", "random", "--rate", rate)))
+            f"{rate:g}": measures(run_summary(self._routed(f"random {rate:g}", policy="random", rate=rate)))
             for rate in self.args.rates
         }
         by_query = query_level(alone[SLM], alone[LLM], self.args.rates)
         points["query-level"] = {f"{r:g}": measures(p) for r, p in zip(self.args.rates, by_query, strict=True)}
         return points
 
-    def _routed(self, name: str, *options: Any) -> Path:
-        folder = self.out / "routed" / name.replace(" ", "_")
-        self.stages.run(
-            *(name, "scripts/generate_routed.py", "--slm", self.slm, "--llm", self.llm, *options),
-            *("--dataset", self.world / "test", "--output_dir", folder, "--max_tokens", MAX_TOKENS),
-            *("--shard_size", 256, "--seed", self.seed),
-        )
-        return folder
+    def _routed(self, name: str, **policy: Any) -> Path:
+        return self.stages.routed(name, self.slm, self.llm, self.world / "test", self.seed, **policy)
 
     def label_shares(self) -> dict[str, float]:
         """Share of each class among all labelled tokens, and their number."""
@@ -180,12 +161,12 @@ def at_equal_rate(points: Mapping[str, Mapping[str, Mapping[str, float]]], rate:
     A threshold serves its rate on validation problems; on test problems it is some tenths of a point off, which is as
     much as policies differ by. Both models alone are points of every policy, at the rates 0 and 1.
     """
-    found = {}
+    at_rate = {}
     for name in POLICIES:
         served = sorted((p["llm_rate"], p["accuracy"]) for key in (SLM, name, LLM) for p in points[key].values())
         rates, accuracies = zip(*served, strict=True)
-        found[name] = float(np.interp(rate, rates, accuracies))
-    return found
+        at_rate[name] = float(np.interp(rate, rates, accuracies))
+    return at_rate
 
 
 def summarise(seeds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> dict[str, Any]:
@@ -196,7 +177,7 @@ def summarise(seeds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> dic
         rates: LLM rates.
     """
     points = [seed["points"] for seed in seeds]
-    found = {name: [seed["routers"][name] for seed in seeds] for name in ROUTERS}
+    by_router = {name: [seed["routers"][name] for seed in seeds] for name in ROUTERS}
     equal = {f"{rate:g}": [at_equal_rate(p, rate) for p in points] for rate in rates}
 
     def by_rate(figure: Callable[[Mapping[str, Any], str], float]) -> dict[str, Any]:
@@ -205,13 +186,17 @@ def summarise(seeds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> dic
     def entries(dicts: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {key: over_seeds([d[key] for d in dicts]) for key in dicts[0]}
 
+    def recovered(p: Mapping[str, Any], rate: str) -> float:
+        slm, routed, llm = (p[name][key]["accuracy"] for name, key in ((SLM, ""), (NEURAL, rate), (LLM, "")))
+        return (routed - slm) / (llm - slm)
+
     return {
         "labels": entries([seed["labels"] for seed in seeds]),
-        "routers": {name: entries(by_seed) for name, by_seed in found.items()},
+        "routers": {name: entries(by_seed) for name, by_seed in by_router.items()},
         "router_differences": [
             {"better": NEURAL, "worse": other}
-            | {key: paired([a[key] for a in found[NEURAL]], [b[key] for b in found[other]]) for key in found[other][0]}
-            for other in found
+            | {key: paired([a[key] for a in by_router[NEURAL]], [b[key] for b in theirs]) for key in theirs[0]}
+            for other, theirs in by_router.items()
             if other != NEURAL
         ],
         "frontier": {
@@ -219,37 +204,21 @@ def summarise(seeds: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> dic
         },
         "at_equal_rate": {name: {r: over_seeds([s[name] for s in by]) for r, by in equal.items()} for name in POLICIES},
         "differences": [
-            {
-                "better": NEURAL,
-                "worse": other,
-                "rate": rate,
-                "accuracy": paired([s[NEURAL] for s in by_seed], [s[other] for s in by_seed]),
-            }
+            {"better": NEURAL, "worse": other, "rate": rate}
+            | {"accuracy": paired([s[NEURAL] for s in by_seed], [s[other] for s in by_seed])}
             for other in POLICIES[1:]
             for rate, by_seed in equal.items()
         ],
         "minus_llm": by_rate(lambda p, rate: p[NEURAL][rate]["accuracy"] - p[LLM][""]["accuracy"]),
-        # Share of the gap between the two models
-        "recovered": by_rate(lambda p, rate: recovered(p[NEURAL][rate], p[SLM][""], p[LLM][""])),
-        # Of the neural router: cost of the LLM alone / cost
-        "saving": {
-            "activated_parameters": by_rate(lambda p, rate: saving(p, rate, "activated_parameters")),
-            "full_cost": by_rate(lambda p, rate: saving(p, rate, "full_cost")),
+        "recovered": by_rate(recovered),  # share of the gap between the two models
+        "saving": {  # of the neural router: cost of the LLM alone / cost
+            cost: by_rate(lambda p, rate, cost=cost: p[LLM][""][cost] / p[NEURAL][rate][cost])
+            for cost in ("activated_parameters", "full_cost")
         },
     }
 
 
-def recovered(*points: Mapping[str, float]) -> float:
-    """Of a routed pair, its SLM and its LLM: how much of the way from the SLM's accuracy to the LLM's it goes."""
-    routed, slm, llm = (point["accuracy"] for point in points)
-    return (routed - slm) / (llm - slm)
-
-
-def saving(points: Mapping[str, Any], rate: str, cost: str) -> float:
-    return points[LLM][""][cost] / points[NEURAL][rate][cost]
-
-
-def clock(run: SeedRun, args: RoutingLedgerArguments) -> list[dict[str, Any]]:
+def clock(run: RoutingSeed, args: RoutingLedgerArguments) -> list[dict[str, Any]]:
     """Tokens a second of each way in turns, at each batch size; the same prompts and greedy decoding for all.
 
     Returns:
@@ -269,7 +238,7 @@ def clock(run: SeedRun, args: RoutingLedgerArguments) -> list[dict[str, Any]]:
         for name, policy in policies.items():
             generator = RoutedGenerator.from_pretrained(run.slm, run.llm, policy=policy, max_rows=batch)
             prompts = prompts_of(run.world / "test", generator)[:count]
-            ways[name] = lambda g=generator, p=prompts: sum(len(c.token_ids) for (c,) in g.generate(p, greedy()))
+            ways[name] = lambda g=generator, p=prompts: sum(len(c.token_ids) for (c,) in g.generate(p, GREEDY))
         if batch == 1:  # assisted generation takes one sequence at a time
             pair = RoutedGenerator.from_pretrained(run.slm, run.llm, policy=AlwaysLLM())
             ways[ASSISTED] = lambda p=prompts, g=pair: assisted(g, p)
@@ -312,22 +281,14 @@ def assisted(pair: RoutedGenerator, prompts: list[list[int]], *, assistant: bool
     return written
 
 
-def greedy() -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-
-
 def prompts_of(folder: Path, generator: RoutedGenerator) -> list[list[int]]:
     """Token ids of the problems' prompts."""
     return [render_prompt(prompt, generator.tokenizer) for prompt in load_stage(folder, split="train")["prompt"]]
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def main(args: RoutingLedgerArguments) -> dict[str, Any]:
     args.slm, args.llm = args.slm or str(trained_model("ledger-slm")), args.llm or str(trained_model("ledger-llm"))
-    runs = [SeedRun(args, FIRST_SEED + number) for number in range(args.seeds)]
+    runs = [RoutingSeed(args, FIRST_SEED + number) for number in range(args.seeds)]
     seeds = []
     for run in runs:
         run.label_and_train()
@@ -338,35 +299,169 @@ def main(args: RoutingLedgerArguments) -> dict[str, Any]:
     if args.clock:
         write_json(timed, clock(runs[0], args))
     results["clock"] = read_json(timed) if timed.exists() else []
-    write_json(Path(args.output_dir) / "results.json", results)
-    show(results)
-    return results
+    return save(args.output_dir, results, tables)
 
 
-def sizes(run: SeedRun) -> dict[str, int]:
+def sizes(run: RoutingSeed) -> dict[str, int]:
     """Parameters of SLM, LLM and router."""
     folder = run.out / "routed" / f"{NEURAL} {run.args.rates[0]:g}".replace(" ", "_")
     return run_summary(folder)["parameters"]
 
 
-def show(results: Mapping[str, Any]) -> None:
-    """The frontier and the clock, on the screen."""
-    table = Table("", "LLM rate", "accuracy", "− neural, equal rate", "full cost", title="routed pairs, over seeds")
-    gaps = {(d["worse"], d["rate"]): d["accuracy"]["mean"] for d in results["differences"]}
-    for name, by_rate in results["frontier"].items():
-        for rate, entry in by_rate.items():
-            gap = gaps.get((name, rate))
-            table.add_row(
-                *(name, f"{100 * entry['llm_rate']['mean']:.1f} %", f"{100 * entry['accuracy']['mean']:.1f} %"),
-                *("" if gap is None else f"{-100 * gap:+.1f}", f"{entry['full_cost']['mean']:,.0f}"),
-            )
-    Console().print(table)
-    table = Table("batch", "way", "tokens/s", "/ LLM only", title="wall-clock, same process, in turns")
-    for timed in results["clock"]:
+# ------------------------------------------------------------------------------------------------ what the page shows
+
+
+LABELS = {"identical": 0.89, "neutral": 0.06, "divergent": 0.05}  # the paper's shares
+PAPER_RATE = 0.12  # 11 to 15 % of the tokens in the paper; the nearest rate here stands for it
+PAPER_LLM, PAPER_R2R = (0.50, 32), (0.46, 5.6)  # average accuracy and activated parameters in B, read off a figure
+PAPER_SPEED = "2.8"
+BASELINES = ("entropy", "random", "query-level")  # that the paper has too
+
+
+def tables(results: dict[str, Any]) -> Tables:
+    """Labels, routers, accuracy at equal rate, the cost against the LLM alone, and the clock, each with its claims."""
+    frontier, parameters, arguments = results["frontier"], results["parameters"], results["arguments"]
+    sizes = ("train_problems", "validation_problems", "test_problems")
+    return {
+        **label_tables(results["labels"]),
+        **router_tables(results),
+        **rate_tables(results),
+        **cost_tables(results),
+        **clock_tables(results["clock"]),
+        **{name: f"{arguments[name]:,}" for name in sizes},
+        "slm": f"{parameters['slm'] / 1e6:.2f}",
+        "llm": f"{parameters['llm'] / 1e6:.2f}",
+        "size_ratio": f"{parameters['llm'] / parameters['slm']:.0f}",
+        "llm_megabytes": f"{4 * parameters['llm'] / 1e6:.0f}",
+        "slm_accuracy": percent(frontier[SLM][""]["accuracy"]),
+        "llm_accuracy": percent(frontier[LLM][""]["accuracy"]),
+    }
+
+
+def in_paper(other: str) -> str:
+    return "yes" if other in BASELINES else "–"
+
+
+def label_tables(labels: Mapping[str, Any]) -> Tables:
+    rows = [
+        [name, f"{100 * LABELS[name]:.0f}" if name in LABELS else "–", percent(labels[name], digits=2)]
+        for name in (*LABELS, "invalid")
+    ]
+    text = "more tokens differ without harm than with it (neutral − divergent)"
+    paper = f"{100 * (LABELS['neutral'] - LABELS['divergent']):+.0f}"
+    return {
+        "labels": (("the SLM's token is", "paper", "here"), rows),
+        "label_claims": (CLAIM, [claim(text, paper, labels["neutral - divergent"])]),
+        "tokens": f"{labels['tokens']['mean']:,.0f}",
+    }
+
+
+def router_tables(results: Mapping[str, Any]) -> Tables:
+    keys = {"auroc": "AUROC", "auprc": "AUPRC", "recall at 0.05": "recall at 5 %", "recall at 0.12": "recall at 12 %"}
+    rows = [[name, *(number(entry[key], 3) for key in keys)] for name, entry in results["routers"].items()]
+    claims = []
+    for d in results["router_differences"]:
+        for key in ("auroc", "auprc"):
+            text = f"{d['better']} finds divergent tokens better than {d['worse']}, {keys[key]}"
+            claims.append(claim(text, in_paper(d["worse"]), d[key], keys[key], digits=3))
+    return {"routers": (("", *keys.values()), rows), "router_claims": (CLAIM, claims)}
+
+
+def rate_tables(results: Mapping[str, Any]) -> Tables:
+    """Accuracy at exactly equal LLM rates, and the rates that were served."""
+    equal, shown = results["at_equal_rate"], {rate: f"{100 * float(rate):g} %" for rate in results["recovered"]}
+    rows = [[shown[rate], *(percent(by_rate[rate]) for by_rate in equal.values())] for rate in shown]
+    served = [[name, *(percent(entry["llm_rate"]) for entry in results["frontier"][name].values())] for name in equal]
+    claims = [
+        claim(f"{d['better']} > {d['worse']} at {shown[d['rate']]}", in_paper(d["worse"]), d["accuracy"])
+        for d in results["differences"]
+    ]
+    return {
+        "equal_rate": (("LLM tokens", *equal), rows),
+        "claims": (CLAIM, claims),
+        "served": (("", *shown.values()), served),
+    }
+
+
+def cost_tables(results: Mapping[str, Any]) -> Tables:
+    saved, below = results["saving"], results["minus_llm"]
+    rows = []
+    for rate, share in results["recovered"].items():
+        accuracy = percent(results["frontier"][NEURAL][rate]["accuracy"])
+        costs = (number(saved[key][rate]) for key in ("activated_parameters", "full_cost"))
+        rows.append([f"{100 * float(rate):g} %", accuracy, percent(below[rate], "+"), percent(share), *costs])
+    rate = min(below, key=lambda rate: abs(float(rate) - PAPER_RATE))
+    at, level = f"at {100 * float(rate):g} % LLM tokens", PAPER_R2R[0] - PAPER_LLM[0]
+    less = f"{PAPER_LLM[1] / PAPER_R2R[1]:.1f}"
+    ratio: dict[str, Any] = {"unit": "×", "digits": 2, "sign": "", "level": 1}
+    activated, full = (saved[key][rate] for key in ("activated_parameters", "full_cost"))
+    text = f"routed − LLM alone, {at}: no further below than in the paper"
+    claims = [
+        claim(text, f"{100 * level:+.0f}", below[rate], level=level),
+        claim(f"activated parameters fall, {at}: LLM alone / routed", less, activated, **ratio),
+        claim(f"so does the full cost, {at}: LLM alone / routed", "not counted", full, **ratio),
+    ]
+    activated_heading, full_heading = "activated: LLM / routed", "full: LLM / routed"
+    headings = ("LLM tokens", "accuracy, %", "− LLM alone, points", "of the way, %", activated_heading, full_heading)
+    return {"against_llm": (headings, rows), "against_llm_claims": (CLAIM, claims)}
+
+
+def clock_tables(clock: Sequence[Mapping[str, Any]]) -> Tables:
+    """Empty where nothing was timed."""
+    rows, claims = [], []
+    for timed in clock:
+        ratios = timed["ratio"]
         for name, speed in timed["tokens_per_second"].items():
-            ratio = timed["ratio"][name]["mean"]
-            table.add_row(str(timed["batch"]), name, f"{speed['mean']:,.0f}", f"{ratio:.2f}")
-    Console().print(table)
+            rows.append([str(timed["batch"]), name, number(speed, 0), number(ratios[name])])
+        text = f"routed is faster than the LLM alone, batch {timed['batch']}"
+        claims.append(claim(text, PAPER_SPEED, ratios[ROUTED], "×", digits=2, sign="", level=1))
+    return {
+        "clock": (("batch", "", "tokens/s", "/ LLM only"), rows),
+        "clock_claims": (CLAIM, claims),
+        "clock_rate": f"{100 * clock[0]['llm_rate']:g}" if clock else "–",
+        "turns": str(clock[0]["ratio"][ROUTED]["seeds"]) if clock else "–",
+    }
+
+
+def spread(entry: Mapping[str, Any], scale: float = 1, most: float | None = None) -> tuple[float, list[list[float]]]:
+    """Mean and lengths of the error bar, which ends at `most` and at 0."""
+    mean = entry["mean"]
+    low, high = (mean if bound is None else bound for bound in entry["ci95"])
+    low, high = max(0.0, low), high if most is None else min(most, high)
+    return scale * mean, [[scale * (mean - low)], [scale * (high - mean)]]
+
+
+def figures(results: dict[str, Any]) -> dict[str, Figure]:
+    costs = {"activated_parameters": "the paper's cost", "full_cost": "full cost"}
+    frontier = Figure(figsize=(11, 4.2), layout="constrained")
+    for axis, (key, name) in zip(frontier.subplots(1, 2, sharey=True), costs.items(), strict=True):
+        for k, (policy, by_rate) in enumerate(results["frontier"].items()):
+            for entry in by_rate.values():
+                mean, bar = spread(entry["accuracy"], 100, most=1)
+                axis.errorbar(entry[key]["mean"] / 1e6, mean, bar, color=f"C{k}", capsize=3)
+            means = [(entry[key]["mean"] / 1e6, 100 * entry["accuracy"]["mean"]) for entry in by_rate.values()]
+            axis.plot(*zip(*means, strict=True), marker="o", color=f"C{k}", label=policy)
+        axis.axhline(100 * results["frontier"][LLM][""]["accuracy"]["mean"], color="grey", linestyle=":")
+        axis.set(xlabel=f"{name}, M parameters a token", ylim=(0, 102))
+        axis.grid(alpha=0.3)
+    frontier.axes[0].set(ylabel="accuracy, per cent")
+    frontier.axes[1].legend(fontsize=8)
+
+    both = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = both.subplots(1, 1 + len(results["clock"]), squeeze=False)[0]
+    axes[0].barh([i - 0.2 for i in range(len(LABELS))], [100 * share for share in LABELS.values()], 0.4, label="paper")
+    here = [spread(results["labels"][name], 100)[0] for name in LABELS]
+    axes[0].barh([i + 0.2 for i in range(len(LABELS))], here, 0.4, label="here")
+    axes[0].set(yticks=range(len(LABELS)), yticklabels=list(LABELS), xlabel="per cent of the tokens", title="labels")
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    for axis, timed in zip(axes[1:], results["clock"], strict=True):
+        for name, entry in timed["tokens_per_second"].items():
+            mean, bar = spread(entry)
+            axis.barh(name.replace(" (", "\n("), mean, xerr=bar, capsize=3, color="C0")
+        axis.set(xlabel="tokens/s", title=f"batch {timed['batch']}")
+        axis.invert_yaxis()
+    return {"routing_frontier.png": frontier, "routing_labels_clock.png": both}
 
 
 if __name__ == "__main__":

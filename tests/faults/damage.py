@@ -1,9 +1,8 @@
-"""Damage a shard of a finished job in every way a disk or a copy does, and see whether it is noticed."""
+"""Damage to a shard of a finished job in every way that a disk or a copy does it."""
 
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
-from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 from tokalign.stage.shards import counts_of, job_hash, shard_name, shard_problem
 
@@ -96,25 +93,3 @@ def spoil(folder: Path, other: Path, kind: str) -> Path:
     }
     file.write_bytes(contents[kind])
     return file
-
-
-def damage(folder: Path, flips: int, seed: int) -> dict[str, Any]:
-    """What readers and a rerun do about a damaged shard."""
-    shutil.rmtree(folder, ignore_errors=True)
-    write_stage(folder / "whole")
-    write_stage(folder / "other", seed=1)
-    whole = load_stage(folder / "whole").to_list()
-    found: dict[str, Any] = {"kinds": {}, **flipped_bits(folder / "whole", flips, random.Random(seed))}
-    for kind in DAMAGES:
-        stage = folder / kind.replace(" ", "_")
-        shutil.copytree(folder / "whole", stage)
-        spoil(stage, folder / "other", kind)
-        try:
-            load_stage(stage)
-            said = ""
-        except ContractError as error:
-            said = str(error).partition(f"{stage}/")[2]  # of no machine's folders
-        write_stage(stage)
-        found["kinds"][kind] = {"said": said, "same_after_rerun": load_stage(stage).to_list() == whole}
-    shutil.rmtree(folder)
-    return found

@@ -1,4 +1,4 @@
-"""Contrastive scoring against the procedure of the paper's released code, and against two bare forward passes.
+r"""Contrastive scoring against the procedure of the paper's released code, and against two bare forward passes.
 
 Released procedure, written here from its description: one row at a time through two merged models held in memory, the
 softmax of the combined logits over the whole vocabulary kept and moved to the host, then the tokens' entries gathered.
@@ -6,31 +6,31 @@ Bare passes: the scorer's own batches through `model(input_ids, attention_mask).
 else. All three run in this process on the same random models, interleaved, and must give equal scores.
 
 Extra peak memory is what a run needs above the models: CUDA's allocator peak, or on a CPU the kernel's high-water mark
-of resident memory (Linux), reset before each run. A growth table shows time and memory against the number of rows.
+of resident memory (Linux), reset before each run. Time and memory are measured over a growing number of rows as well.
 
-python benchmarks/contrast.py                                        # CPU, about two minutes
-python benchmarks/contrast.py --device cuda --dtype bfloat16 --hidden_size 4096 --layers 32 --intermediate_size 14336
+    python -m benchmarks.experiments.contrast                              # CPU, about two minutes
+    python -m benchmarks.experiments.contrast --device cuda --dtype bfloat16 --hidden_size 4096 --layers 32 \
+        --intermediate_size 14336
+
+Writes results.json to `output_dir`; speed.py judges it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
 import random
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
+from benchmarks.experiments.measure import extra_peak, random_llama, timed
+from benchmarks.render import Tables, save
 from tokalign.signals import ContrastiveScorer
 
 
@@ -48,12 +48,14 @@ class ContrastBenchmarkArguments:
     long_rows: int = field(default=6, metadata={"help": "Rows of the long workload."})
     long_length: int = field(default=512, metadata={"help": "Longest long row."})
     prompt_share: float = field(default=0.4, metadata={"help": "Share of a row that is its prompt."})
-    growth: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "Rows of the growth table."})
+    growth: list[int] = field(
+        default_factory=lambda: [4, 8, 16, 32], metadata={"help": "Numbers of rows to grow through."}
+    )
     token_budget: int = field(default=1024, metadata={"help": "Tokens of one forward pass of the scorer."})
     repeats: int = field(default=5, metadata={"help": "Timed runs of each; the fastest counts."})
     device: str = field(default="cpu", metadata={"help": "Device."})
     dtype: str = field(default="float32", metadata={"help": "Weights' type."})
-    output_dir: str = field(default="runs/benchmarks/contrast", metadata={"help": "Folder of JSON and PNG."})
+    output_dir: str = field(default="runs/benchmarks/contrast", metadata={"help": "Folder of results.json."})
 
 
 Rows = tuple[list[list[int]], list[list[int]]]
@@ -73,21 +75,9 @@ def make_rows(count: int, longest: int, arguments: ContrastBenchmarkArguments, s
 
 def make_models(folder: Path, arguments: ContrastBenchmarkArguments) -> tuple[str, str, str]:
     """Random base and two random adapters on the layers that the paper tunes."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.intermediate_size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=max(1, arguments.heads // 4),
-        max_position_embeddings=max(4096, arguments.long_length),
-    )
-    base = str(folder / "base")
-    with torch.device(arguments.device):  # a real shape would take minutes on the host
-        model = LlamaForCausalLM(config).to(getattr(torch, arguments.dtype))
-    model.save_pretrained(base)
-    del model
+    shape = {"vocab_size": arguments.vocab_size, "intermediate_size": arguments.intermediate_size}
+    heads = {"num_attention_heads": arguments.heads, "num_key_value_heads": max(1, arguments.heads // 4)}
+    base = random_llama(folder / "base", arguments, **shape, **heads)
     adapters = []
     for name in ("positive", "negative"):
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down_proj"])
@@ -143,42 +133,6 @@ def bare_passes(scorer: ContrastiveScorer, rows: Rows) -> None:
             scorer.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # noqa: B018
 
 
-def resident(field_name: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS (now) or VmHWM (most since the last reset)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field_name + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field_name}; measure on Linux or on a GPU.")
-
-
-def extra_peak(function: Callable[[], object], device: str) -> int:
-    """Bytes that `function` needs at its peak above what is held before it."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - held
-    ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or they hide what the run needs
-    Path("/proc/self/clear_refs").write_text("5")
-    held = resident("VmRSS")
-    function()
-    return resident("VmHWM") - held
-
-
-def seconds(function: Callable[[], object], device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def compare(name: str, rows: Rows, scorer: ContrastiveScorer, released: Released, repeats: int, device: str) -> dict:
     """Times (fastest of interleaved runs) and peaks of the three procedures on one workload."""
     runs: dict[str, Callable[[], object]] = {
@@ -194,8 +148,8 @@ def compare(name: str, rows: Rows, scorer: ContrastiveScorer, released: Released
     times: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():
-            times[key].append(seconds(run, device))
-    peaks = {key: extra_peak(runs[key], device) for key in ("ours", "released", "bare")}
+            times[key].append(timed(run, device))
+    peaks = {key: extra_peak(run, device) for key, run in runs.items()}
     fastest = {key: min(values) for key, values in times.items()}
     return {
         "workload": name,
@@ -213,43 +167,19 @@ def compare(name: str, rows: Rows, scorer: ContrastiveScorer, released: Released
 
 
 def growth_table(scorer: ContrastiveScorer, arguments: ContrastBenchmarkArguments) -> list[dict]:
-    result = []
+    points = []
     longest = (arguments.short_length + arguments.long_length) // 2
     for count in arguments.growth:
         rows = make_rows(count, longest, arguments, seed=1)
         run: Callable[[], object] = lambda rows=rows: scorer.score(*rows)  # noqa: E731
-        taken = min(seconds(run, arguments.device) for _ in range(3))
+        taken = min(timed(run, arguments.device) for _ in range(3))
         tokens = sum(map(len, rows[0])) + sum(map(len, rows[1]))
         peak = extra_peak(run, arguments.device)
-        result.append({"rows": count, "tokens": tokens, "seconds": taken, "extra_peak_bytes": peak})
-    return result
+        points.append({"rows": count, "tokens": tokens, "seconds": taken, "extra_peak_bytes": peak})
+    return points
 
 
-def plot(comparisons: list[dict], growth: list[dict], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    time_axes, memory_axes, growth_axes = figure.subplots(1, 3)
-    names = [c["workload"] for c in comparisons]
-    for i, key in enumerate(("released", "bare", "ours")):
-        at = [x + 0.27 * (i - 1) for x in range(len(names))]
-        time_axes.bar(at, [c["seconds"][key] for c in comparisons], width=0.25, label=key)
-        memory_axes.bar(at, [c["extra_peak_bytes"][key] / 2**20 for c in comparisons], width=0.25, label=key)
-    for axes, title in ((time_axes, "seconds"), (memory_axes, "extra peak memory, MiB")):
-        axes.set_xticks(range(len(names)), names)
-        axes.set(title=title, yscale="log")
-        axes.legend()
-    tokens = [g["tokens"] for g in growth]
-    growth_axes.plot(tokens, [g["seconds"] for g in growth], "o-", label="seconds")
-    growth_axes.set(xlabel="tokens", title="growth of ours", xlim=(0, None), ylim=(0, None))
-    twin = growth_axes.twinx()
-    twin.plot(tokens, [g["extra_peak_bytes"] / 2**20 for g in growth], "s--", color="tab:red")
-    twin.set(ylabel="extra peak, MiB (dashed)", ylim=(0, None))
-    figure.savefig(path, dpi=150)
-
-
-def main(arguments: ContrastBenchmarkArguments) -> dict:
-    console = Console()
+def main(arguments: ContrastBenchmarkArguments) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         base, *adapters = make_models(Path(folder), arguments)
         released = Released(base, (adapters[0], adapters[1]), arguments.device, arguments.dtype)
@@ -262,45 +192,30 @@ def main(arguments: ContrastBenchmarkArguments) -> dict:
     comparisons = [
         compare(name, rows, scorer, released, arguments.repeats, arguments.device) for name, rows in workloads.items()
     ]
-    growth = growth_table(scorer, arguments)
-    rates = [g["seconds"] / g["tokens"] for g in growth]
-    result = {
+    results = {
         "arguments": asdict(arguments),
         "device_name": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "cpu",
         "torch_threads": torch.get_num_threads(),
         "comparisons": comparisons,
-        "growth": growth,
-        "growth_rate_spread": max(rates) / min(rates),
-        "growth_memory_spread": max(g["extra_peak_bytes"] for g in growth) / min(g["extra_peak_bytes"] for g in growth),
+        "growth": growth_table(scorer, arguments),
     }
+    return save(arguments.output_dir, results, tables)
 
-    table = Table("", *(c["workload"] for c in comparisons), "target", title=f"Contrastive scoring, {arguments.device}")
-    for key in ("released", "bare", "ours"):
-        table.add_row(f"{key}, seconds", *(f"{c['seconds'][key]:.2f}" for c in comparisons), "")
-    for key in ("released", "bare", "ours"):
-        table.add_row(
-            f"{key}, extra peak MiB", *(f"{c['extra_peak_bytes'][key] / 2**20:,.0f}" for c in comparisons), ""
-        )
-    table.add_row("released / ours, time", *(f"{c['speed-up']:.2f}" for c in comparisons), "≥ 3")
-    table.add_row("ours / released, extra peak", *(f"{c['memory ratio']:.3f}" for c in comparisons), "≤ 0.2")
-    table.add_row("ours / bare passes, time", *(f"{c['against bare']:.2f}" for c in comparisons), "≤ 1.3")
-    table.add_row("largest relative difference", *(f"{c['largest_relative_difference']:.1e}" for c in comparisons), "")
-    console.print(table)
-    table = Table("rows", "tokens", "seconds", "µs a token", "extra peak MiB", title="Growth of ours")
-    for g in growth:
-        micro = 1e6 * g["seconds"] / g["tokens"]
-        cells = (str(g["rows"]), f"{g['tokens']:,}", f"{g['seconds']:.2f}", f"{micro:.0f}")
-        table.add_row(*cells, f"{g['extra_peak_bytes'] / 2**20:,.0f}")
-    console.print(table)
 
-    folder_out = Path(arguments.output_dir)
-    folder_out.mkdir(parents=True, exist_ok=True)
-    (folder_out / "contrast.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    plot(comparisons, growth, folder_out / "contrast.png")
-    console.print(f"{folder_out}/contrast.json, contrast.png")
-    return result
+def tables(results: dict[str, Any]) -> Tables:
+    """The three procedures on both workloads, and ours as rows are added."""
+    rows = [
+        [c["workload"], key, f"{c['seconds'][key]:.2f}", f"{c['extra_peak_bytes'][key] / 2**20:,.0f}"]
+        for c in results["comparisons"]
+        for key in c["seconds"]
+    ]
+    growth = [
+        [f"{g['rows']:,}", f"{g['tokens']:,}", f"{g['seconds']:.2f}", f"{g['extra_peak_bytes'] / 2**20:,.0f}"]
+        for g in results["growth"]
+    ]
+    measures = ("seconds", "extra peak MiB")
+    return {"procedures": (("", "", *measures), rows), "growth of ours": (("rows", "tokens", *measures), growth)}
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ContrastBenchmarkArguments,))
-    main(*parser.parse_args_and_config())
+    main(*TrlParser((ContrastBenchmarkArguments,)).parse_args_and_config())

@@ -1,13 +1,13 @@
 r"""Compositions that no paper tried: every token signal as the weight of critical-token DPO, by seed, in one table.
 
-    python benchmarks/compositions.py --output_dir runs/benchmarks/compositions
+    python -m benchmarks.experiments.compositions --output_dir runs/benchmarks/compositions
 
 Signals share one contract (a column `rejected_<signal>`), so each can take the place of the contrastive score in
 critical-token DPO (arXiv 2411.19943v3), where a rejected token counts by 1 − s_t, and the contrastive score can take
 the place of the rewards in T-REG (arXiv 2412.02685). All rows of the table train on the same pairs: the first `pairs`
-of a seed, all with a rollout estimate. Grid, seeds and test problems as in ledger_comparison.py. Beside: every signal,
-and a router (arXiv 2505.21600) trained on the first errors of other problems' wrong answers, as a detector of the true
-first error. Writes results.json; pages/compositions.py makes the page.
+of a seed, all with a rollout estimate. Grid, seeds and test problems as in common.py. Beside: every signal, and a
+router (arXiv 2505.21600) trained on the first errors of other problems' wrong answers, as a detector of the true first
+error. Writes results.json; docs/results/compositions.md shows it.
 """
 
 from __future__ import annotations
@@ -15,34 +15,37 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from ledger_comparison import Comparison, ComparisonArguments, Method, SeedRun, difference, show_comparison, summary
-from ledger_stages import LEDGER, MAX_TOKENS, models, over_seeds, paired, score_token_rewards, write_json
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.cli.ledger_models import trained_model
-from tokalign.routing.labels.classes import DIVERGENT
+from benchmarks.experiments import common
+from benchmarks.experiments.common import Comparison, ComparisonArguments, ComparisonSeed, Method
+from benchmarks.ledger_stages import models, trained_model
+from benchmarks.render import CLAIM, FAILS, HOLDS, OPEN, Tables, claim, percent, save, verdict
 from tokalign.routing.labels.divergence import DivergenceScorer
 from tokalign.routing.labels.rows import SPLITS, add_slm_choices, split_indices
 from tokalign.routing.router.calibration import score_dataset
-from tokalign.routing.router.features import RouterDataset
+from tokalign.routing.router.features import DIVERGENT, RouterDataset
 from tokalign.routing.router.model import TokenRouter
 from tokalign.signals.agreement import report
+from tokalign.signals.registry import Signal, register
 from tokalign.stage.hashes import weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.seeds import derived_seed
 
-TREG, COMPOSED = "recipes/treg.py", "benchmarks/composed_dpo.py"
+# Scores that this experiment makes of other signals, all in [0, 1]; a trainer takes what is in the table.
+for composed_signal in ("s_reward", "s_entropy", "s_logprob", "s_llm", "s_random"):
+    register(Signal(composed_signal, "composed score", 0.0, 1.0, "score", "low", to_weight=lambda scores: 1.0 - scores))
+
 REFERENCE, DPO = "contrastive score", "none (plain DPO)"
 AGREED = 0.9  # s_t where the LLM would have written the same token: it keeps a tenth of its weight
 WEIGHTS = {  # row of the table -> signal that holds its s_t
@@ -55,21 +58,17 @@ WEIGHTS = {  # row of the table -> signal that holds its s_t
     "random": "s_random",
 }
 OWN, CONTRAST = "T-REG, its own reward", "T-REG, contrastive score as reward"
-EPOCHS = ("--num_train_epochs", 3)  # the paper's; the pairs are few
+EPOCHS = {"num_train_epochs": 3}  # the paper's; the pairs are few
 METHODS = {
     DPO: Method("dpo", options=EPOCHS, dataset="composed"),
     **{
-        name: Method("critical_dpo", COMPOSED, ("--signal", signal, *EPOCHS), "composed")
+        name: Method("critical_dpo", options={"signal": signal, **EPOCHS}, dataset="composed")
         for name, signal in WEIGHTS.items()
     },
-    OWN: Method("treg", TREG, EPOCHS, "composed"),
-    CONTRAST: Method("treg", TREG, ("--signal", "contrast", "--reward_offset", 0.5, *EPOCHS), "composed"),
+    OWN: Method("treg", "treg", EPOCHS, "composed"),
+    CONTRAST: Method("treg", "treg", {"signal": "contrast", "reward_offset": 0.5, **EPOCHS}, "composed"),
 }
-ROUTERS = {
-    "router, linear": ("--architecture", "linear", "--learning_rate", 1e-2),
-    "router, mlp": ("--architecture", "mlp"),
-}
-DETECTION = ("auroc", "hit1")
+ROUTERS = {"router, linear": {"architecture": "linear", "learning_rate": 1e-2}, "router, mlp": {"architecture": "mlp"}}
 DETECTOR_CLAIMS = tuple((router, other) for router in ROUTERS for other in (REFERENCE, "log-prob", "entropy", "random"))
 
 
@@ -77,24 +76,13 @@ DETECTOR_CLAIMS = tuple((router, other) for router in ROUTERS for other in (REFE
 class CompositionsArguments(ComparisonArguments):
     """Sizes of the experiment."""
 
-    eval_model: str | None = field(
-        default=None,
-        metadata={"help": "Model that gives token rewards; unset is the ledger's, which can rewrite drafts."},
-    )
+    eval_model: str | None = field(default=None, metadata=common.EVAL_MODEL)
     llm: str | None = field(default=None, metadata={"help": "The larger model; unset is the ledger's."})
-    output_dir: str = field(
-        default="runs/benchmarks/compositions", metadata={"help": "Folder of all results; a killed run goes on."}
-    )
+    output_dir: str = "runs/benchmarks/compositions"
     problems: int = field(default=500, metadata={"help": "Problems a seed; those without a pair in use train routers."})
     pairs: int = field(default=160, metadata={"help": "Pairs a seed that every method trains on."})
     continuations: int = field(default=8, metadata={"help": "Continuations a prefix of the rollout estimate."})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3],
-        metadata={"help": "The grid, the same for every method."},
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- columns
+    learning_rates: list[float] = field(default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3], metadata=common.GRID)
 
 
 def composed_columns(row: Mapping[str, Any], llm_ids: Sequence[int], seed: int) -> dict[str, list[float]]:
@@ -120,7 +108,7 @@ def composed_columns(row: Mapping[str, Any], llm_ids: Sequence[int], seed: int) 
 
 def detector_rows(rows: Dataset) -> Dataset:
     """Wrong answers as routing labels: the true first error is "divergent", all else "identical"."""
-    found = [
+    labelled = [
         {
             "id": row["id"],
             "sample": i,
@@ -130,38 +118,18 @@ def detector_rows(rows: Dataset) -> Dataset:
         }
         for i, row in enumerate(rows)
     ]
-    return Dataset.from_list(found)
+    return Dataset.from_list(labelled)
 
 
-# ---------------------------------------------------------------------------------------------------------- stages
-
-
-def composed(run: SeedRun, args: CompositionsArguments) -> Path:
+def composed(run: ComparisonSeed, args: CompositionsArguments) -> Path:
     """The first pairs of a seed with every signal: each stage adds its columns to the one before."""
-    out, stages, seed = run.out, run.stages, ("--seed", run.seed)
-    stages.run(
-        *("true first errors", "scripts/score.py", "first-error", "--dataset", run.dataset("pairs")),
-        *("--tokenizer", run.base, "--problems", out / "world" / "train", "--output_dir", out / "marked"),
-    )
-    stages.run(
-        *("rollout estimate", "scripts/score.py", "rollout", "--model", run.base, "--dataset", out / "marked"),
-        *("--max_rows", args.pairs, "--n", args.continuations, "--max_tokens", MAX_TOKENS),
-        *("--output_dir", out / "estimate", *seed),
-    )
-    for side in ("positive", "negative"):
-        stages.train(
-            *(f"{side} adapter", "recipes/sft.py", out / side, "--config", f"{LEDGER}/{side}_sft.yaml"),
-            *("--model_name_or_path", run.base, "--dataset_name", out / "preferences" / side, *seed),
-        )
-    stages.run(
-        *("contrastive scores", "scripts/score.py", "contrast", "--model", run.base, "--dataset", out / "estimate"),
-        *("--positive", out / "positive", "--negative", out / "negative", "--output_dir", out / "scored"),
-    )
-    stages.run(
-        *("likelihood", "scripts/score.py", "likelihood", "--model", run.base, "--signals", "logprob", "entropy"),
-        *("--dataset", out / "scored", "--output_dir", out / "likelihood"),
-    )
-    rewarded = score_token_rewards(stages, out, str(args.eval_model), out / "likelihood")
+    out, stages = run.out, run.stages
+    marked = stages.first_errors(run.base, run.dataset("pairs"))
+    sizes = {"rows": args.pairs, "continuations": args.continuations}
+    estimate = stages.rollout_estimate(run.base, marked, seed=run.seed, **sizes)
+    scored = stages.contrast(run.base, estimate, run.seed)
+    likelihood = stages.likelihood("likelihood", run.base, scored, "logprob", "entropy")
+    rewarded = stages.token_rewards(str(args.eval_model), likelihood)
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     llm = cache(lambda: DivergenceScorer(str(args.llm), tokenizer, shared_vocab=len(tokenizer), features=False))
 
@@ -181,7 +149,7 @@ def composed(run: SeedRun, args: CompositionsArguments) -> Path:
     return out / "composed"
 
 
-def train_routers(run: SeedRun, rows: Dataset) -> dict[str, list[list[float]]]:
+def train_routers(run: ComparisonSeed, rows: Dataset) -> dict[str, list[list[float]]]:
     """Scores of the routers on the wrong answers `rows`, after training on those of other problems."""
     folder, tokenizer = run.out / "detector", AutoTokenizer.from_pretrained(run.base)
     used = set(load_stage(run.dataset("composed"))["id"])
@@ -204,21 +172,18 @@ def train_routers(run: SeedRun, rows: Dataset) -> dict[str, list[list[float]]]:
                 "models": {"slm": {"path": run.base, "weights_hash": weights_hash(run.base)}},
             },
         )
-    dataset, found = RouterDataset(folder, split="test"), {}
+    dataset, by_router = RouterDataset(folder, split="test"), {}
+    settings = {"dataset_name": folder, "slm": run.base, "seed": run.seed, "per_device_train_batch_size": 256}
     for name, options in ROUTERS.items():
-        output = run.out / "routers" / name.replace(", ", "_")
-        run.stages.train(
-            *(name, "recipes/router.py", output, "--config", f"{LEDGER}/router.yaml", "--dataset_name", folder),
-            *("--slm", run.base, "--seed", run.seed, "--per_device_train_batch_size", 256, *options),
-        )
+        output = run.stages.recipe(f"routers/{name}", "router", "router", **settings, **options)
         router = TokenRouter.from_pretrained(output)
         router.attach_embedding_of(run.base)
         scores = score_dataset(router, dataset)
-        found[name] = [scores[dataset.responses == i].tolist() for i in range(len(rows))]
-    return found
+        by_router[name] = [scores[dataset.responses == i].tolist() for i in range(len(rows))]
+    return by_router
 
 
-def detection(run: SeedRun) -> dict[str, Any]:
+def detection(run: ComparisonSeed) -> dict[str, Any]:
     """`agreement.report` of every signal and router against the true first error, on the pairs in training."""
     rows = load_stage(run.dataset("composed"))
     rows = rows.select(np.flatnonzero(np.asarray(rows["first_error"]) >= 0))
@@ -228,7 +193,7 @@ def detection(run: SeedRun) -> dict[str, Any]:
     return report(signals, rows["first_error"], samples=2)
 
 
-def mean_weights(run: SeedRun) -> dict[str, float]:
+def mean_weights(run: ComparisonSeed) -> dict[str, float]:
     """Mean of 1 − s_t over the rejected tokens, by row of the table."""
     rows = load_stage(run.dataset("composed"))
     return {
@@ -236,60 +201,119 @@ def mean_weights(run: SeedRun) -> dict[str, float]:
     } | {DPO: 1.0}
 
 
-# --------------------------------------------------------------------------------------------------------- results
-
-
 def summarise_detection(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Over seeds, and the paired differences of the routers to the signals."""
     names = [*WEIGHTS, *ROUTERS]
-    values = {name: {key: [r["signals"][name][key] for r in reports] for key in DETECTION} for name in names}
+    values = {name: {key: [r["signals"][name][key] for r in reports] for key in common.DETECTION} for name in names}
     return {
         "solutions": [r["solutions"] for r in reports],
-        "signals": {name: {key: over_seeds(values[name][key]) for key in DETECTION} for name in names},
+        "signals": {name: {key: common.over_seeds(values[name][key]) for key in common.DETECTION} for name in names},
         "differences": [
             {"better": better, "worse": worse}
-            | {key: paired(values[better][key], values[worse][key]) for key in DETECTION}
+            | {key: common.paired(values[better][key], values[worse][key]) for key in common.DETECTION}
             for better, worse in DETECTOR_CLAIMS
         ],
     }
-
-
-def show_detection(results: Mapping[str, Any]) -> None:
-    table = Table("signal", *DETECTION, title=f"true first error, {sum(results['solutions'])} wrong answers")
-    for name, entry in results["signals"].items():
-        table.add_row(name, *(f"{entry[key]['mean']:.3f}" for key in DETECTION))
-    Console().print(table)
 
 
 def main(args: CompositionsArguments) -> dict[str, Any]:
     args.base, args.eval_model = models(args.base, args.eval_model)
     args.llm = args.llm or str(trained_model("ledger-llm"))
     comparison = Comparison(args, METHODS, {"composed": lambda run: composed(run, args)})
-    comparison.choose_rates()
     by_method: dict[str, list[dict[str, Any]]] = {m: [] for m in ("base", *METHODS)}
     reports, weights, pairs = [], [], []
-    for number in range(args.seeds):
-        run = comparison.seed(number)
-        for method in by_method:
-            by_method[method].append(run.figures(method, comparison.rates.get(method)))
+    for run in comparison.seeds():
+        for method, measured in by_method.items():
+            measured.append(run.figures(method, comparison.rates.get(method)))
         reports.append(detection(run))
         weights.append(mean_weights(run))
         pairs.append(len(load_stage(run.dataset("composed"))))
     references = [(name, other) for name in METHODS for other in (DPO, REFERENCE) if name != other]
-    results: dict[str, Any] = {
-        "arguments": asdict(args),
-        "validation": comparison.validation(),
+    results = comparison.results(by_method, (*references, (CONTRAST, OWN))) | {
         "pairs": pairs,
         "agreed": AGREED,
-        "methods": summary(by_method),
-        "differences": [difference(by_method, *names) for names in (*references, (CONTRAST, OWN))],
-        "mean_weight": {name: over_seeds([w[name] for w in weights]) for name in weights[0]},
+        "mean_weight": {name: common.over_seeds([w[name] for w in weights]) for name in weights[0]},
         "detection": summarise_detection(reports),
     }
-    write_json(Path(args.output_dir) / "results.json", results)
-    show_comparison(results)
-    show_detection(results["detection"])
-    return results
+    return save(args.output_dir, results, tables)
+
+
+# ------------------------------------------------------------------------------------------------ what the page shows
+
+
+SOURCES = {  # where the weight 1 − s_t of a rejected token comes from
+    DPO: "1 for every token",
+    REFERENCE: "s: two adapters' contrast ([arXiv 2411.19943](https://arxiv.org/abs/2411.19943), the paper's own)",
+    "rollout estimate": "s: share of right continuations of the prefix",
+    "self-generated reward": "s: T-REG's reward by contrastive prompting + 0.5",
+    "entropy": "s: 1 − entropy / the answer's highest",
+    "log-prob": "s: the policy's probability of the token",
+    "LLM disagrees": "s: 0 where the larger model would have written another token, {agreed:g} elsewhere"
+    " (routing labels by prefill)",
+    "random": "s: uniform in [0, 1]",
+    OWN: "no weights; rewards by contrastive prompting ([arXiv 2412.02685](https://arxiv.org/abs/2412.02685))",
+    CONTRAST: "no weights; reward: s of the contrast − 0.5",
+}
+# (better, worse) -> paired difference in greedy and sampled accuracy
+Gaps = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def tables(results: dict[str, Any]) -> Tables:
+    """One table of all signals, with the verdict on each being better than plain DPO and than the contrastive score."""
+    gaps = {(d["better"], d["worse"]): d for d in results["differences"]}
+    shown = common.comparison_tables(results, {}, "")
+    rows = []
+    for name, _, rate, *accuracies in shown["methods"][1]:
+        weight = f"{results['mean_weight'][name]['mean']:.2f}" if name in results["mean_weight"] else ""
+        source = SOURCES.get(name, "").format(agreed=results["agreed"])
+        rows.append([name, source, weight, rate, *accuracies, *(gap(gaps, name, other) for other in (DPO, REFERENCE))])
+    columns = ("what it trains on", "mean weight", "learning rate", *common.MEASURES)
+    claims = [claim(f"{CONTRAST} > {OWN}, {key}", "not tried", gaps[CONTRAST, OWN][key]) for key in common.MEASURES]
+    part, measures = results["detection"], tuple(common.DETECTION.values())
+    finds = [
+        claim(f"{d['better']} finds it better than {d['worse']}", "not tried", d["auroc"], "AUROC", digits=3)
+        for d in part["differences"]
+    ]
+    return shown | {
+        "methods": (("", *columns, "against plain DPO", "against the contrastive score"), rows),
+        "counts": (("against", "better", "worse", OPEN), [count(gaps, other) for other in (DPO, REFERENCE)]),
+        "claims": (CLAIM, claims),
+        "detection": (("signal", *measures), [common.detection_row(*item) for item in part["signals"].items()]),
+        "detection_claims": (CLAIM, finds),
+        "pairs": numbers(results["pairs"]),
+        "solutions": f"{sum(part['solutions']):,}",
+    }
+
+
+def gap(gaps: Gaps, name: str, other: str) -> str:
+    """How far a row is above another in greedy accuracy, and the verdict on that."""
+    entry = gaps.get((name, other))
+    return "" if entry is None else f"{percent(entry['greedy'], '+')} **{verdict(entry['greedy'])}**"
+
+
+def count(gaps: Gaps, other: str) -> list[str]:
+    """How many rows, and which, are better and worse in greedy accuracy than another; how many are neither."""
+    verdicts = {better: verdict(entry["greedy"]) for (better, worse), entry in gaps.items() if worse == other}
+    cells = [other]
+    for word in (HOLDS, FAILS, OPEN):
+        names = [name for name, said in verdicts.items() if said == word]
+        listed = f": {'; '.join(names)}" if names and word != OPEN else ""
+        cells.append(f"{len(names)} of {len(verdicts)}{listed}")
+    return cells
+
+
+def numbers(values: Sequence[int]) -> str:
+    """One number, or the range of several."""
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def figures(results: dict[str, Any]) -> dict[str, Figure]:
+    signals = {"true first wrong token": results["detection"]["signals"]}
+    return {
+        "compositions_accuracy.png": common.accuracy_figure(results, DPO, height=5),
+        "compositions_detection.png": common.detection_figure(signals, height=4),
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,260 @@
+"""What the experiments on the ledger world share: figures over seeds, methods side by side, their tables and pictures.
+
+Every method of a comparison gets the same grid of learning rates; its best on validation problems (with pairs of their
+own, seed 1000; greedy accuracy, ties by sampled accuracy) is trained anew with every seed. A seed has its own problems,
+rollouts, pairs, training order and test problems, which all its methods share, and which are read once. So differences
+between methods are paired over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.ledger_stages import LedgerStages
+from benchmarks.render import Table, Tables, error_bars, number, percent, read_json, slashed
+from tokalign.statistics import over_seeds, paired
+
+GRID_SEED = 1000
+MEASURES = ("greedy", "sampled")
+EVAL_MODEL = {"help": "Model that gives token rewards; unset is the ledger's, which can rewrite drafts."}
+GRID = {"help": "The grid of learning rates, the same for every method."}
+
+
+ByMethod = Mapping[str, Sequence[Mapping[str, float]]]  # method -> seed -> measure -> value
+
+
+def summary(by_method: ByMethod, keys: Iterable[str] = MEASURES) -> dict[str, Any]:
+    """method -> measure -> over seeds."""
+    return {m: {key: over_seeds([s[key] for s in seeds]) for key in keys} for m, seeds in by_method.items()}
+
+
+def difference(by_method: ByMethod, better: str, worse: str, keys: Iterable[str] = MEASURES) -> dict[str, Any]:
+    """Paired difference in every measure over the seeds that both methods have (the first ones)."""
+    pairs = list(zip(by_method[better], by_method[worse], strict=False))
+    return {"better": better, "worse": worse} | {
+        key: paired([a[key] for a, _ in pairs], [b[key] for _, b in pairs]) for key in keys
+    }
+
+
+# ------------------------------------------------------------------------------------------------- methods side by side
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: a recipe with its settings, what it trains on, and from where.
+
+    Args:
+        config: YAML in recipes/ledger/, without its ending.
+        recipe: verb that trains, or the path of a script.
+        options: further options of the recipe.
+        dataset: name of the dataset, made by the experiment.
+        start: method whose trained model it starts from; the base if None.
+    """
+
+    config: str
+    recipe: str = "critical-dpo"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dataset: str = "pairs"
+    start: str | None = None
+
+
+@dataclass
+class ComparisonArguments:
+    """Sizes of the experiment."""
+
+    base: str | None = field(default=None, metadata={"help": "The start; unset is the ledger's weak base."})
+    output_dir: str = field(
+        default="runs/benchmarks/comparison", metadata={"help": "Folder of all results; a killed run goes on."}
+    )
+    seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, …"})
+    problems: int = field(default=1000, metadata={"help": "Training problems a seed."})
+    rollouts: int = field(default=8, metadata={"help": "Rollouts a problem."})
+    learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3], metadata=GRID)
+    validation_problems: int = field(default=500, metadata={"help": "Problems of the grid."})
+    test_problems: int = field(default=600, metadata={"help": "Test problems a seed."})
+    samples: int = field(default=2, metadata={"help": "Samples a problem for the sampled accuracy."})
+
+
+class ComparisonSeed:
+    """Pairs, datasets, trained models and evaluations of one seed; whatever is there is kept.
+
+    Args:
+        comparison: its sizes, methods, makers of datasets, and the rates of methods that others start from.
+        split: of the held-out problems. problems: how many.
+    """
+
+    def __init__(self, comparison: Comparison, *, seed: int, split: str, problems: int):
+        args, self.comparison = comparison.args, comparison
+        self.seed, self.split, self.base = seed, split, str(args.base)
+        self.stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}")
+        self.out = self.stages.folder
+        pairs = self.stages.pairs(self.base, problems=args.problems, rollouts=args.rollouts, seed=seed)
+        self.datasets = {"pairs": pairs}
+        self.stages.problems(self.out / "held_out", seed=seed, **{split: problems})
+
+    def dataset(self, name: str) -> Path:
+        """Folder of a dataset, made now if it is not there."""
+        if name not in self.datasets:
+            self.datasets[name] = self.comparison.make[name](self)
+        return self.datasets[name]
+
+    def start(self, method: str) -> str:
+        """Model that a method starts from: the base, or another method's with its adapter merged."""
+        name = self.comparison.methods[method].start
+        if name is None:
+            return self.base
+        rate = self.comparison.rates[name]
+        merged = self.out / "merged" / f"{name} {rate:g}".replace(" ", "_")
+        if not (merged / "config.json").exists():
+            adapter = self.train(name, rate)
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.base), adapter)
+            AutoTokenizer.from_pretrained(self.base).save_pretrained(merged)
+            model.merge_and_unload().save_pretrained(merged)
+        return str(merged)
+
+    def name(self, method: str, rate: float) -> str:
+        """Of the folders of a method at a learning rate; another start is another folder."""
+        start = self.comparison.methods[method].start
+        after = "" if start is None else f" after {self.comparison.rates[start]:g}"
+        return f"{method} {rate:g}{after}".replace(" ", "_")
+
+    def train(self, method: str, rate: float) -> Path:
+        """Adapter of a method at a learning rate."""
+        chosen = self.comparison.methods[method]
+        data = {"model_name_or_path": self.start(method), "dataset_name": self.dataset(chosen.dataset)}
+        options = {"learning_rate": rate, "seed": self.seed, **chosen.options}
+        return self.stages.recipe(f"models/{self.name(method, rate)}", chosen.recipe, chosen.config, **data, **options)
+
+    def figures(self, method: str, rate: float | None, **options: Any) -> dict[str, Any]:
+        """Greedy and sampled accuracy on the held-out problems (`rate` None: of the base), and all that
+        `tokalign evaluate answers` writes with `options`."""
+        name, model = "base", self.base
+        options |= {"samples": self.comparison.args.samples, "seed": self.seed}
+        if rate is not None:
+            name, model, options["adapter"] = self.name(method, rate), self.start(method), self.train(method, rate)
+        folder = self.stages.evaluation(name, model, self.out / "held_out" / self.split, **options)
+        metrics = read_json(folder / "metrics.json")
+        return metrics | {key: metrics[f"{key}_accuracy"] for key in MEASURES}
+
+
+class Comparison:
+    """The grid on validation problems, then every seed on test problems.
+
+    Args:
+        args: sizes.
+        methods: name -> method; one that others start from stands before them.
+        make: name of a dataset -> function of a seed that makes it and returns its folder; "pairs" is there.
+    """
+
+    def __init__(
+        self,
+        args: ComparisonArguments,
+        methods: Mapping[str, Method],
+        make: Mapping[str, Callable[[ComparisonSeed], Path]],
+    ):
+        self.args, self.methods, self.make = args, methods, make
+        self.rates: dict[str, float] = {}
+        self.grid: dict[str, dict[str, dict[str, float]]] = {}
+
+    def choose_rates(self) -> None:
+        """The rate of every method: best greedy accuracy on validation problems; sampled accuracy settles a tie."""
+        run = ComparisonSeed(self, seed=GRID_SEED, split="validation", problems=self.args.validation_problems)
+        for method in self.methods:
+            measured = {rate: run.figures(method, rate) for rate in self.args.learning_rates}
+            cells = {rate: {key: figures[key] for key in MEASURES} for rate, figures in measured.items()}
+            self.rates[method] = max(cells, key=lambda r: (cells[r]["greedy"], cells[r]["sampled"]))
+            self.grid[method] = {f"{rate:g}": cell for rate, cell in cells.items()}
+
+    def seeds(self) -> Iterator[ComparisonSeed]:
+        """Choose the rates, then every seed with its test problems."""
+        self.choose_rates()
+        for seed in range(self.args.seeds):
+            yield ComparisonSeed(self, seed=seed, split="test", problems=self.args.test_problems)
+
+    def results(self, by_method: ByMethod, claims: Sequence[tuple[str, str]], keys: Sequence[str] = MEASURES) -> Any:
+        """What every comparison writes: what rates were chosen by, the methods, and the differences claimed."""
+        edges = (self.args.learning_rates[0], self.args.learning_rates[-1])
+        at_edge = [method for method, rate in self.rates.items() if rate in edges]
+        return {
+            "arguments": asdict(self.args),
+            "validation": {"grid": self.grid, "learning_rate": self.rates, "at_edge": at_edge},
+            "methods": summary(by_method, keys),
+            "differences": [difference(by_method, *pair, keys) for pair in claims if set(pair) <= set(by_method)],
+        }
+
+
+# ---------------------------------------------------------------------------------------------------- what pages show
+
+
+def comparison_tables(results: Mapping[str, Any], paper: Mapping[str, Sequence[float]], papers: str) -> Tables:
+    """Accuracy of every method beside the paper's figures, the grid, and the sizes that sentences name.
+
+    Args:
+        paper: method -> its figures. papers: heading of their column.
+    """
+    rates = results["validation"]["learning_rate"]
+    rows = []
+    for method, entry in results["methods"].items():
+        theirs = slashed(paper[method]) if method in paper else "–"
+        rate = f"{rates[method]:g}" if method in rates else ""
+        rows.append([method, theirs, rate, *(percent(entry[key]) for key in MEASURES)])
+    sizes = {key: str(results["arguments"][key]) for key in ("seeds", "test_problems")}
+    return {
+        "methods": (("", papers, "learning rate", *MEASURES), rows),
+        "grid": grid_table(results["validation"], lambda cell: cell["greedy"]),
+        **sizes,
+    }
+
+
+def grid_table(validation: Mapping[str, Any], worth: Callable[[Mapping[str, float]], float]) -> Table:
+    """Every cell of the grid that the learning rates were chosen by, the chosen ones bold.
+
+    A chosen rate at the edge of the grid says so: the method may be better beyond it.
+
+    Args:
+        worth: the figure of a cell, a share, from its measures.
+    """
+    rates = list(next(iter(validation["grid"].values())))
+    rows = []
+    for method, cells in validation["grid"].items():
+        row = {rate: f"{100 * worth(cell):.1f}" for rate, cell in cells.items()}
+        best = f"{validation['learning_rate'][method]:g}"
+        row[best] = f"**{row[best]}**" + (" (edge)" if method in validation["at_edge"] else "")
+        rows.append([method, *row.values()])
+    return ("learning rate", *rates), rows
+
+
+def accuracy_figure(results: Mapping[str, Any], reference: str, height: float = 4) -> Figure:
+    """Greedy and sampled accuracy of every method, with a line at that of `reference`."""
+    figure = Figure(figsize=(10, height), layout="constrained")
+    for axis, key in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
+        error_bars(axis, {m: entry[key] for m, entry in results["methods"].items()})
+        axis.axvline(100 * results["methods"][reference][key]["mean"], color="grey", linestyle=":")
+        axis.set(title=f"{key} accuracy, {results['arguments']['seeds']} seeds", xlabel="per cent")
+    return figure
+
+
+DETECTION = {"auroc": "AUROC", "hit1": "hit@1"}
+
+
+def detection_row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """How well a signal finds the token looked for."""
+    return [name, *(number(entry[key], 3) for key in DETECTION)]
+
+
+def detection_figure(by_target: Mapping[str, Mapping[str, Any]], height: float) -> Figure:
+    """AUROC and hit@1 of every signal, a row for every target (its title -> signals)."""
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots(len(by_target), len(DETECTION), squeeze=False, sharey=len(by_target) == 1)
+    for row, (title, signals) in zip(axes, by_target.items(), strict=True):
+        for axis, (key, measure) in zip(row, DETECTION.items(), strict=True):
+            error_bars(axis, {name: entry[key] for name, entry in signals.items()}, scale=1)
+            axis.set(title=f"{measure} · {title}", xlim=(-0.02, 1.02))
+    return figure
