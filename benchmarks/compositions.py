@@ -29,8 +29,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from tokalign.routing.labels.divergence import DivergenceScorer
-from tokalign.routing.labels.rows import SPLITS, add_slm_choices, split_indices
+from tokalign.routing.labels.divergence import DivergenceScorer, add_slm_choices
+from tokalign.routing.labels.labelling import SPLITS, split_indices
 from tokalign.routing.router.calibration import score_dataset
 from tokalign.routing.router.features import DIVERGENT, RouterDataset
 from tokalign.routing.router.model import TokenRouter

@@ -1,4 +1,4 @@
-"""Policies against their equations, costs against hand-counted tokens, and pairs that do not fit."""
+"""Policies against their equations, and costs against hand-counted tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support import ALPHABET, tiny_tokenizer
 from tokalign.generation.sampling import uniforms
-from tokalign.routing.decode.backend import RoutedStats, check_pair
+from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
 from tokalign.routing.decode.policies import (
     AlwaysLLM,
@@ -128,14 +127,3 @@ def test_costs_by_hand():
     for cost in (activated_parameters, full_cost):
         with pytest.raises(ValueError, match="No token was written"):
             cost(RoutedStats(), 1.0, 2.0)
-
-
-def test_a_pair_shares_the_ids_below_both_vocabularies_and_may_differ_in_chat_template():
-    slm, llm = tiny_tokenizer(), tiny_tokenizer()
-    llm.chat_template = "another"
-    assert check_pair(slm, llm, 96, 128) == 96
-    assert check_pair(slm, llm, 128, 100) == 100
-    assert (slm.chat_template, llm.chat_template) == (tiny_tokenizer().chat_template, "another")
-    with pytest.raises(ValueError, match=r"The SLM's tokenizer .* is not the LLM's .*: route between") as error:
-        check_pair(slm, tiny_tokenizer(ALPHABET[::-1]), 96, 96)
-    assert "\n" not in str(error.value)

@@ -45,13 +45,13 @@ def test_a_route_token_that_the_model_uses():
     with pytest.raises(ValueError, match=r"route_token_id 20 is the tokenizer's .*, which the SLM may write"):
         choose_route_token(TOKENIZER, VOCAB + 8, 20)
     with pytest.raises(ValueError, match=r"route_token_id 0 is the tokenizer's .*, which the SLM may write"):
-        choose_route_token(TOKENIZER, VOCAB + 8, 0, end_ids=[0])
+        choose_route_token(TOKENIZER, VOCAB + 8, 0, ends=[0])
 
 
 def test_no_id_is_left_to_mark_a_route():
     message = f"All {VOCAB} ids of the SLM have a meaning, so none is left to mark a routed token"
     with pytest.raises(ValueError, match=message):
-        choose_route_token(TOKENIZER, VOCAB, end_ids=[TOKENIZER.pad_token_id])
+        choose_route_token(TOKENIZER, VOCAB, ends=[TOKENIZER.pad_token_id])
     same = tiny_tokenizer()
     same.pad_token = same.eos_token
     with pytest.raises(ValueError, match=message):

@@ -28,7 +28,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from packaging.version import Version
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 OLDEST_VLLM, NEXT_VLLM = "0.30.0", "0.31"  # from, and below
 EXTENSION = "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"  # spelt out: run as a program, this is __main__
@@ -79,7 +79,7 @@ def choose_route_token(
     vocab_size: int,
     route_token_id: int | None = None,
     *,
-    end_ids: Collection[int] = (),
+    ends: Collection[int] = (),
 ) -> int:
     """The id that stands for "routed" in the engine: one that the SLM can never mean as text.
 
@@ -88,13 +88,13 @@ def choose_route_token(
     Args:
         vocab_size: rows of the SLM's LM head.
         route_token_id: use this one.
-        end_ids: end tokens of the generation config, besides the tokenizer's.
+        ends: end tokens of the generation config, besides the tokenizer's.
 
     Raises:
         ValueError: no id is free, or the given one is not.
     """
     used = set(tokenizer.get_vocab().values())
-    meanings = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *end_ids}
+    meanings = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *ends}
     pad = tokenizer.pad_token_id
     if route_token_id is not None:
         if not 0 <= route_token_id < vocab_size:
@@ -141,7 +141,8 @@ def describe_pair(
     Raises:
         ValueError: one sentence, for a pair or route token that does not fit.
     """
-    from tokalign.routing.decode.backend import check_pair
+    # Here and below ours are imported late: every vLLM process of an installation loads this file for `register`
+    from tokalign.generation.vocabulary import check_pair, end_ids, stored_generation_config
 
     tokenizer = AutoTokenizer.from_pretrained(slm, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).get_text_config()
@@ -150,12 +151,8 @@ def describe_pair(
         llm_vocab = AutoConfig.from_pretrained(llm, trust_remote_code=trust_remote_code).get_text_config().vocab_size
         theirs = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust_remote_code)
         shared = check_pair(tokenizer, theirs, config.vocab_size, llm_vocab)
-    try:
-        ends = GenerationConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).eos_token_id
-    except OSError:  # not every checkpoint has one
-        ends = None
-    end_ids = [ends] if isinstance(ends, int) else list(ends or [])
-    route = choose_route_token(tokenizer, config.vocab_size, route_token_id, end_ids=end_ids)
+    ends = end_ids(stored_generation_config(slm, trust_remote_code=trust_remote_code), tokenizer)
+    route = choose_route_token(tokenizer, config.vocab_size, route_token_id, ends=ends)
     return PairDescription(tokenizer, config, shared, llm_vocab, route)
 
 
