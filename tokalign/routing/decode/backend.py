@@ -20,7 +20,7 @@ from tokalign.generation.protocol import Ids, SamplingParams
 def check_threshold(value: float) -> float:
     """`value` as a float; ValueError for what is not a number."""
     if math.isnan(float(value)):
-        raise ValueError("The threshold is not a number: give a score between 0 (always the LLM) and above 1 (never).")
+        raise ValueError("The threshold is not a number: give the score from which on a token goes to the LLM.")
     return float(value)
 
 

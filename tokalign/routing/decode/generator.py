@@ -27,7 +27,7 @@ from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_
 from tokalign.generation.sampling import sample, uniforms, wide_dtype
 from tokalign.generation.vocabulary import check_pair, end_ids
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken
-from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
+from tokalign.routing.decode.policies import NeverLLM, NextTokens, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.slots import CachedModel, check_model
 from tokalign.stage.processes import model_device
 
@@ -49,8 +49,8 @@ class RoutedCompletion(Completion):
 
 
 @dataclass(eq=False, slots=True)
-class Row:
-    """One completion in flight."""
+class RoutedRow:
+    """One completion in flight: a row of both models' caches."""
 
     key: int
     prompt: tuple[int, ...]
@@ -190,7 +190,7 @@ class RoutedGenerator:
         each = params_of_each(params, len(prompts))
         self.check(prompts, each)
         batch = RoutedBatch(self)
-        place: dict[int, tuple[int, int]] = {}
+        place: dict[int, tuple[int, int]] = {}  # of each completion in the result: prompt, and which of its n
         seeds = [secrets.randbits(63) if p.seed is None else p.seed for p in each]
         # Longest first: later rows then never widen the batch that they join.
         widths = [len(prompt) + p.max_tokens for prompt, p in zip(prompts, each, strict=True)]
@@ -205,9 +205,9 @@ class RoutedGenerator:
                 if token.finish_reason is not None:
                     i, k = place[key]
                     results[i][k] = _completion(written.pop(key), stats)
-        ordered = [[found[k] for k in sorted(found)] for found in results]
+        ordered = [[done[k] for k in sorted(done)] for done in results]
         return [
-            [_copy(found[0]) for _ in range(p.n)] if p.greedy else found for found, p in zip(ordered, each, strict=True)
+            [_copy(done[0]) for _ in range(p.n)] if p.greedy else done for done, p in zip(ordered, each, strict=True)
         ]
 
     def stream(self, prompt: Ids, params: SamplingParams, *, sample: int = 0) -> Iterator[RoutedToken]:
@@ -241,8 +241,8 @@ class RoutedBatch:
     def __init__(self, generator: RoutedGenerator):
         self.generator = generator
         self.stats = RoutedStats()
-        self.rows: list[Row] = []  # row r is row r of both caches
-        self.waiting: deque[Row] = deque()
+        self.rows: list[RoutedRow] = []  # row r is row r of both caches
+        self.waiting: deque[RoutedRow] = deque()
         self._models = (CachedModel(generator.slm), CachedModel(generator.llm))
         self._columns: dict[str, torch.Tensor] = {}
         self._changed = True  # rows have come or gone since the columns were made
@@ -258,7 +258,7 @@ class RoutedBatch:
             limit = min(limit, longest - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._next_key += 1
-        self.waiting.append(Row(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt)))
+        self.waiting.append(RoutedRow(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt)))
         return self._next_key
 
     def cancel(self, key: int) -> None:
@@ -280,12 +280,15 @@ class RoutedBatch:
         policy, rows, columns = self.generator.policy, self.rows, self._current_columns()
         written: dict[int, tuple[int, float]] = {}
         scores: dict[int, float] = {}
+        # The SLM's half. Rows in the middle of an LLM span are left out: the SLM reads what the LLM writes there in one
+        # pass at the end of the span. All others draw, also those that turn out to be routed, whose draw is dropped:
+        # so draws and scores come from the device in one transfer.
         if policy.needs_slm:
             asked = [r for r, row in enumerate(rows) if not row.span]
             if asked:
                 logits, hidden = self._read(0, asked, hidden=policy.needs_hidden)
                 own = self._of_rows(columns, asked, logits.device)
-                score = policy.scores(hidden, logits, own["seed"], own["sample"], own["step"])
+                score = policy.scores(NextTokens(hidden, logits, own["seed"], own["sample"], own["step"]))
                 drawn = self._draw(logits, own, asked, score)
                 written = {r: (int(each[0]), each[1]) for r, each in zip(asked, drawn, strict=True)}
                 scores = {r: each[2] for r, each in zip(asked, drawn, strict=True)}
@@ -297,19 +300,21 @@ class RoutedBatch:
             by_llm = [r for r, row in enumerate(rows) if row.span]
         else:
             by_llm = list(range(len(rows)))
+        # The LLM's half reads all that its rows have gained since it was last asked, in one pass
         if by_llm:
             logits, _ = self._read(1, by_llm)
             drawn = self._draw(logits, self._of_rows(columns, by_llm, logits.device), by_llm)
             for r, each in zip(by_llm, drawn, strict=True):
                 written[r] = (int(each[0]), each[1])
                 rows[r].span = max(0, rows[r].span - 1)
-        columns["step"] += 1
+        columns["step"] += 1  # in place: the columns stay on the device until a row comes or goes
         llm_rows = set(by_llm)
         texts = self._tails([r for r, row in enumerate(rows) if row.params.stop], written)
         given = []
         for r, row in enumerate(rows):
             token = self._finish(row, written[r], r in llm_rows, scores.get(r), texts.get(r, ""))
             given.append((row.key, token, row.stats))
+        # From behind, because a row that leaves is replaced by the last one
         for place in reversed(range(len(given))):
             if given[place][1].finish_reason is not None:
                 self._leave(place)
@@ -318,6 +323,7 @@ class RoutedBatch:
     def _admit(self) -> None:
         """Let waiting rows in while there is room; always at least one row."""
         generator = self.generator
+        # Caches are as wide as their widest row, so a row costs the width of the widest
         width = max((row.width for row in self.rows), default=0)
         while self.waiting and len(self.rows) < generator.max_rows:
             width = max(width, self.waiting[0].width)
@@ -338,6 +344,7 @@ class RoutedBatch:
         self._changed = True
 
     def _current_columns(self) -> dict[str, torch.Tensor]:
+        """What drawing needs of every row, a tensor each; sent to the device when rows have changed, not each step."""
         if self._changed:
             device, rows = self._models[0].device, self.rows
             self._columns = {
@@ -353,6 +360,7 @@ class RoutedBatch:
     def _of_rows(
         self, columns: dict[str, torch.Tensor], places: list[int], device: torch.device
     ) -> dict[str, torch.Tensor]:
+        # The LLM may be on another device than the columns
         if len(places) < len(self.rows):
             index = torch.tensor(places, device=self._models[0].device)
             columns = {name: column[index] for name, column in columns.items()}
@@ -379,6 +387,7 @@ class RoutedBatch:
         The prompt may have been read by a row that is well on its way: its first slots hold the prompt still.
         """
         model = self._models[side]
+        # The `n` completions of a prompt, or equal prompts of several requests
         alike: dict[tuple[int, ...], list[int]] = {}
         for place in fresh:
             alike.setdefault(self.rows[place].prompt, []).append(place)
@@ -392,6 +401,7 @@ class RoutedBatch:
                 model.share(source, places, length)
             elif length and len(places) > 1:
                 leaders.append(places[0])
+        # The others copy the keys and values of the first, which are read here for the first time
         if leaders:
             prompts = [self.rows[p].prompt[:-1] for p in leaders]
             self._count(side, leaders, prompts)
@@ -412,6 +422,7 @@ class RoutedBatch:
     ) -> list[list[float]]:
         """For each row the drawn id, its log-probability and the values of `more`, in one transfer."""
         greedy = all(self.rows[p].params.greedy for p in places)
+        # Sampling's float64 temporaries are larger than the logits: a chunk of rows at a time bounds them
         chunk = max(1, SAMPLED_LOGITS // logits.shape[1])
         ids, logprobs = [], []
         u = None if greedy else uniforms(columns["seed"], columns["sample"], columns["step"])
@@ -442,7 +453,7 @@ class RoutedBatch:
         return dict(zip(places, texts, strict=True))
 
     def _finish(
-        self, row: Row, written: tuple[int, float], by_llm: bool, score: float | None, tail: str
+        self, row: RoutedRow, written: tuple[int, float], by_llm: bool, score: float | None, tail: str
     ) -> RoutedToken:
         """Append a token to its row and see whether it is the last."""
         token, logprob = written

@@ -166,6 +166,7 @@ class CachedModel:
         Returns:
             Logits (R, V) after each row's last token and, if asked, the states (R, d) that the LM head got there.
         """
+        # One token a row, the usual step, is one pass; a prompt among such rows would pad them all to its length
         counts = [len(each) for each in tokens]
         if max(counts) == 1 or len(rows) == 1:
             return self._forward(rows, tokens, counts, hidden)
@@ -184,11 +185,15 @@ class CachedModel:
     def _forward(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int], hidden: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # New tokens end at the right edge of the pass, so that the last column holds each row's last token. A row's
+        # pass begins at the slot `start`; with padding before a short row's tokens that may be below its first slot.
         at, lengths = self._layout, self.lengths
         width = max(counts)
-        starts = [lengths[row] + count - width for row, count in zip(rows, counts, strict=True)]  # may be negative
+        starts = [lengths[row] + count - width for row, count in zip(rows, counts, strict=True)]
         at.new, at.length = width, max(starts) + width
         self._reserve(rows[-1] + 1, at.length)
+        # Without padding and with equal pasts the new slots are one block and attention is plain causal, for which
+        # kernels need no mask; adjacent rows are a view of the buffer, others a copy
         even = min(counts) == width and min(starts) == max(starts)
         at.past = starts[0] if even else None
         at.part = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else None
@@ -201,6 +206,7 @@ class CachedModel:
         mask: Any = None
         if not even or at.part is None:
             at.index = torch.tensor(list(rows), device=self.device)
+        # Padding is written to the slot behind all others, which no mask shows
         if not even:
             padding = (
                 torch.arange(width, device=self.device) < width - torch.tensor(counts, device=self.device)[:, None]
@@ -211,6 +217,7 @@ class CachedModel:
             mask = self._masks(positions)
         elif at.part is None:
             at.slots = positions
+        # What the LM head reads of the last token: a hook sees it without every layer's states being kept
         caught: list[torch.Tensor] = []
         handle = (
             self.model.base_model.register_forward_hook(lambda _, __, out: caught.append(out.last_hidden_state[:, -1]))
@@ -310,6 +317,7 @@ def forward_parts(counts: Sequence[int]) -> list[list[int]]:
     A pass reads all weights, so few are better, but each of its rows is padded to the longest: short rows share one
     pass, and a long prompt does not drag rows that need one token along.
     """
+    # Longest first: the first row of a part is its width, and the part takes rows while their padding is worth it
     parts: list[list[int]] = []
     width = real = 0
     for i in sorted(range(len(counts)), key=lambda i: -counts[i]):
