@@ -2,7 +2,8 @@
 
 A routed decoder writes one completion with two models: the small one (SLM) proposes each token, a policy decides
 before it is drawn, and a routed token is written by the large one (LLM) instead (R2R, arXiv 2505.21600). The
-decoders are interchangeable: `transformers_backend` runs both models in this process, `vllm_backend` in stock vLLM.
+decoders are interchangeable: `transformers_backend` runs both models in this process, an `orchestrator` moves requests
+between two engines.
 """
 
 from __future__ import annotations
