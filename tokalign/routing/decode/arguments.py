@@ -70,3 +70,20 @@ class RoutedSamplingArguments:
             max_tokens=self.max_tokens,
             stop=tuple(self.stop or ()),
         )
+
+
+@dataclass
+class SLMServerArguments:
+    """The SLM that a stock vLLM server is to run, and its router."""
+
+    slm: str = field(metadata={"help": "Small model: hub id or path."})
+    router: str = field(metadata={"help": "Trained router of the small model: hub id or path."})
+    llm: str | None = field(
+        default=None, metadata={"help": "Large model, to compare vocabularies; give it as to the backend."}
+    )
+    threshold: float | None = field(default=None, metadata={"help": "At the start; unset is the router's own."})
+    route_token_id: int | None = field(default=None, metadata={"help": "Unset chooses one as the backend does."})
+    port: int = field(default=8002, metadata={"help": "Port of the server."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the checkpoints. Only for sources you trust."}
+    )

@@ -29,9 +29,10 @@ from starlette.types import Scope, Send
 from tokalign.routing.decode.backend import RoutedBackend, RoutedToken
 from tokalign.routing.serve.answers import Answer
 from tokalign.routing.serve.api import ApiError, ChatRequest, CompletionRequest, Request, parse, sampling_params
+from tokalign.routing.serve.arguments import ServerLimits
 from tokalign.routing.serve.asgi import STOPPING, Gate, Reply, Watched
 from tokalign.routing.serve.budget import BudgetController
-from tokalign.routing.serve.choices import Draw, Piece, Places, draws_of, pieces
+from tokalign.routing.serve.choices import Draw, News, Places, draws_of, write_draws
 from tokalign.routing.serve.detokenize import Detokenizer
 from tokalign.routing.serve.metrics import ServerMetrics
 
@@ -43,50 +44,23 @@ _FAILED = ApiError(500, "The server failed at this request; its log says why.")
 
 
 @dataclass(frozen=True)
-class ServerSettings:
+class ServerSettings(ServerLimits):
     """Names and limits of a server.
 
     Attributes:
         model: name under which the pair is served.
         api_key: clients must send it as bearer token, to everything but /health; None asks for none.
-        max_body_bytes: longest request body.
-        max_prompt_tokens: longest prompt; None is what the models hold.
-        max_tokens: most tokens of a completion; None is what the models hold.
-        max_choices: most completions of one request, prompts × n.
-        max_running: completions written at once.
-        max_queue: completions that may wait for a place; more are refused with 429.
-        request_timeout: seconds from a request's arrival to its last token, waiting included.
-        drain_timeout: seconds that running requests may take after SIGTERM.
-        llm_required: whether /health is 503 while the LLM is out of reach (policy "error").
+        llm_required: whether /health is 503 while the LLM is out of reach (`on_llm_outage` "error").
     """
 
     model: str
     api_key: str | None = field(default=None, repr=False)
-    max_body_bytes: int = 2**20
-    max_prompt_tokens: int | None = None
-    max_tokens: int | None = None
-    max_choices: int = 64
-    max_running: int = 64
-    max_queue: int = 256
-    request_timeout: float = 600.0
-    drain_timeout: float = 30.0
     llm_required: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ValueError("The API key is empty or not ASCII: set its variable to a key, or leave it unset.")
-        for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "max_choices", "max_running"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: allow at least 1.")
-        for name in ("max_queue", "request_timeout", "drain_timeout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more.")
-        if self.max_choices > self.max_running + self.max_queue:
-            raise ValueError(
-                f"max_choices is {self.max_choices}, more than max_running {self.max_running} and max_queue "
-                f"{self.max_queue} together: such a request could never be admitted."
-            )
 
 
 def exposure_warning(host: str, api_key: str | None) -> str | None:
@@ -220,7 +194,7 @@ class _Server:
         draws = draws_of(prompts, params)
         answer = Answer(asked, draws, self.detokenizer, self.settings.model)
         with self.places.admit(len(draws)) as ticket:
-            news = pieces(
+            news = write_draws(
                 self.backend,
                 self.detokenizer,
                 draws,
@@ -232,33 +206,33 @@ class _Server:
                 counted = self._counted(news, answer, scope)
                 await (self._send_stream if asked.stream else self._send_whole)(asked, answer, counted, draws, reply)
 
-    async def _counted(self, news: AsyncIterator[Piece], answer: Answer, scope: Scope) -> AsyncIterator[Piece]:
+    async def _counted(self, news: AsyncIterator[News], answer: Answer, scope: Scope) -> AsyncIterator[News]:
         first = True
-        async for piece in news:
+        async for part in news:
             if first:
                 self.metrics.first_token.observe(time.perf_counter() - scope["tokalign.arrived"])
                 first = False
-            answer.count(piece)
+            answer.count(part)
             answer.degraded |= self.backend.degraded
-            yield piece
+            yield part
 
     async def _send_whole(
-        self, asked: Request, answer: Answer, news: AsyncIterator[Piece], draws: list[Draw], reply: Reply
+        self, asked: Request, answer: Answer, news: AsyncIterator[News], draws: list[Draw], reply: Reply
     ) -> None:
-        whole = {id(draw): Piece(draw) for draw in draws}
-        async for piece in news:
-            whole[id(piece.draw)].add(piece)
+        whole = {id(draw): News(draw) for draw in draws}
+        async for part in news:
+            whole[id(part.draw)].add(part)
         headers = {"x-routing-llm-rate": f"{answer.llm_rate:.4f}", **_degraded(answer)}
         await reply.json(200, answer.whole(list(whole.values())), headers)
 
     async def _send_stream(
-        self, asked: Request, answer: Answer, news: AsyncIterator[Piece], draws: list[Draw], reply: Reply
+        self, asked: Request, answer: Answer, news: AsyncIterator[News], draws: list[Draw], reply: Reply
     ) -> None:
-        async for piece in news:
+        async for part in news:
             if not reply.started:
                 kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
                 await reply.start(200, {**kind, **_degraded(answer)})
-            for chunk in answer.chunks(piece):
+            for chunk in answer.chunks(part):
                 await reply.event(chunk)
         if asked.stream_options.include_usage:
             await reply.event(answer.usage_chunk())
