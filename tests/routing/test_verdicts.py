@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import tiny_tokenizer
 from tokalign.generation.protocol import Completion
+from tokalign.routing.labels.classes import DIVERGENT, INVALID, NEUTRAL
 from tokalign.routing.labels.judge import (
     Comparison,
     JudgeTemplate,
@@ -22,15 +23,7 @@ from tokalign.routing.labels.judge import (
     question_text,
     server_judge,
 )
-from tokalign.routing.labels.verdicts import (
-    DISAGREE,
-    DIVERGENT,
-    INVALID,
-    LLM_WRONG,
-    NEUTRAL,
-    NO_VERDICT,
-    outcome_verdict,
-)
+from tokalign.routing.labels.verdicts import DISAGREE, LLM_WRONG, NO_VERDICT, outcome_verdict
 from tokalign.stage.errors import ContractError
 
 TEMPLATE = JudgeTemplate("test", "be strict", "Q {question} C {context} 1 {first} 2 {second}", "SAME", "DIFFERENT")

@@ -205,9 +205,9 @@ class RoutedGenerator:
                 if token.finish_reason is not None:
                     i, k = place[key]
                     results[i][k] = _completion(written.pop(key), stats)
-        ordered = [[done[k] for k in sorted(done)] for done in results]
+        ordered = [[draws[k] for k in sorted(draws)] for draws in results]
         return [
-            [_copy(done[0]) for _ in range(p.n)] if p.greedy else done for done, p in zip(ordered, each, strict=True)
+            [_copy(draws[0]) for _ in range(p.n)] if p.greedy else draws for draws, p in zip(ordered, each, strict=True)
         ]
 
     def stream(self, prompt: Ids, params: SamplingParams, *, sample: int = 0) -> Iterator[RoutedToken]:

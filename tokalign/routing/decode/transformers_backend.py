@@ -16,7 +16,7 @@ from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
 
 
 @dataclass(eq=False)
-class _Waiter:
+class _Request:
     """One completion that a task waits for. `key` is the batch's, once the worker has added it."""
 
     prompt: Ids
@@ -43,8 +43,8 @@ class TransformersBackend:
         self.max_length: int = generator.max_length or 2**31 - 1
         self._totals = RoutedStats()  # of batches that were given up after an error
         self._batch = RoutedBatch(generator)
-        self._arrived: deque[_Waiter] = deque()
-        self._in_flight: dict[int, _Waiter] = {}
+        self._arrived: deque[_Request] = deque()
+        self._in_flight: dict[int, _Request] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._worker = threading.Thread(target=self._work, name="routed-decoding", daemon=True)
@@ -71,7 +71,7 @@ class TransformersBackend:
         self.generator.check([prompt_ids], [params])
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
-        request = _Waiter(prompt_ids, params, sample, asyncio.get_running_loop())
+        request = _Request(prompt_ids, params, sample, asyncio.get_running_loop())
         with self._changed:
             if self._closing:
                 raise RuntimeError("The backend was closed: start another one.")
@@ -108,7 +108,7 @@ class TransformersBackend:
                 self._fail(error)
                 self._start_afresh()
                 continue
-            by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiter, RoutedToken]]] = {}
+            by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Request, RoutedToken]]] = {}
             for key, token, _ in written:
                 request = self._in_flight[key] if token.finish_reason is None else self._in_flight.pop(key)
                 by_loop.setdefault(request.loop, []).append((request, token))
@@ -144,7 +144,7 @@ class TransformersBackend:
             _call(request.loop, partial(request.tokens.put_nowait, error))
 
 
-def _deliver(given: list[tuple[_Waiter, RoutedToken]]) -> None:
+def _deliver(given: list[tuple[_Request, RoutedToken]]) -> None:
     for request, token in given:
         request.tokens.put_nowait(token)
 

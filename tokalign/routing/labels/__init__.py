@@ -2,5 +2,5 @@
 
 `labelling` runs the four stages. What each does: `divergence` (where the models differ), `branches` (where each choice
 leads, sentence by sentence as `sentences` tells), `judge` (who compares them), `labeller` (the label of every token),
-`report`. `verdicts` names the classes.
+`report`. `classes` and `verdicts` name what a label can be.
 """

@@ -229,10 +229,10 @@ def _branch_keys(branches: Dataset) -> Iterator[tuple[Any, int]]:
 
 def spans(keys: Iterable[Any]) -> dict[Any, range]:
     """Where the rows of each key are in a stage that holds them one after the other."""
-    places: dict[Any, range] = {}
+    rows_of: dict[Any, range] = {}
     start = 0
     for key, group in groupby(keys):
         length = sum(1 for _ in group)
-        places[key] = range(start, start + length)
+        rows_of[key] = range(start, start + length)
         start += length
-    return places
+    return rows_of

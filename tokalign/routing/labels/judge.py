@@ -30,7 +30,8 @@ from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.prompts import read_template, render_prompt
 from tokalign.routing.labels.arguments import VerdictArguments
-from tokalign.routing.labels.verdicts import DISAGREE, DIVERGENT, INVALID, NEUTRAL, NO_VERDICT, Verdict
+from tokalign.routing.labels.classes import DIVERGENT, INVALID, NEUTRAL
+from tokalign.routing.labels.verdicts import DISAGREE, NO_VERDICT, Verdict
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import weights_hash
 

@@ -14,19 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.labels.branches import BranchLookup
+from tokalign.routing.labels.classes import IDENTICAL, INVALID
 from tokalign.routing.labels.divergence import Row, differences, llm_choices
 from tokalign.routing.labels.judge import Comparison, branch_text, question_text
 from tokalign.routing.labels.report import invalid_count
-from tokalign.routing.labels.verdicts import (
-    CUT_OFF,
-    IDENTICAL,
-    INVALID,
-    LLM_WRONG,
-    NO_ANSWER,
-    NOT_CONTINUED,
-    Verdict,
-    outcome_verdict,
-)
+from tokalign.routing.labels.verdicts import CUT_OFF, LLM_WRONG, NO_ANSWER, NOT_CONTINUED, Verdict, outcome_verdict
 from tokalign.stage.jobs import Dropped, Item, Kept
 
 

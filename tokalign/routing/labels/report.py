@@ -12,7 +12,8 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from tokalign.routing.labels.verdicts import DISAGREE, DIVERGENT, IDENTICAL, LABELS, NEUTRAL, NO_VERDICT
+from tokalign.routing.labels.classes import DIVERGENT, IDENTICAL, LABELS, NEUTRAL
+from tokalign.routing.labels.verdicts import DISAGREE, NO_VERDICT
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 

@@ -1,13 +1,10 @@
-"""What a label can be: the four classes of a token, and why one of them is INVALID (R2R, arXiv 2505.21600, section
-3.2)."""
+"""The verdict on a difference: its class, and why it is INVALID if it is (R2R, arXiv 2505.21600, section 3.2)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# The classes of a token, in the column `label`. A router learns to tell DIVERGENT from the other two that are ≥ 0.
-IDENTICAL, NEUTRAL, DIVERGENT, INVALID = 0, 1, 2, -1
-LABELS = {IDENTICAL: "identical", NEUTRAL: "neutral", DIVERGENT: "divergent", INVALID: "invalid"}
+from tokalign.routing.labels.classes import DIVERGENT, INVALID, NEUTRAL
 
 # Why nothing can be told about a difference, or about a whole answer; reports count by these words.
 LLM_WRONG = "the LLM's own answer is wrong"

@@ -5,7 +5,7 @@
 Three targets, of which exactly one is given: the LLM rate (largest share of tokens that may be routed), the recall
 (smallest share of divergent tokens that must be), or the accuracy. Accuracy here is the share of held-out responses
 all of whose divergent tokens are routed: such a response loses nothing that the labels can see. It is no measurement of
-answers; that needs the pair to decode (scripts/generate_routed.py).
+answers; that needs the pair to decode (`tokalign generate`).
 
 The rate is measured on the large model's own responses. Routed decoding visits other prefixes, so its rate may differ:
 label a second round on policy, or let the server's budget controller track the rate.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,22 @@ from tokalign.stage.manifest import MANIFEST
 logger = logging.getLogger(__name__)
 
 _CELLS = 1 << 20  # resampled counts held at a time
+
+
+@dataclass
+class TargetArguments:
+    """The target of the threshold: one of the three, for `TrlParser`."""
+
+    target_rate: float | None = field(default=None, metadata={"help": "Largest share of tokens that may be routed."})
+    target_recall: float | None = field(default=None, metadata={"help": "Least share of divergent tokens routed."})
+    target_accuracy: float | None = field(
+        default=None, metadata={"help": "Least share of responses all of whose divergent tokens are routed."}
+    )
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Those that are set, as arguments of `calibrate`."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,7 @@ def calibrate(
     divergent = labels == DIVERGENT
     if kind != "rate" and not divergent.any():
         raise ValueError(f"There is no divergent token to reach target_{kind} on; label more problems.")
+    # Tokens of one score are routed together, so a threshold is a choice among the distinct scores, the levels
     levels, counts = np.unique(scores, return_counts=True)
     if kind == "rate":
         routed = np.cumsum(counts[::-1])[::-1]  # tokens that score at least each level
@@ -119,6 +136,7 @@ def calibrate(
                 f"target_accuracy {target} is met without the LLM: {free} of {total} responses have no divergent "
                 "token; ask for more, or use the SLM alone."
             )
+        # The `count` highest of what must be routed; the threshold is at the lowest of these
         chosen = int(np.searchsorted(levels, np.sort(needed)[-count]))
     return measure(scores, labels, response_index, _between(levels, chosen), samples=samples, seed=seed)
 
@@ -141,9 +159,10 @@ def measure(
     def per_response(which: np.ndarray) -> np.ndarray:
         return np.bincount(response, weights=which, minlength=count)
 
+    # Numerator and denominator of the three shares by response: a resample of responses is then a weighted sum of rows
     tokens, sent = per_response(np.ones(len(scores))), per_response(routed)
-    wanted, found = per_response(divergent), per_response(divergent & routed)
-    columns = np.stack([sent, tokens, found, wanted, found == wanted, np.ones(count)], axis=1)  # (R, 6)
+    wanted, caught = per_response(divergent), per_response(divergent & routed)
+    columns = np.stack([sent, tokens, caught, wanted, caught == wanted, np.ones(count)], axis=1)  # (R, 6)
 
     def shares(sums: np.ndarray) -> np.ndarray:
         ratios = sums[..., ::2] / np.maximum(sums[..., 1::2], 1)
@@ -152,6 +171,7 @@ def measure(
 
     rate, recall, accuracy = shares(columns.sum(axis=0)).tolist()
     generator = np.random.default_rng(seed)
+    # How often each response is drawn, as many resamples at a time as memory holds
     rows = max(1, _CELLS // count)
     drawn = [
         shares(generator.multinomial(count, np.full(count, 1 / count), size=min(rows, samples - start)) @ columns)
@@ -201,20 +221,20 @@ def check_dataset(router: TokenRouter, dataset: RouterDataset) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    for name, own, found in (
+    for name, own, theirs in (
         ("hidden size", router.config.hidden_size, dataset.hidden_size),
         ("number of top logits", router.config.top_k, dataset.top_k),
     ):
-        if own != found:
+        if own != theirs:
             raise ValueError(
-                f"The features of {dataset.folder} have {name} {found}, but the router was made for {own}; use labels "
+                f"The features of {dataset.folder} have {name} {theirs}, but the router was made for {own}; use labels "
                 "of its SLM."
             )
     trained = (router.config.slm or {}).get("weights_hash")
-    found = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
-    if trained is not None and found is not None and trained != found:
+    labelled = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
+    if trained is not None and labelled is not None and trained != labelled:
         raise ValueError(
-            f"The features of {dataset.folder} are of another SLM (weights {found[:12]}) than the router's "
+            f"The features of {dataset.folder} are of another SLM (weights {labelled[:12]}) than the router's "
             f"({trained[:12]}); use labels of its SLM."
         )
     if "token" in router.config.inputs and not router.has_embedding:

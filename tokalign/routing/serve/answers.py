@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from tokalign.routing.serve.api import Request
-from tokalign.routing.serve.choices import Draw, News
+from tokalign.routing.serve.choices import Draw, Piece
 from tokalign.routing.serve.detokenize import Detokenizer
 
 
@@ -37,47 +37,47 @@ class Answer:
     def llm_rate(self) -> float:
         return self._llm_tokens / self._tokens if self._tokens else 0.0
 
-    def count(self, part: News) -> None:
-        copies = len(part.draw.choices)
-        self._tokens += copies * len(part.tokens)
-        self._llm_tokens += copies * sum(token.by_llm for token in part.tokens)
+    def count(self, piece: Piece) -> None:
+        copies = len(piece.draw.choices)
+        self._tokens += copies * len(piece.tokens)
+        self._llm_tokens += copies * sum(token.by_llm for token in piece.tokens)
 
-    def whole(self, completions: list[News]) -> dict[str, Any]:
+    def whole(self, completions: list[Piece]) -> dict[str, Any]:
         """The answer without streaming; `completions` are one a draw, in their order."""
         choices = []
-        for part in completions:
-            for index in part.draw.choices:
+        for piece in completions:
+            for index in piece.draw.choices:
                 text = (
-                    {"message": {"role": "assistant", "content": part.text}}
+                    {"message": {"role": "assistant", "content": piece.text}}
                     if self._request.chat
-                    else {"text": part.text}
+                    else {"text": piece.text}
                 )
-                choices.append({"index": index, **text, **self._details(part, prompt_ids=not self._request.chat)})
+                choices.append({"index": index, **text, **self._details(piece, prompt_ids=not self._request.chat)})
         answer = {**self._head, "choices": choices, "usage": self.usage(), "routing": self.routing()}
         if self._request.return_token_ids and self._request.chat:
             answer["prompt_token_ids"] = list(self._draws[0].prompt)
         return answer
 
-    def chunks(self, part: News) -> list[dict[str, Any]]:
-        """The chunks of a stream that bring `part`: none where it holds nothing that was asked for."""
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """The chunks of a stream that bring `piece`: none where it holds nothing that was asked for."""
         traced = self._request.routing_trace or self._request.return_token_ids or self._request.wants_logprobs
         result = []
-        for index in part.draw.choices:
+        for index in piece.draw.choices:
             first = index not in self._begun
-            if not (first or part.text or part.finish_reason or traced):
+            if not (first or piece.text or piece.finish_reason or traced):
                 continue
             self._begun.add(index)
-            text: dict[str, Any] = {"text": part.text}
+            text: dict[str, Any] = {"text": piece.text}
             if self._request.chat:
                 role = {"role": "assistant"} if first else {}
-                text = {"delta": {**role, "content": part.text} if first or part.text else {}}
-            choice = {"index": index, **text, **self._details(part, prompt_ids=first and not self._request.chat)}
+                text = {"delta": {**role, "content": piece.text} if first or piece.text else {}}
+            choice = {"index": index, **text, **self._details(piece, prompt_ids=first and not self._request.chat)}
             chunk = {**self._head, "choices": [choice]}
             if first and self._request.chat and self._request.return_token_ids:
-                chunk["prompt_token_ids"] = list(part.draw.prompt)
+                chunk["prompt_token_ids"] = list(piece.draw.prompt)
             if self._request.stream_options.include_usage:
                 chunk["usage"] = None
-            if part.finish_reason:
+            if piece.finish_reason:
                 chunk["routing"] = self.routing()
             result.append(chunk)
         return result
@@ -97,33 +97,33 @@ class Answer:
         """This request's share of LLM tokens so far, and whether the LLM was missing."""
         return {"llm_rate": self.llm_rate, "degraded": self.degraded}
 
-    def _details(self, part: News, *, prompt_ids: bool) -> dict[str, Any]:
+    def _details(self, piece: Piece, *, prompt_ids: bool) -> dict[str, Any]:
         """What a choice holds beside its text."""
-        details: dict[str, Any] = {"logprobs": None, "finish_reason": part.finish_reason}
+        details: dict[str, Any] = {"logprobs": None, "finish_reason": piece.finish_reason}
         if self._request.wants_logprobs:
-            details["logprobs"] = self._chat_logprobs(part) if self._request.chat else self._logprobs(part)
+            details["logprobs"] = self._chat_logprobs(piece) if self._request.chat else self._logprobs(piece)
         if self._request.return_token_ids:
-            details["token_ids"] = [token.id for token in part.tokens]
+            details["token_ids"] = [token.id for token in piece.tokens]
             if prompt_ids:
-                details["prompt_token_ids"] = list(part.draw.prompt)
+                details["prompt_token_ids"] = list(piece.draw.prompt)
         if self._request.routing_trace:
             details["routing"] = {
-                "written_by": ["llm" if token.by_llm else "slm" for token in part.tokens],
-                "scores": [token.score for token in part.tokens],
+                "written_by": ["llm" if token.by_llm else "slm" for token in piece.tokens],
+                "scores": [token.score for token in piece.tokens],
             }
         return details
 
-    def _logprobs(self, part: News) -> dict[str, Any]:
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
         return {
-            "tokens": [self._detokenizer.token(token.id) for token in part.tokens],
-            "token_logprobs": [token.logprob for token in part.tokens],
+            "tokens": [self._detokenizer.token(token.id) for token in piece.tokens],
+            "token_logprobs": [token.logprob for token in piece.tokens],
             "top_logprobs": None,
-            "text_offset": part.text_offset,
+            "text_offset": piece.text_offset,
         }
 
-    def _chat_logprobs(self, part: News) -> dict[str, Any]:
+    def _chat_logprobs(self, piece: Piece) -> dict[str, Any]:
         content = []
-        for token in part.tokens:
+        for token in piece.tokens:
             text = self._detokenizer.token(token.id)
             half = "\ufffd" in text  # its bytes are not those of the replacement character
             spelled = None if half else list(text.encode())

@@ -69,7 +69,7 @@ class ServerLimits:
         ValueError: a limit below its least, or a request of `max_choices` that could never be admitted.
     """
 
-    max_body_bytes: int = field(default=2**20, metadata={"help": "Longest request body."})
+    max_body_bytes: int = field(default=1_048_576, metadata={"help": "Longest request body, bytes."})
     max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt; unset: what fits."})
     max_tokens: int | None = field(default=None, metadata={"help": "Longest completion; unset: what fits."})
     max_choices: int = field(default=64, metadata={"help": "Most completions of one request, prompts x n."})

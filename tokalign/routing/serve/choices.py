@@ -1,4 +1,4 @@
-"""The completions of one request while they are written: places, draws, their merged news, and cancellation.
+"""The completions of one request while they are written: places, draws, merged pieces, and cancellation.
 
 A request asks for `n` completions of each prompt. Each is one `backend.generate`, in a task of its own that waits for
 one of the server's places; the n of a greedy request are one and the same and are written once. Whatever ends the
@@ -21,7 +21,7 @@ from tokalign.routing.serve.detokenize import Detokenizer
 logger = logging.getLogger(__name__)
 
 OUTAGE_RETRY = 5  # seconds that a client is told to wait for the LLM
-_AHEAD = 64  # tokens that a slow client may leave unread before its completions wait
+_AHEAD = 64  # pieces that a slow client may leave unread before its completions wait
 
 
 class Places:
@@ -82,7 +82,7 @@ class Draw:
 
 
 @dataclass
-class News:
+class Piece:
     """What is new of one completion. `text_offset` is where each token's text begins."""
 
     draw: Draw
@@ -91,7 +91,7 @@ class News:
     text_offset: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, other: News) -> None:
+    def add(self, other: Piece) -> None:
         self.text += other.text
         self.tokens += other.tokens
         self.text_offset += other.text_offset
@@ -110,7 +110,7 @@ def draws_of(prompts: list[list[int]], params: list[SamplingParams]) -> list[Dra
     return draws
 
 
-async def write_draws(
+async def pieces(
     backend: RoutedBackend,
     detokenizer: Detokenizer,
     draws: list[Draw],
@@ -118,8 +118,8 @@ async def write_draws(
     *,
     skip_special_tokens: bool,
     on_token: Callable[[RoutedToken], None],
-) -> AsyncIterator[News]:
-    """News of all `draws` as they come, a token each. Close it to cancel them.
+) -> AsyncIterator[Piece]:
+    """News of all `draws` as they come, one token a piece. Close it to cancel them.
 
     A backend checks a request before it awaits anything, so a ValueError until then is about the request and the
     client may read it. What goes wrong later is the engines' or their servers': addresses and what those say go to the
@@ -130,7 +130,7 @@ async def write_draws(
             the LLM is out of reach.
         Exception: anything else that went wrong in the backend.
     """
-    news: asyncio.Queue[News | Exception] = asyncio.Queue(_AHEAD)
+    news: asyncio.Queue[Piece | Exception] = asyncio.Queue(_AHEAD)
 
     async def write(draw: Draw) -> None:
         waited = asyncio.Event()
@@ -142,15 +142,15 @@ async def write_draws(
                     async for token in tokens:
                         on_token(token)
                         offset = stream.length
-                        part = News(draw, stream.push(token.id), [token], [offset], token.finish_reason)
+                        piece = Piece(draw, stream.push(token.id), [token], [offset], token.finish_reason)
                         if token.finish_reason is not None:
-                            part.text += stream.finish()
+                            piece.text += stream.finish()
                         if (
                             stream.stopped
                         ):  # the text is cut here, though a special token kept the backend from seeing it
-                            part.finish_reason = "stop"
-                        await news.put(part)
-                        if part.finish_reason is not None:
+                            piece.finish_reason = "stop"
+                        await news.put(piece)
+                        if piece.finish_reason is not None:
                             return
             raise RuntimeError("The backend ended a completion without a finish reason.")
         except LLMUnavailable as error:
@@ -171,11 +171,11 @@ async def write_draws(
     going = len(tasks)
     try:
         while going:
-            part = await news.get()
-            if isinstance(part, Exception):
-                raise part
-            going -= part.finish_reason is not None
-            yield part
+            piece = await news.get()
+            if isinstance(piece, Exception):
+                raise piece
+            going -= piece.finish_reason is not None
+            yield piece
     finally:
         for task in tasks:
             task.cancel()

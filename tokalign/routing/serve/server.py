@@ -32,7 +32,7 @@ from tokalign.routing.serve.api import ApiError, ChatRequest, CompletionRequest,
 from tokalign.routing.serve.arguments import ServerLimits
 from tokalign.routing.serve.asgi import STOPPING, Gate, Reply, Watched
 from tokalign.routing.serve.budget import BudgetController
-from tokalign.routing.serve.choices import Draw, News, Places, draws_of, write_draws
+from tokalign.routing.serve.choices import Draw, Piece, Places, draws_of, pieces
 from tokalign.routing.serve.detokenize import Detokenizer
 from tokalign.routing.serve.metrics import ServerMetrics
 
@@ -194,7 +194,7 @@ class _Server:
         draws = draws_of(prompts, params)
         answer = Answer(asked, draws, self.detokenizer, self.settings.model)
         with self.places.admit(len(draws)) as ticket:
-            news = write_draws(
+            news = pieces(
                 self.backend,
                 self.detokenizer,
                 draws,
@@ -206,33 +206,33 @@ class _Server:
                 counted = self._counted(news, answer, scope)
                 await (self._send_stream if asked.stream else self._send_whole)(asked, answer, counted, draws, reply)
 
-    async def _counted(self, news: AsyncIterator[News], answer: Answer, scope: Scope) -> AsyncIterator[News]:
+    async def _counted(self, news: AsyncIterator[Piece], answer: Answer, scope: Scope) -> AsyncIterator[Piece]:
         first = True
-        async for part in news:
+        async for piece in news:
             if first:
                 self.metrics.first_token.observe(time.perf_counter() - scope["tokalign.arrived"])
                 first = False
-            answer.count(part)
+            answer.count(piece)
             answer.degraded |= self.backend.degraded
-            yield part
+            yield piece
 
     async def _send_whole(
-        self, asked: Request, answer: Answer, news: AsyncIterator[News], draws: list[Draw], reply: Reply
+        self, asked: Request, answer: Answer, news: AsyncIterator[Piece], draws: list[Draw], reply: Reply
     ) -> None:
-        whole = {id(draw): News(draw) for draw in draws}
-        async for part in news:
-            whole[id(part.draw)].add(part)
+        whole = {id(draw): Piece(draw) for draw in draws}
+        async for piece in news:
+            whole[id(piece.draw)].add(piece)
         headers = {"x-routing-llm-rate": f"{answer.llm_rate:.4f}", **_degraded(answer)}
         await reply.json(200, answer.whole(list(whole.values())), headers)
 
     async def _send_stream(
-        self, asked: Request, answer: Answer, news: AsyncIterator[News], draws: list[Draw], reply: Reply
+        self, asked: Request, answer: Answer, news: AsyncIterator[Piece], draws: list[Draw], reply: Reply
     ) -> None:
-        async for part in news:
+        async for piece in news:
             if not reply.started:
                 kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
                 await reply.start(200, {**kind, **_degraded(answer)})
-            for chunk in answer.chunks(part):
+            for chunk in answer.chunks(piece):
                 await reply.event(chunk)
         if asked.stream_options.include_usage:
             await reply.event(answer.usage_chunk())
