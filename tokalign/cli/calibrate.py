@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from tokalign.routing.router.calibration import TargetArguments, calibrate_router, report_on
+from tokalign.routing.router.arguments import TargetArguments
+from tokalign.routing.router.calibration import calibrate_router, report_on
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import print_report
 from tokalign.routing.router.model import TokenRouter

@@ -17,7 +17,8 @@ import numpy as np
 from transformers import set_seed
 from trl import ScriptArguments
 
-from tokalign.routing.router.calibration import TargetArguments, calibrate_router, report_on
+from tokalign.routing.router.arguments import TargetArguments
+from tokalign.routing.router.calibration import calibrate_router, report_on
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import print_report
 from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router

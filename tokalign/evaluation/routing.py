@@ -139,9 +139,15 @@ def print_routing(points: Mapping[str, Sequence[Mapping[str, Any]]], console: Co
             low, high = point["ci95"]
             paired = point.get("minus_llm")
             difference = f"{100 * paired['difference']:+.1f}" if paired else ""
-            shares = [f"{100 * point[key]:.1f} %" for key in ("llm_rate", "accuracy")]
-            costs = [f"{point[key]:,.0f}" for key in ("activated_parameters", "full_cost")]
-            table.add_row(name, *shares, f"{100 * low:.1f} – {100 * high:.1f}", *costs, difference)
+            table.add_row(
+                name,
+                f"{100 * point['llm_rate']:.1f} %",
+                f"{100 * point['accuracy']:.1f} %",
+                f"{100 * low:.1f} – {100 * high:.1f}",
+                f"{point['activated_parameters']:,.0f}",
+                f"{point['full_cost']:,.0f}",
+                difference,
+            )
     (console or Console()).print(table)
 
 

@@ -50,7 +50,7 @@ class RoutedCompletion(Completion):
 
 @dataclass(eq=False, slots=True)
 class RoutedRow:
-    """One completion in flight: a row of both models' caches."""
+    """One completion in flight."""
 
     key: int
     prompt: tuple[int, ...]
@@ -190,7 +190,7 @@ class RoutedGenerator:
         each = params_of_each(params, len(prompts))
         self.check(prompts, each)
         batch = RoutedBatch(self)
-        place: dict[int, tuple[int, int]] = {}  # of each completion in the result: prompt, and which of its n
+        place: dict[int, tuple[int, int]] = {}
         seeds = [secrets.randbits(63) if p.seed is None else p.seed for p in each]
         # Longest first: later rows then never widen the batch that they join.
         widths = [len(prompt) + p.max_tokens for prompt, p in zip(prompts, each, strict=True)]
@@ -280,9 +280,9 @@ class RoutedBatch:
         policy, rows, columns = self.generator.policy, self.rows, self._current_columns()
         written: dict[int, tuple[int, float]] = {}
         scores: dict[int, float] = {}
-        # The SLM's half. Rows in the middle of an LLM span are left out: the SLM reads what the LLM writes there in one
-        # pass at the end of the span. All others draw, also those that turn out to be routed, whose draw is dropped:
-        # so draws and scores come from the device in one transfer.
+        # 1. The SLM reads every row that it is asked about, and the policy scores them. Its proposal is drawn at once
+        # for all of these rows, because id, log-probability and score then reach the CPU in one transfer; a routed row
+        # drops it.
         if policy.needs_slm:
             asked = [r for r, row in enumerate(rows) if not row.span]
             if asked:
@@ -300,21 +300,22 @@ class RoutedBatch:
             by_llm = [r for r, row in enumerate(rows) if row.span]
         else:
             by_llm = list(range(len(rows)))
-        # The LLM's half reads all that its rows have gained since it was last asked, in one pass
+        # 2. The LLM draws for the routed rows. Its draws overwrite the proposals in `written`.
         if by_llm:
             logits, _ = self._read(1, by_llm)
             drawn = self._draw(logits, self._of_rows(columns, by_llm, logits.device), by_llm)
             for r, each in zip(by_llm, drawn, strict=True):
                 written[r] = (int(each[0]), each[1])
                 rows[r].span = max(0, rows[r].span - 1)
-        columns["step"] += 1  # in place: the columns stay on the device until a row comes or goes
+        # 3. Each row takes its token and may end. Rows leave from the last place on, because the place of one that
+        # leaves is filled by the last.
+        columns["step"] += 1
         llm_rows = set(by_llm)
         texts = self._tails([r for r, row in enumerate(rows) if row.params.stop], written)
         given = []
         for r, row in enumerate(rows):
             token = self._finish(row, written[r], r in llm_rows, scores.get(r), texts.get(r, ""))
             given.append((row.key, token, row.stats))
-        # From behind, because a row that leaves is replaced by the last one
         for place in reversed(range(len(given))):
             if given[place][1].finish_reason is not None:
                 self._leave(place)
@@ -323,7 +324,8 @@ class RoutedBatch:
     def _admit(self) -> None:
         """Let waiting rows in while there is room; always at least one row."""
         generator = self.generator
-        # Caches are as wide as their widest row, so a row costs the width of the widest
+        # Every row of a cache has the slots of the longest, so the budget is rows × widest, as it will be when all are
+        # full.
         width = max((row.width for row in self.rows), default=0)
         while self.waiting and len(self.rows) < generator.max_rows:
             width = max(width, self.waiting[0].width)
@@ -344,7 +346,7 @@ class RoutedBatch:
         self._changed = True
 
     def _current_columns(self) -> dict[str, torch.Tensor]:
-        """What drawing needs of every row, a tensor each; sent to the device when rows have changed, not each step."""
+        # Made anew only when rows come or go. A transfer to the device at each step would cost more than the step adds.
         if self._changed:
             device, rows = self._models[0].device, self.rows
             self._columns = {
@@ -360,7 +362,6 @@ class RoutedBatch:
     def _of_rows(
         self, columns: dict[str, torch.Tensor], places: list[int], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        # The LLM may be on another device than the columns
         if len(places) < len(self.rows):
             index = torch.tensor(places, device=self._models[0].device)
             columns = {name: column[index] for name, column in columns.items()}
@@ -373,6 +374,7 @@ class RoutedBatch:
             side: 0 for the SLM, 1 for the LLM.
         """
         model = self._models[side]
+        # A row that this model has not met may share its prompt with others: read it once.
         fresh = [p for p in places if not model.lengths[p]]
         if fresh:
             self._share_prompts(side, fresh)
@@ -387,10 +389,11 @@ class RoutedBatch:
         The prompt may have been read by a row that is well on its way: its first slots hold the prompt still.
         """
         model = self._models[side]
-        # The `n` completions of a prompt, or equal prompts of several requests
         alike: dict[tuple[int, ...], list[int]] = {}
         for place in fresh:
             alike.setdefault(self.rows[place].prompt, []).append(place)
+        # Three cases: a row in flight holds the prompt already (copy its slots); several new rows have it (one reads
+        # it, the others copy); one row alone has it (it is read with the first step).
         leaders = []
         for prompt, places in alike.items():
             length = len(prompt) - 1
@@ -401,7 +404,6 @@ class RoutedBatch:
                 model.share(source, places, length)
             elif length and len(places) > 1:
                 leaders.append(places[0])
-        # The others copy the keys and values of the first, which are read here for the first time
         if leaders:
             prompts = [self.rows[p].prompt[:-1] for p in leaders]
             self._count(side, leaders, prompts)
@@ -422,7 +424,6 @@ class RoutedBatch:
     ) -> list[list[float]]:
         """For each row the drawn id, its log-probability and the values of `more`, in one transfer."""
         greedy = all(self.rows[p].params.greedy for p in places)
-        # Sampling's float64 temporaries are larger than the logits: a chunk of rows at a time bounds them
         chunk = max(1, SAMPLED_LOGITS // logits.shape[1])
         ids, logprobs = [], []
         u = None if greedy else uniforms(columns["seed"], columns["sample"], columns["step"])

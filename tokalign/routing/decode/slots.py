@@ -67,6 +67,8 @@ class SlotLayer(DynamicLayer):
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        # Rows that are adjacent and equally long are one block of the buffer, which is written and shown without a
+        # copy. All other rows are written by index, and gathered for attention where they are not adjacent.
         at = self.layout
         if at.part is not None and at.past is not None:
             buffer[at.part, :, at.past : at.length] = new
@@ -132,6 +134,7 @@ class CachedModel:
     @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Forget a row; the last row takes its number."""
+        # The last row moves into the gap, so that rows stay numbered without one and most passes can use slices.
         last = len(self.lengths) - 1
         if row != last and self.lengths[last]:
             self._copy(last, row, self.lengths[last])
@@ -166,8 +169,8 @@ class CachedModel:
         Returns:
             Logits (R, V) after each row's last token and, if asked, the states (R, d) that the LM head got there.
         """
-        # One token a row, the usual step, is one pass; a prompt among such rows would pad them all to its length
         counts = [len(each) for each in tokens]
+        # Nearly every step: one token a row needs no padding, so there is nothing to cut into passes.
         if max(counts) == 1 or len(rows) == 1:
             return self._forward(rows, tokens, counts, hidden)
         order, results = [], []
@@ -185,15 +188,13 @@ class CachedModel:
     def _forward(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int], hidden: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # New tokens end at the right edge of the pass, so that the last column holds each row's last token. A row's
-        # pass begins at the slot `start`; with padding before a short row's tokens that may be below its first slot.
+        # Tokens are aligned on the right, so that column -1 is the last token of every row. A row with fewer new tokens
+        # than the widest has padding before them, whose positions may even be negative.
         at, lengths = self._layout, self.lengths
         width = max(counts)
-        starts = [lengths[row] + count - width for row, count in zip(rows, counts, strict=True)]
+        starts = [lengths[row] + count - width for row, count in zip(rows, counts, strict=True)]  # may be negative
         at.new, at.length = width, max(starts) + width
         self._reserve(rows[-1] + 1, at.length)
-        # Without padding and with equal pasts the new slots are one block and attention is plain causal, for which
-        # kernels need no mask; adjacent rows are a view of the buffer, others a copy
         even = min(counts) == width and min(starts) == max(starts)
         at.past = starts[0] if even else None
         at.part = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else None
@@ -204,9 +205,10 @@ class CachedModel:
         )
         ids, positions = table[:, :-1], table[:, -1:] + torch.arange(width, device=self.device)
         mask: Any = None
+        # What the layers need depends on how regular the pass is: nothing but a slice (even, adjacent), slots of every
+        # token (even, apart), or slots and a mask (uneven).
         if not even or at.part is None:
             at.index = torch.tensor(list(rows), device=self.device)
-        # Padding is written to the slot behind all others, which no mask shows
         if not even:
             padding = (
                 torch.arange(width, device=self.device) < width - torch.tensor(counts, device=self.device)[:, None]
@@ -217,7 +219,7 @@ class CachedModel:
             mask = self._masks(positions)
         elif at.part is None:
             at.slots = positions
-        # What the LM head reads of the last token: a hook sees it without every layer's states being kept
+        # The hook takes what the LM head reads. `output_hidden_states` would keep the states of all layers.
         caught: list[torch.Tensor] = []
         handle = (
             self.model.base_model.register_forward_hook(lambda _, __, out: caught.append(out.last_hidden_state[:, -1]))
@@ -267,6 +269,8 @@ class CachedModel:
 
     def _needed(self, rows: int = 0, slots: int = 0) -> tuple[int, int]:
         """Rows and slots for all rows in flight, at least these, and a little room."""
+        # An eighth more rows and ROOM more slots than are needed: a batch that grows by a row or a token at a time must
+        # not copy everything it holds at each step.
         live = max(rows, len(self.lengths))
         return live + live // 8, max([slots, *self.lengths]) + ROOM
 
@@ -317,7 +321,7 @@ def forward_parts(counts: Sequence[int]) -> list[list[int]]:
     A pass reads all weights, so few are better, but each of its rows is padded to the longest: short rows share one
     pass, and a long prompt does not drag rows that need one token along.
     """
-    # Longest first: the first row of a part is its width, and the part takes rows while their padding is worth it
+    # Longest first, so that the first row of a part is its width and every later one is padded to it.
     parts: list[list[int]] = []
     width = real = 0
     for i in sorted(range(len(counts)), key=lambda i: -counts[i]):

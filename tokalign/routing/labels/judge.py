@@ -3,8 +3,8 @@ differ in meaning, reasoning, logic or conclusion (R2R, arXiv 2505.21600, sectio
 temperature 0).
 
 The reply's last line must be exactly `VERDICT: SAME` or `VERDICT: DIFFERENT`. Everything else is invalid, never
-neutral: a broken judge must show, not turn into labels. Judges prefer a place; asked in both orders, a disagreement is
-invalid and counted.
+neutral: a broken judge must show, not turn into labels. Judges tend to prefer the branch in one place. They can be asked in both
+orders; a disagreement is then invalid, and is counted.
 
 Judge prompts are data: JSON files `{"system", "user", "same", "different"}`, those in `judge_templates/` (`general`) or
 one's own by path. Fields are replaced as text, once, so a brace in an answer stays a brace, and a special token that is
@@ -68,11 +68,11 @@ class JudgeTemplate:
         for part in ("system", "user", "same", "different"):
             if not isinstance(getattr(self, part), str):
                 raise ContractError(f"{where} `{part}` is missing or not a text; write system, user, same, different.")
-        named = _FIELD.findall(self.user)
+        fields = _FIELD.findall(self.user)
         listed = ", ".join(f"{{{field}}}" for field in FIELDS)
-        if missing := [field for field in FIELDS if field not in named]:
+        if missing := [field for field in FIELDS if field not in fields]:
             raise ContractError(f"{where} `user` lacks the field {{{missing[0]}}}; put in all of {listed}.")
-        if unknown := [field for field in named if field not in FIELDS]:
+        if unknown := [field for field in fields if field not in FIELDS]:
             raise ContractError(f"{where} `user` has the unknown field {{{unknown[0]}}}; the fields are {listed}.")
         if not self.same or not self.different or self.same == self.different:
             raise ContractError(f"{where} `same` and `different` must be two different words.")
@@ -136,13 +136,13 @@ def judge_verdicts(
     parsed = [parse_verdict(reply, template) for reply in replies]
     verdicts = []
     for k in range(0, len(parsed), len(orders)):
-        said = parsed[k : k + len(orders)]
-        if said[0] is None or None in said:
+        opinions = parsed[k : k + len(orders)]
+        if opinions[0] is None or None in opinions:
             verdicts.append(Verdict(INVALID, NO_VERDICT))
-        elif len(set(said)) > 1:
+        elif len(set(opinions)) > 1:
             verdicts.append(Verdict(INVALID, DISAGREE))
         else:
-            verdicts.append(Verdict(said[0]))
+            verdicts.append(Verdict(opinions[0]))
     return verdicts
 
 

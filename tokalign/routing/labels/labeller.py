@@ -40,16 +40,16 @@ class Labeller:
     def __call__(self, batch: list[Row]) -> list[Item]:
         # The judge gets the differences of the whole shard in one call; its verdicts come back in their order
         grown = [self.lookup.of(row) for row in batch]
-        pairs = [(row, branch) for row, own in zip(batch, grown, strict=True) for branch in own]
+        pairs = [(row, branch) for row, branches in zip(batch, grown, strict=True) for branch in branches]
         if self.judge is None:
-            said = iter([self.outcome(row, branch) for row, branch in pairs])
+            verdicts = iter([self.outcome(row, branch) for row, branch in pairs])
         else:  # no judge is started for a shard without differences
-            said = iter(self.judge([self.comparison(row, branch) for row, branch in pairs]) if pairs else [])
+            verdicts = iter(self.judge([self.comparison(row, branch) for row, branch in pairs]) if pairs else [])
         items: list[Item] = []
-        for row, own in zip(batch, grown, strict=True):
-            told = {branch["position"]: next(said) for branch in own}
+        for row, branches in zip(batch, grown, strict=True):
+            by_position = {branch["position"]: next(verdicts) for branch in branches}
             no_answer = self.judge is None and not row["answer"]
-            items.append(Dropped(NO_ANSWER) if no_answer else self.labelled(row, told))
+            items.append(Dropped(NO_ANSWER) if no_answer else self.labelled(row, by_position))
         return items
 
     def outcome(self, row: Row, branch: Row) -> Verdict:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,22 +32,6 @@ from tokalign.stage.manifest import MANIFEST
 logger = logging.getLogger(__name__)
 
 _CELLS = 1 << 20  # resampled counts held at a time
-
-
-@dataclass
-class TargetArguments:
-    """The target of the threshold: one of the three, for `TrlParser`."""
-
-    target_rate: float | None = field(default=None, metadata={"help": "Largest share of tokens that may be routed."})
-    target_recall: float | None = field(default=None, metadata={"help": "Least share of divergent tokens routed."})
-    target_accuracy: float | None = field(
-        default=None, metadata={"help": "Least share of responses all of whose divergent tokens are routed."}
-    )
-
-    @property
-    def given(self) -> dict[str, float]:
-        """Those that are set, as arguments of `calibrate`."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -152,6 +136,7 @@ def measure(
 ) -> Calibration:
     """What a given threshold does; arguments as in `calibrate`."""
     scores, labels, response_index = check_tokens(scores, labels, response_index)
+    # Numerators and denominators of the three shares, by response: a resample of responses is a weighted sum of these
     routed, divergent = scores >= threshold, labels == DIVERGENT
     _, response = np.unique(response_index, return_inverse=True)
     count = int(response.max()) + 1
@@ -159,10 +144,9 @@ def measure(
     def per_response(which: np.ndarray) -> np.ndarray:
         return np.bincount(response, weights=which, minlength=count)
 
-    # Numerator and denominator of the three shares by response: a resample of responses is then a weighted sum of rows
     tokens, sent = per_response(np.ones(len(scores))), per_response(routed)
-    wanted, caught = per_response(divergent), per_response(divergent & routed)
-    columns = np.stack([sent, tokens, caught, wanted, caught == wanted, np.ones(count)], axis=1)  # (R, 6)
+    wanted, recalled = per_response(divergent), per_response(divergent & routed)
+    columns = np.stack([sent, tokens, recalled, wanted, recalled == wanted, np.ones(count)], axis=1)  # (R, 6)
 
     def shares(sums: np.ndarray) -> np.ndarray:
         ratios = sums[..., ::2] / np.maximum(sums[..., 1::2], 1)
@@ -231,10 +215,10 @@ def check_dataset(router: TokenRouter, dataset: RouterDataset) -> None:
                 "of its SLM."
             )
     trained = (router.config.slm or {}).get("weights_hash")
-    labelled = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
-    if trained is not None and labelled is not None and trained != labelled:
+    theirs = dataset.manifest.get("models", {}).get("slm", {}).get("weights_hash")
+    if trained is not None and theirs is not None and trained != theirs:
         raise ValueError(
-            f"The features of {dataset.folder} are of another SLM (weights {labelled[:12]}) than the router's "
+            f"The features of {dataset.folder} are of another SLM (weights {theirs[:12]}) than the router's "
             f"({trained[:12]}); use labels of its SLM."
         )
     if "token" in router.config.inputs and not router.has_embedding:
