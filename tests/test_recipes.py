@@ -5,6 +5,7 @@ The tiny model and data stand in for the YAML's own; everything else (losses, ad
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -23,6 +24,8 @@ from trl import TrlParser
 
 from tests.launch.support import write_preferences, write_sft
 from tests.routing.labels import write_labels
+from tokalign.cli.launch import config_file
+from tokalign.cli.main import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -50,6 +53,9 @@ def script_of(path: Path) -> Path:
 
 
 def load_script(path: Path) -> ModuleType:
+    """The script, or the verb that it is another name of."""
+    if call := re.search(r'^    main\(\["([\w-]+)", \*sys\.argv', path.read_text(), re.MULTILINE):
+        return importlib.import_module(VERBS[call[1]].module)
     name = f"recipe_{path.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -276,6 +282,17 @@ def documented_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", documented_commands(), ids=lambda command: " ".join(command)[:60])
 def test_documented_command_is_read_by_its_script(command: list[str]) -> None:
+    if command[0] == "tokalign":
+        main, arguments = importlib.import_module(VERBS[command[1]].module).main, command[2:]
+        if "--accelerate_config" in arguments:
+            at = arguments.index("--accelerate_config")
+            assert config_file(arguments[at + 1]).is_file()
+            del arguments[at : at + 2]
+        arguments += ["--use_cpu", "true"] if command[1] == "router" else []
+        TrlParser([hint for name, hint in get_type_hints(main).items() if name != "return"]).parse_args_and_config(
+            arguments
+        )
+        return
     at = next(i for i, word in enumerate(command) if word.endswith(".py"))
     launcher, script, arguments = command[:at], ROOT / command[at], command[at + 1 :]
     if "--config_file" in launcher:

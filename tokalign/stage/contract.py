@@ -35,7 +35,7 @@ _MADE_BY = {
     "rollouts": "scripts/sample_rollouts.py",
     "preferences": "scripts/build_pairs.py",
     "sft": "scripts/build_pairs.py",
-    "routing_labels": "scripts/label_routing.py",
+    "routing_labels": "`tokalign label`",
 }
 _SCORED_BY = {
     "contrast": "scripts/score_contrast.py",

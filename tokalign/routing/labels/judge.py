@@ -3,8 +3,8 @@ differ in meaning, reasoning, logic or conclusion (R2R, arXiv 2505.21600, sectio
 temperature 0).
 
 The reply's last line must be exactly `VERDICT: SAME` or `VERDICT: DIFFERENT`. Everything else is invalid, never
-neutral: a broken judge must show, not turn into labels. Judges tend to prefer the branch in one place. They can be asked in both
-orders; a disagreement is then invalid, and is counted.
+neutral: a broken judge must show, not turn into labels. Judges tend to prefer the branch in one place. They can be
+asked in both orders; a disagreement is then invalid, and is counted.
 
 Judge prompts are data: JSON files `{"system", "user", "same", "different"}`, those in `judge_templates/` (`general`) or
 one's own by path. Fields are replaced as text, once, so a brace in an answer stays a brace, and a special token that is
