@@ -10,7 +10,10 @@ from tokalign.generation.protocol import SamplingParams
 
 @dataclass
 class PairArguments:
-    """The pair and its router; the fields are those of `RoutedGenerator.from_pretrained`."""
+    """The pair and its router.
+
+    The fields are arguments of `RoutedGenerator.from_pretrained`.
+    """
 
     slm: str = field(metadata={"help": "Small model: hub id or path."})
     llm: str = field(metadata={"help": "Large model with the same tokenizer: hub id or path."})

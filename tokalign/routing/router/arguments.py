@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TargetArguments:
-    """The target of the threshold: one of the three, for `TrlParser`."""
+    """The target of the threshold, one of the three."""
 
     target_rate: float | None = field(default=None, metadata={"help": "Largest share of tokens that may be routed."})
     target_recall: float | None = field(default=None, metadata={"help": "Least share of divergent tokens routed."})
