@@ -1,94 +1,14 @@
-r"""Token router (R2R, arXiv 2505.21600): train on routing labels, calibrate to a budget, report on held-out responses.
+r"""Token router: `tokalign router` as a file, for `accelerate launch`.
 
-    accelerate launch recipes/router.py --dataset_name runs/labels/labels --slm Qwen/Qwen3-0.6B --target_rate 0.12 \
-        --output_dir runs/router
-    python recipes/router.py --dataset_name runs/labels/labels --slm runs/slm --architecture linear --inputs entropy \
-        --learning_rate 1e-2 --target_rate 0.12 --output_dir runs/router_entropy
+    accelerate launch --config_file accelerate_configs/ddp.yaml recipes/router.py \
+        --config recipes/qwen3-0.6b-8b/router.yaml
 
-`dataset_name` is the folder of the splits train, calibration and test (scripts/label_routing.py). Early stopping and
-the threshold use `calibration`; the report (`report.json`, `report.png`) is of `test`, which nothing is chosen on.
-Without a target the router has no threshold: scripts/calibrate_router.py gives it one later, or another one.
+tokalign/cli/train_router.py says what the data is and holds the options.
 """
 
-from dataclasses import dataclass, field
+import sys
 
-import numpy as np
-from transformers import set_seed
-from trl import ScriptArguments, TrlParser
-
-from tokalign.routing.router.calibration import calibrate_router, report_on
-from tokalign.routing.router.features import RouterDataset
-from tokalign.routing.router.metrics import print_report
-from tokalign.routing.router.trainer import RouterConfig, RouterTrainer, new_router
-from tokalign.stage.processes import end_processes
-from tokalign.trainers.checkpoints import resume_point
-
-
-@dataclass
-class RouterScriptArguments(ScriptArguments):
-    """TRL's script arguments and ours."""
-
-    slm: str | None = field(default=None, metadata={"help": "The small model, by hub id or folder."})
-    dataset_calibration_split: str = field(
-        default="calibration", metadata={"help": "Split of early stopping and threshold."}
-    )
-    target_rate: float | None = field(default=None, metadata={"help": "Largest share of tokens that may be routed."})
-    target_recall: float | None = field(default=None, metadata={"help": "Least share of divergent tokens routed."})
-    target_accuracy: float | None = field(
-        default=None, metadata={"help": "Least share of responses all of whose divergent tokens are routed."}
-    )
-
-
-@dataclass
-class RouterModelArguments:
-    """Shape of the router; the defaults are the paper's."""
-
-    inputs: list[str] = field(
-        default_factory=lambda: ["hidden", "token", "logits"],
-        metadata={"help": "What it reads, of 'hidden', 'token', 'logits' and 'entropy'."},
-    )
-    architecture: str = field(default="mlp", metadata={"help": "'mlp' or 'linear'.", "choices": ["mlp", "linear"]})
-    width: int = field(default=1024, metadata={"help": "Width of the MLP."})
-    expansion: int = field(default=4, metadata={"help": "Width inside a block, in widths."})
-    num_blocks: int = field(default=6, metadata={"help": "Residual blocks."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout in the blocks."})
-
-
-def main(
-    script_args: RouterScriptArguments, training_args: RouterConfig, model_args: RouterModelArguments
-) -> RouterTrainer:
-    """Train, calibrate, report, save to `training_args.output_dir`, return the trainer."""
-    if script_args.dataset_name is None or script_args.slm is None:
-        raise ValueError("`dataset_name` (runs/labels/labels) and `slm` (the small model) are required.")
-    name = script_args.dataset_name
-    train = RouterDataset(name, split=script_args.dataset_train_split)
-    calibration = RouterDataset(name, split=script_args.dataset_calibration_split)
-    held_out = [
-        RouterDataset(name, split=split, invalid=True)
-        for split in (script_args.dataset_calibration_split, script_args.dataset_test_split)
-    ]
-    set_seed(training_args.seed)
-    router = new_router(script_args.slm, train, **vars(model_args))
-    if "token" in model_args.inputs:
-        ids = np.unique(np.concatenate([split.predicted_ids() for split in (train, *held_out)]))
-        router.attach_embedding_of(script_args.slm, ids)
-    trainer = RouterTrainer(model=router, args=training_args, train_dataset=train, eval_dataset=calibration)
-    trainer.train(resume_from_checkpoint=resume_point(training_args))
-    targets = ("target_rate", "target_recall", "target_accuracy")
-    target = {key: getattr(script_args, key) for key in targets if getattr(script_args, key) is not None}
-    if target:
-        calibrate_router(router, held_out[0], **target)
-    trainer.save_model(training_args.output_dir)
-    main_process = trainer.is_world_process_zero()
-    report = report_on(router, held_out[1], training_args.output_dir if main_process else None)
-    if main_process:
-        print_report(report, f"Router on {held_out[1].folder}")
-    trainer.create_model_card(report=report, dataset_name=name)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(report=report, dataset_name=name)
-    end_processes()
-    return trainer
-
+from tokalign.cli.main import main
 
 if __name__ == "__main__":
-    main(*TrlParser((RouterScriptArguments, RouterConfig, RouterModelArguments)).parse_args_and_config())
+    main(["router", *sys.argv[1:]])

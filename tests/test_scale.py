@@ -84,7 +84,9 @@ def test_a_slurm_file_is_bash_and_asks_to_be_requeued(name: str) -> None:
     directives = re.findall(r"^#SBATCH (.*)$", file.read_text(), re.MULTILINE)
     assert {"--requeue", "--signal=B:USR1@120", "--ntasks-per-node=1", "--open-mode=append"} <= set(directives)
     comment = " ".join(line.lstrip("# ").rstrip("\\") for line in file.read_text().splitlines()[:8])
-    assert re.search(rf"sbatch --nodes=\d accelerate_configs/slurm/{name}.sbatch (recipes|scripts)/\w+\.py", comment)
+    assert re.search(
+        rf"sbatch --nodes=\d accelerate_configs/slurm/{name}.sbatch (-m tokalign|(recipes|scripts)/\w+\.py)", comment
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "label"])

@@ -30,8 +30,8 @@ from benchmarks.experiments import common
 from benchmarks.experiments.common import Comparison, ComparisonArguments, ComparisonSeed, Method
 from benchmarks.ledger_stages import models, trained_model
 from benchmarks.render import CLAIM, FAILS, HOLDS, OPEN, Tables, claim, percent, save, verdict
-from tokalign.routing.labels.divergence import DivergenceScorer
-from tokalign.routing.labels.rows import SPLITS, add_slm_choices, split_indices
+from tokalign.routing.labels.divergence import DivergenceScorer, add_slm_choices
+from tokalign.routing.labels.labelling import SPLITS, split_indices
 from tokalign.routing.router.calibration import score_dataset
 from tokalign.routing.router.features import DIVERGENT, RouterDataset
 from tokalign.routing.router.model import TokenRouter

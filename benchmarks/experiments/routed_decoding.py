@@ -27,7 +27,7 @@ from benchmarks.experiments.measure import timed, word_tokenizer
 from benchmarks.render import Tables, save
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.generator import RoutedGenerator
-from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, ReplayPolicy
+from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, NextTokens, ReplayPolicy
 from tokalign.routing.decode.slots import forward_parts
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
@@ -125,9 +125,9 @@ class RoutedReplay(ReplayPolicy):
         super().__init__(steps)
         self.router = router
 
-    def scores(self, hidden: Any, logits: Any, *row: Any) -> torch.Tensor:
-        self.router.scores(hidden, logits)
-        return super().scores(hidden, logits, *row)
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        self.router.scores(tokens.hidden, tokens.logits)
+        return super().scores(tokens)
 
 
 class Forwards:

@@ -8,7 +8,7 @@ import random
 import pytest
 from datasets import Dataset
 
-from scripts import evaluate_routing
+from tokalign.cli import evaluate_routing
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
@@ -94,7 +94,7 @@ def test_query_level_equals_a_plain_loop(runs):
     assert found["llm_rate"] == 1 and found["accuracy"] == sum(row["correct"] for row in llm) / 40
 
 
-def test_script_writes_table_figure_and_json(runs, tmp_path):
+def test_the_verb_writes_table_figure_and_json(runs, tmp_path):
     arguments = evaluate_routing.EvaluateRoutingArguments(
         runs["slm"][0],
         runs["llm"][0],

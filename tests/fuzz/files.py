@@ -26,7 +26,7 @@ from tests.fuzz.properties import is_number, refusals
 from tests.support import tiny_tokenizer
 from tokalign.data.revision import load_templates
 from tokalign.routing.labels.features import TENSORS, open_features, write_features
-from tokalign.routing.labels.verdicts import load_judge_template
+from tokalign.routing.labels.judge import load_judge_template
 from tokalign.routing.router.card import write_model_card
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig

@@ -26,7 +26,7 @@ def write_labels(
     manifest: dict[str, Any] | None = None,
     change: Any = None,
 ) -> Path:
-    """`folder`/labels/<split> in the layout of scripts/label_routing.py; returns it.
+    """`folder`/labels/<split> in the layout of `tokalign label`; returns it.
 
     A position is divergent where entropy plus the first hidden unit is high; every ninth has no verdict.
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +13,12 @@ import torch
 
 from tests.routing.labels import write_labels
 from tests.support import tiny_model
+from tokalign.cli.main import main
 from tokalign.routing.router import metrics
 from tokalign.routing.router.calibration import calibrate, calibrate_router, measure, report_on, score_dataset
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 from tokalign.stage.hashes import weights_hash
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def tokens(n: int = 200, seed: int = 0, levels: int = 25) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -295,19 +291,15 @@ def test_another_slm_s_labels_are_refused(tmp_path):
         calibrate_router(reads_tokens, write_labels(tmp_path / "d"), target_rate=0.1)
 
 
-# ------------------------------------------------------------------------------------------------------------ script
+# -------------------------------------------------------------------------------------------------------------- verb
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("calibrate_router", ROOT / "scripts" / "calibrate_router.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["calibrate_router"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def calibrate_verb(**options):
+    """`tokalign calibrate` with these options."""
+    return main(["calibrate", *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
 
 
-def test_the_script_calibrates_and_reports(tmp_path):
-    module = script()
+def test_the_verb_calibrates_and_reports(tmp_path):
     slm = str(tmp_path / "slm")
     tiny_model(20, hidden_size=8).save_pretrained(slm)
     record = {"weights_hash": weights_hash(slm)}
@@ -319,31 +311,28 @@ def test_the_script_calibrates_and_reports(tmp_path):
     router = TokenRouter(TokenRouterConfig(**shape, slm={"name": slm, **record}))
     router.save_pretrained(tmp_path / "router")
     common = {"router": str(tmp_path / "router"), "samples": 50}
-    arguments = module.CalibrateRouterArguments(
-        **common, dataset=str(calibration), target_recall=0.9, test=str(test), output_dir=str(tmp_path / "report")
-    )
-    report = module.main(arguments)
+    report = calibrate_verb(**common, dataset=calibration, target_recall=0.9, test=test, output_dir=tmp_path / "report")
     stored = TokenRouter.from_pretrained(tmp_path / "router")
     assert stored.config.calibration["achieved"]["recall"] >= 0.9
     assert report["threshold"]["threshold"] == stored.threshold and report["split"] == "train"
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert (tmp_path / "report" / "report.png").exists()
-    alone = module.main(module.CalibrateRouterArguments(**common, test=str(test)))  # the stored threshold
+    alone = calibrate_verb(**common, test=str(test))  # the stored threshold
     assert alone == report
     stored.attach_embedding_of(slm)
     assert report_on(stored, RouterDataset(test, invalid=True), samples=50) == report
 
     with pytest.raises(ValueError, match="Give `dataset` with exactly one of target_rate"):
-        module.main(module.CalibrateRouterArguments(**common, dataset=str(calibration)))
+        calibrate_verb(**common, dataset=str(calibration))
     with pytest.raises(ValueError, match="There is nothing to do"):
-        module.main(module.CalibrateRouterArguments(**common))
+        calibrate_verb(**common)
     with pytest.raises(ValueError, match="is no folder of a router"):
-        module.main(module.CalibrateRouterArguments(router=slm + "x", test=str(test)))
+        calibrate_verb(router=slm + "x", test=str(test))
     other = str(tmp_path / "other")
     tiny_model(20, hidden_size=8, seed=1).save_pretrained(other)
     with pytest.raises(ValueError, match="The router was trained on another SLM than"):
-        module.main(module.CalibrateRouterArguments(**common, test=str(test), slm=other))
+        calibrate_verb(**common, test=str(test), slm=other)
     stored.config.slm = None
     stored.save_pretrained(tmp_path / "router")
     with pytest.raises(ValueError, match="no record of its SLM, whose embedding it reads: pass `slm`"):
-        module.main(module.CalibrateRouterArguments(**common, test=str(test)))
+        calibrate_verb(**common, test=str(test))

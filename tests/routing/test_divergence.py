@@ -6,21 +6,13 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.support import save_tiny, tiny_tokenizer
 from tokalign.generation import EngineArguments, load_engine
-from tokalign.routing.labels.divergence import (
-    DivergenceScorer,
-    Fork,
-    SentenceRule,
-    continue_forks,
-    differences,
-    end_ids,
-    own_branch,
-    sentence_rule,
-    spans,
-)
+from tokalign.routing.labels.branches import Fork, continue_forks, own_branch, spans
+from tokalign.routing.labels.divergence import DivergenceScorer, differences
+from tokalign.routing.labels.sentences import SentenceRule, sentence_rule
 
 END = 1
 
@@ -119,17 +111,6 @@ def test_differences_and_spans():
         differences([1], [1, 2])
     assert spans(iter("aabccc")) == {"a": range(0, 2), "b": range(2, 3), "c": range(3, 6)}
     assert spans([]) == {}
-
-
-def test_end_ids_are_the_models_and_the_tokenizers(tiny_path, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
-    assert end_ids(tiny_path, tokenizer) == {END}
-    model = AutoModelForCausalLM.from_pretrained(tiny_path)
-    model.generation_config.eos_token_id = [4, 5]
-    model.save_pretrained(tmp_path)
-    assert end_ids(tmp_path, tokenizer) == {END, 4, 5}
-    (tmp_path / "generation_config.json").unlink()
-    assert end_ids(tmp_path, tokenizer) == {END}
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_stages_without_features_are_refused(tmp_path):
     manifest = json.loads((stage / "manifest.json").read_text())
     del manifest["features"]
     (stage / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ContractError, match=r"has no `features`; run scripts/label_routing\.py again"):
+    with pytest.raises(ContractError, match="has no `features`; run `tokalign label` again"):
         RouterDataset(stage)
 
 

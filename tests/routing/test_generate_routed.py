@@ -1,35 +1,23 @@
-"""scripts/generate_routed.py on a tiny pair: problems in, rollouts with their writers out."""
+"""`tokalign generate` on a tiny pair: problems in, rollouts with their writers out."""
 
 from __future__ import annotations
-
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.support import save_tiny
+from tokalign.cli.main import main
 from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
 from tokalign.stage.errors import JobError
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "generate_routed.py"
 
-
-def load():
-    spec = importlib.util.spec_from_file_location("generate_routed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate_routed"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-generate_routed = load()
-Arguments = generate_routed.GenerateRoutedArguments
+def generate(**options):
+    """`tokalign generate` with these options."""
+    return main(["generate", *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +32,11 @@ def pair(tmp_path_factory):
 
 
 def test_rows_manifest_costs_and_resumption(pair, tmp_path):
-    def arguments(name: str, **more):
+    def run(name: str, **more):
         options = {"policy": "random", "rate": 0.4, "num_rollouts": 2, "temperature": 0.9, "max_prompt_length": 60}
-        return Arguments(**pair, output_dir=str(tmp_path / name), **{**options, **more})
+        return generate(**pair, output_dir=tmp_path / name, **{**options, **more})
 
-    manifest = generate_routed.main(arguments("whole"))
+    manifest = run("whole")
     assert manifest == read_manifest(tmp_path / "whole")
     tokenizer = AutoTokenizer.from_pretrained(pair["slm"])
     rows = load_stage(tmp_path / "whole", stage="rollouts", tokenizer=tokenizer).to_list()
@@ -72,20 +60,20 @@ def test_rows_manifest_costs_and_resumption(pair, tmp_path):
     assert len(manifest["parameters"]["weights"]["llm"]) == 64 and manifest["parameters"]["threshold"] == 0.6
 
     # Killed after a shard: the rest is done, and the rows and the summary are the same.
-    generate_routed.main(arguments("killed"))
+    run("killed")
     (tmp_path / "killed" / "part-00001-of-00003.parquet").unlink()
-    again = generate_routed.main(arguments("killed"))
+    again = run("killed")
     assert load_stage(tmp_path / "killed").to_list() == rows
     assert {k: v for k, v in again["routing"].items() if k != "tokens_per_second"} == {
         k: v for k, v in routing.items() if k != "tokens_per_second"
     }
     with pytest.raises(JobError, match=r"rate was 0\.4 and is 0\.5"):
-        generate_routed.main(arguments("killed", rate=0.5))
+        run("killed", rate=0.5)
 
 
 @pytest.mark.parametrize(("policy", "writer"), [("always", 1), ("never", 0)])
 def test_the_models_alone(pair, tmp_path, policy, writer):
-    manifest = generate_routed.main(Arguments(**pair, output_dir=str(tmp_path), policy=policy, num_problems=2))
+    manifest = generate(**pair, output_dir=tmp_path, policy=policy, num_problems=2)
     rows = load_stage(tmp_path, stage="rollouts").to_list()
     assert len(rows) == 2 and {by for row in rows for by in row["written_by"]} == {writer}
     assert manifest["routing"]["llm_rate"] == writer
@@ -105,5 +93,5 @@ def test_the_models_alone(pair, tmp_path, policy, writer):
 )
 def test_arguments_that_do_not_belong_together(pair, tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
-        generate_routed.main(Arguments(**pair, output_dir=str(tmp_path), **options))
+        generate(**pair, output_dir=tmp_path, **options)
     assert "\n" not in str(error.value)

@@ -21,6 +21,7 @@ from tokalign.routing.decode.policies import (
     AlwaysLLM,
     EntropyPolicy,
     NeverLLM,
+    NextTokens,
     RandomPolicy,
     ReplayPolicy,
     RouterPolicy,
@@ -56,7 +57,8 @@ class Toy:
     needs_slm: bool = True
     needs_hidden: bool = True
 
-    def scores(self, hidden, logits, seeds, samples, steps):
+    def scores(self, tokens):
+        hidden, logits = tokens.hidden, tokens.logits
         weight = torch.sin(torch.arange(hidden.shape[1]) * 1.7)
         top = logits.topk(3).values
         return torch.sigmoid(hidden.float() @ weight + top[:, 0] - top[:, 1] + torch.cos(logits.argmax(-1).float()) - 1)
@@ -74,7 +76,7 @@ def plain(generator: RoutedGenerator, prompt: list[int], params: SamplingParams,
         if not left:
             hidden = generator.slm.base_model(ids).last_hidden_state[:, -1]
             logits = generator.slm(ids).logits[:, -1, :shared]
-            score = policy.scores(hidden, logits, *at).item()
+            score = policy.scores(NextTokens(hidden, logits, *at)).item()
             left = span if score >= policy.threshold else 0
         by_llm = left > 0
         if by_llm:

@@ -586,7 +586,7 @@ def test_a_served_slm_is_told_the_threshold_once_and_stops_at_routed_positions(s
 )
 def test_a_served_slm_that_routes_by_another_token(server, answer):
     server.answers = [(200, {}), (200, {"choices": [answer]}), (200, {})]
-    with pytest.raises(ValueError, match="not the route token 3: start it with the command that python -m tokalign"):
+    with pytest.raises(ValueError, match="not the route token 3: start it with the command that `tokalign slm-server`"):
         small(server.url)
     assert server.seen[-1][1]["args"] == [0.4]  # the check leaves nothing behind
 

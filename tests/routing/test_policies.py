@@ -1,4 +1,4 @@
-"""Policies against their equations, costs against hand-counted tokens, and pairs that do not fit."""
+"""Policies against their equations, and costs against hand-counted tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support import ALPHABET, tiny_tokenizer
 from tokalign.generation.sampling import uniforms
-from tokalign.routing.decode.backend import RoutedStats, check_pair
+from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
 from tokalign.routing.decode.policies import (
     AlwaysLLM,
     EntropyPolicy,
     NeverLLM,
+    NextTokens,
     RandomPolicy,
     ReplayPolicy,
     RouterPolicy,
@@ -32,7 +32,7 @@ def test_entropy_is_that_of_the_softmax_in_nats():
     torch.manual_seed(0)
     logits = torch.randn(4, 11) * 3
     logits[1, 3] = -torch.inf  # an id that the models may not write
-    scores = EntropyPolicy(1.0).scores(None, logits, *rows(4))
+    scores = EntropyPolicy(1.0).scores(NextTokens(None, logits, *rows(4)))
     for row, score in zip(logits.tolist(), scores.tolist(), strict=True):
         weights = [math.exp(x) for x in row]
         shares = [w / sum(weights) for w in weights]
@@ -44,17 +44,17 @@ def test_random_routes_its_share_by_seed_alone_and_not_by_the_numbers_that_draw_
     steps = torch.arange(len(steps))
     for rate in (0.0, 0.12, 0.5, 1.0):
         policy = RandomPolicy(rate)
-        scores = policy.scores(None, torch.zeros(len(seeds), 2), seeds, samples, steps)
+        scores = policy.scores(NextTokens(None, torch.zeros(len(seeds), 2), seeds, samples, steps))
         assert (scores >= policy.threshold).double().mean().item() == pytest.approx(rate, abs=0.01)
     drawing = uniforms(seeds, samples, steps)
     assert abs(torch.corrcoef(torch.stack([scores, drawing]))[0, 1]) < 0.02
 
 
 def test_always_and_never_route_by_the_common_rule():
-    logits = torch.zeros(3, 4)
+    tokens = NextTokens(None, torch.zeros(3, 4), *rows(3))
     always, never = AlwaysLLM(), NeverLLM()
-    assert (always.scores(None, logits, *rows(3)) >= always.threshold).all() and not always.needs_slm
-    assert not (never.scores(None, logits, *rows(3)) >= never.threshold).any() and never.needs_slm
+    assert (always.scores(tokens) >= always.threshold).all() and not always.needs_slm
+    assert not (never.scores(tokens) >= never.threshold).any() and never.needs_slm
 
 
 def test_replay_routes_exactly_the_given_steps():
@@ -62,7 +62,8 @@ def test_replay_routes_exactly_the_given_steps():
     policy = ReplayPolicy(schedules)
     for seed in range(6):
         steps = torch.arange(20)
-        scores = policy.scores(None, torch.zeros(20, 2), torch.full((20,), seed), torch.zeros_like(steps), steps)
+        same = torch.full((20,), seed), torch.zeros_like(steps), steps
+        scores = policy.scores(NextTokens(None, torch.zeros(20, 2), *same))
         assert (scores >= policy.threshold).nonzero().flatten().tolist() == schedules[seed % 3]
 
 
@@ -96,7 +97,7 @@ def test_a_router_keeps_its_calibrated_threshold_unless_told_otherwise_aloud(cap
     assert RouterPolicy(Router(0.4, ["hidden"]), 0.9).threshold == 0.9
     assert "at threshold 0.9; the router was calibrated to 0.4" in caplog.text
     hidden = torch.rand(3, 4)
-    assert torch.equal(policy.scores(hidden, torch.zeros(3, 2), *rows(3)), hidden.sum(-1))
+    assert torch.equal(policy.scores(NextTokens(hidden, torch.zeros(3, 2), *rows(3))), hidden.sum(-1))
     with pytest.raises(ValueError, match="has no threshold"):
         RouterPolicy(Router(None, ["hidden"]))
 
@@ -128,14 +129,3 @@ def test_costs_by_hand():
     for cost in (activated_parameters, full_cost):
         with pytest.raises(ValueError, match="No token was written"):
             cost(RoutedStats(), 1.0, 2.0)
-
-
-def test_a_pair_shares_the_ids_below_both_vocabularies_and_may_differ_in_chat_template():
-    slm, llm = tiny_tokenizer(), tiny_tokenizer()
-    llm.chat_template = "another"
-    assert check_pair(slm, llm, 96, 128) == 96
-    assert check_pair(slm, llm, 128, 100) == 100
-    assert (slm.chat_template, llm.chat_template) == (tiny_tokenizer().chat_template, "another")
-    with pytest.raises(ValueError, match=r"The SLM's tokenizer .* is not the LLM's .*: route between") as error:
-        check_pair(slm, tiny_tokenizer(ALPHABET[::-1]), 96, 96)
-    assert "\n" not in str(error.value)

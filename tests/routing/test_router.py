@@ -198,7 +198,7 @@ def test_bad_shapes_are_refused(changes, message):
 
 
 def test_a_missing_threshold_is_refused():
-    with pytest.raises(ValueError, match=r"no threshold: calibrate it \(scripts/calibrate_router\.py\) or pass one\.$"):
+    with pytest.raises(ValueError, match=r"no threshold: calibrate it \(`tokalign calibrate`\) or pass one\.$"):
         _ = router().threshold
     assert router(threshold=0).threshold == 0.0
 

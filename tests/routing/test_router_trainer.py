@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,10 +15,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
-from trl import TrlParser
 
 from tests.routing.labels import write_labels
 from tests.support import tiny_model
+from tokalign.cli.main import main
 from tokalign.routing.router.calibration import report_on, score_dataset
 from tokalign.routing.router.features import RouterDataset
 from tokalign.routing.router.metrics import average_precision, ranking_of
@@ -230,25 +229,11 @@ def test_an_adapter_of_a_trained_router(labels, slm, tmp_path):
     assert np.abs(score_dataset(alone, calibration) - wanted).max() > 1e-3  # the adapter does something
 
 
-# ---------------------------------------------------------------------------------------------------------- recipe
+# ------------------------------------------------------------------------------------------------------------ verb
 
 
-def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_router_test", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe_router_test"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_recipe(arguments: list[str]) -> RouterTrainer:
-    module = recipe()
-    classes = (module.RouterScriptArguments, module.RouterConfig, module.RouterModelArguments)
-    return module.main(*TrlParser(classes).parse_args_and_config(arguments))
-
-
-def command(labels: Path, slm: str, output_dir: Path, **options) -> list[str]:
-    options = {
+def options(labels: Path, slm: str, output_dir: Path, **changes) -> list[str]:
+    chosen = {
         "dataset_name": labels,
         "slm": slm,
         "output_dir": output_dir,
@@ -262,12 +247,12 @@ def command(labels: Path, slm: str, output_dir: Path, **options) -> list[str]:
         "report_to": "none",
         "use_cpu": True,
         "shuffle_window": 2,
-    } | options
-    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    } | changes
+    return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
 
 
-def test_the_recipe_trains_calibrates_and_reports(labels, slm, tmp_path):
-    trainer = run_recipe(command(labels, slm, tmp_path / "router"))
+def test_the_verb_trains_calibrates_and_reports(labels, slm, tmp_path):
+    trainer = main(["router", *options(labels, slm, tmp_path / "router")])
     router = TokenRouter.from_pretrained(tmp_path / "router")
     assert same_weights(router, trainer.model)
     assert router.config.slm == {"name": slm, "weights_hash": weights_hash(slm), "tokenizer_hash": "t"}
@@ -284,18 +269,21 @@ def test_the_recipe_trains_calibrates_and_reports(labels, slm, tmp_path):
     assert not (tmp_path / "router" / "pytorch_model.bin").exists()
 
 
-def test_the_recipe_needs_its_labels_and_its_slm(labels, slm, tmp_path):
-    arguments = command(labels, slm, tmp_path)
+def test_the_verb_needs_its_labels_and_its_slm(labels, slm, tmp_path):
+    arguments = options(labels, slm, tmp_path)
     at = arguments.index("--slm")
     with pytest.raises(
         ValueError, match=r"`dataset_name` \(runs/labels/labels\) and `slm` \(the small model\) are requ"
     ):
-        run_recipe(arguments[:at] + arguments[at + 2 :])
+        main(["router", *arguments[:at], *arguments[at + 2 :]])
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(labels, slm, tmp_path):
-    """The recipe, with its threshold. (Two processes that resume within an epoch: tests/launch/test_matrix.py.)"""
+    """`tokalign router` against recipes/router.py on two processes, with the threshold.
+
+    (Two processes that resume within an epoch: tests/launch/test_matrix.py.)
+    """
     steps = {
         "save_strategy": "steps",
         "eval_strategy": "steps",
@@ -304,9 +292,9 @@ def test_two_processes_train_as_one(labels, slm, tmp_path):
         "save_total_limit": 9,
     }
 
-    run_recipe(command(labels, slm, tmp_path / "one", **steps))
+    main(["router", *options(labels, slm, tmp_path / "one", **steps)])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = command(labels, slm, tmp_path / "two", per_device_train_batch_size=32, **steps)
+    arguments = options(labels, slm, tmp_path / "two", per_device_train_batch_size=32, **steps)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPE.parents[1])}
     done = subprocess.run(
         [sys.executable, *launcher, str(RECIPE), *arguments], env=environment, capture_output=True, text=True

@@ -1,9 +1,8 @@
-"""scripts/serve_routed.py on a tiny pair: the text of the generator, its refusals, and a real SIGTERM."""
+"""`tokalign serve` on a tiny pair: the text of the generator, its refusals, and a real SIGTERM."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import signal
 import socket
@@ -11,33 +10,32 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import get_type_hints
 
 import httpx
 import openai
 import pytest
 import torch
+from trl import TrlParser
 
 from tests.routing.serving import serving, wait_for
 from tests.support import save_tiny, tiny_tokenizer
+from tokalign.cli import serve
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
+from tokalign.routing.serve.start import load_backend, server_settings
 from tokalign.stage.hashes import weights_hash
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "serve_routed.py"
+
+def arguments(**options):
+    """The groups of arguments of `tokalign serve`, by its parser."""
+    words = [word for name, value in options.items() for word in (f"--{name}", *_words(value))]
+    return TrlParser(list(get_type_hints(serve.main).values())[:-1]).parse_args_and_config(words)
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("serve_routed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["serve_routed"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-serve_routed = load()
-Arguments = serve_routed.ServeRoutedArguments
+def _words(value):
+    return map(str, value if isinstance(value, list) else [value])
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +55,9 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(pair):
-    arguments = Arguments(**pair, dtype="float32", max_running=8, max_choices=8)
-    settings = dataclasses.asdict(serve_routed.settings_of(arguments))
-    backend = serve_routed.load_backend(arguments)
+    own, engine, names, limits = arguments(**pair, dtype="float32", max_running=8, max_choices=8)
+    settings = dataclasses.asdict(server_settings(own, engine, names, limits))
+    backend = load_backend(own, engine, limits)
     with serving(backend, **settings) as server:
         server.backend = backend
         yield server
@@ -113,13 +111,12 @@ def test_a_client_that_leaves_frees_the_rows_of_both_models(server, monkeypatch)
 
 def test_names_keys_and_limits_come_from_the_arguments(pair, monkeypatch):
     monkeypatch.setenv("PAIR_KEY", "s3cret")
-    arguments = Arguments(**pair, api_key_env="PAIR_KEY", max_tokens=7, max_queue=100)
-    settings = serve_routed.settings_of(arguments)
+    settings = server_settings(*arguments(**pair, api_key_env="PAIR_KEY", max_tokens=7, max_queue=100))
     assert (settings.model, settings.api_key, settings.max_tokens) == ("slm+llm", "s3cret", 7)
     assert not settings.llm_required
-    hub = Arguments("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "r", engine="vllm", on_llm_outage="error")
-    assert serve_routed.settings_of(hub).model == "Qwen3-0.6B+Qwen3-8B"
-    assert serve_routed.settings_of(hub).llm_required and serve_routed.settings_of(hub).api_key is None
+    names = {"slm": "Qwen/Qwen3-0.6B", "llm": "Qwen/Qwen3-8B", "router": "r"}
+    hub = server_settings(*arguments(**names, engine="vllm", on_llm_outage="error"))
+    assert hub.model == "Qwen3-0.6B+Qwen3-8B" and hub.llm_required and hub.api_key is None
 
 
 @pytest.mark.parametrize(
@@ -134,8 +131,8 @@ def test_names_keys_and_limits_come_from_the_arguments(pair, monkeypatch):
     ],
 )
 def test_what_cannot_be_served_is_one_sentence(pair, change, message):
-    with pytest.raises(SystemExit, match=message) as stopped:
-        serve_routed.main(Arguments(**pair, **change))
+    with pytest.raises((SystemExit, ValueError), match=message) as stopped:
+        serve.main(*arguments(**pair, **change))
     assert "\n" not in str(stopped.value)
 
 
@@ -143,14 +140,16 @@ def test_pairs_that_cannot_be_served(pair, tmp_path):
     other = save_tiny(tmp_path / "other", seed=2)
     tiny_tokenizer("abc").save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match=r"^The SLM's tokenizer .* is not the LLM's"):
-        serve_routed.main(Arguments(**pair | {"llm": other}))
+        serve.main(*arguments(**pair | {"llm": other}))
     with pytest.raises(SystemExit, match="The router was trained on another SLM"):
-        serve_routed.main(Arguments(**pair | {"slm": save_tiny(tmp_path / "third", seed=3)}))
+        serve.main(*arguments(**pair | {"slm": save_tiny(tmp_path / "third", seed=3)}))
     router = TokenRouter.from_pretrained(pair["router"])
     router.config.threshold = None
     router.save_pretrained(tmp_path / "uncalibrated")
     with pytest.raises(SystemExit, match=r"^The router has no threshold: calibrate it"):
-        serve_routed.main(Arguments(**pair | {"router": str(tmp_path / "uncalibrated")}))
+        serve.main(*arguments(**pair | {"router": str(tmp_path / "uncalibrated")}))
+    with pytest.raises(SystemExit, match=r"^Serving needs --router"):
+        serve.main(*arguments(slm=pair["slm"], llm=pair["llm"]))
 
 
 @pytest.mark.slow
@@ -159,7 +158,8 @@ def test_the_command_serves_until_sigterm(pair, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {**pair, "port": port, "host": "0.0.0.0", "target_rate": 0.3, "dtype": "float32"}
-    command = [sys.executable, str(SCRIPT), *(part for name in options for part in (f"--{name}", str(options[name])))]
+    command = [sys.executable, "-m", "tokalign", "serve"]
+    command += [part for name in options for part in (f"--{name}", str(options[name]))]
     log = tmp_path / "log"
     with open(log, "w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -10,10 +10,7 @@ import pytest
 from tests.support import tiny_tokenizer
 from tokalign.generation.protocol import Completion
 from tokalign.routing.labels.classes import DIVERGENT, INVALID, NEUTRAL
-from tokalign.routing.labels.verdicts import (
-    DISAGREE,
-    LLM_WRONG,
-    NO_VERDICT,
+from tokalign.routing.labels.judge import (
     Comparison,
     JudgeTemplate,
     branch_text,
@@ -22,11 +19,11 @@ from tokalign.routing.labels.verdicts import (
     judge_template_hash,
     judge_verdicts,
     load_judge_template,
-    outcome_verdict,
     parse_verdict,
     question_text,
     server_judge,
 )
+from tokalign.routing.labels.verdicts import DISAGREE, LLM_WRONG, NO_VERDICT, outcome_verdict
 from tokalign.stage.errors import ContractError
 
 TEMPLATE = JudgeTemplate("test", "be strict", "Q {question} C {context} 1 {first} 2 {second}", "SAME", "DIFFERENT")

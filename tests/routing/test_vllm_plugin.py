@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from tests.support import tiny_tokenizer
+from tokalign.cli.main import main
 from tokalign.routing.decode.vllm import plugin as vllm_plugin
 from tokalign.routing.decode.vllm.plugin import (
     ARCHITECTURES,
     RouterWorkerExtension,
     check_vllm_version,
     choose_route_token,
-    main,
     routed_engine_options,
     routed_overrides,
     routed_server_options,
@@ -45,13 +45,13 @@ def test_a_route_token_that_the_model_uses():
     with pytest.raises(ValueError, match=r"route_token_id 20 is the tokenizer's .*, which the SLM may write"):
         choose_route_token(TOKENIZER, VOCAB + 8, 20)
     with pytest.raises(ValueError, match=r"route_token_id 0 is the tokenizer's .*, which the SLM may write"):
-        choose_route_token(TOKENIZER, VOCAB + 8, 0, end_ids=[0])
+        choose_route_token(TOKENIZER, VOCAB + 8, 0, ends=[0])
 
 
 def test_no_id_is_left_to_mark_a_route():
     message = f"All {VOCAB} ids of the SLM have a meaning, so none is left to mark a routed token"
     with pytest.raises(ValueError, match=message):
-        choose_route_token(TOKENIZER, VOCAB, end_ids=[TOKENIZER.pad_token_id])
+        choose_route_token(TOKENIZER, VOCAB, ends=[TOKENIZER.pad_token_id])
     same = tiny_tokenizer()
     same.pad_token = same.eos_token
     with pytest.raises(ValueError, match=message):
@@ -146,24 +146,25 @@ def test_the_command_of_a_server_is_printed(tiny_path, tmp_path, capsys, monkeyp
     )  # fmt: skip
     TokenRouter(config).save_pretrained(tmp_path / "router")
     monkeypatch.chdir(tmp_path)
-    main(["--slm", "slm", "--llm", tiny_path, "--router", "router", "--port", "8123"])
-    environment, *command = shlex.split(capsys.readouterr().out)
+    words = ["--slm", "slm", "--llm", tiny_path, "--router", "router", "--port", "8123"]
+    main(["slm-server", *words])
+    printed = capsys.readouterr().out
+    environment, *command = shlex.split(printed)
     assert environment == "VLLM_SERVER_DEV_MODE=1"  # it is told thresholds
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert command[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
     assert (options["--model"], options["--port"], options["--host"]) == ("slm", "8123", "127.0.0.1")
-    # The class by its importable name, also where this module is run as a program.
     assert options["--worker-extension-cls"] == "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"
     assert json.loads(options["--hf-overrides"])["token_router"] == {
         "path": str(tmp_path / "router"), "route_token_id": VOCAB, "threshold": 0.25, "shared_vocab": VOCAB,
     }  # fmt: skip
     with pytest.raises(SystemExit, match="route_token_id is 999"):
-        main(["--slm", "slm", "--router", "router", "--route_token_id", "999"])
+        main(["slm-server", "--slm", "slm", "--router", "router", "--route_token_id", "999"])
 
-
-def test_the_command_names_an_importable_class_when_run_as_a_program():
-    module = runpy.run_path(vllm_plugin.__file__, run_name="other")
-    assert module["routed_server_options"]({})[3] == "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"
+    # The module as a program prints the same, and names the class by its importable name though it is __main__ there
+    monkeypatch.setattr("sys.argv", ["plugin", *words])
+    runpy.run_path(vllm_plugin.__file__, run_name="__main__")
+    assert capsys.readouterr().out == printed
 
 
 def test_the_llm_and_the_slm_are_waited_for_differently(tiny_path, router_path, monkeypatch):

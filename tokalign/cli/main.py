@@ -107,6 +107,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         _job("calibrate", "give a trained router a threshold for a budget"),
         _job("generate", "answers by a routed pair"),
         _job("serve", "an OpenAI-compatible server over a routed pair"),
+        _job("slm-server", "the command of a vLLM server that runs a pair's small model"),
     ),
 }
 OURS = (ContractError, JobError, OptionError)

@@ -1,4 +1,4 @@
-"""Accuracy of routed pairs against what they cost, from stages of scripts/generate_routed.py on the same problems.
+"""Accuracy of routed pairs against what they cost, from stages of `tokalign generate` on the same problems.
 
 Two costs (R2R, arXiv 2505.21600): the paper's average activated parameters, which counts a token for the model that
 wrote it, and a full cost, parameters × positions of everything that ran. Beside token routing stands *query-level*
@@ -7,7 +7,8 @@ routing: whole problems go to the LLM, those first on which the SLM's answer has
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tokalign.stage.errors import ContractError
+from tokalign.stage.files import write_text_atomically
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of
 from tokalign.statistics import accuracy, paired_bootstrap
 
 
 def load_run(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
-    """Rows and manifest of a finished stage of scripts/generate_routed.py with one completion a problem.
+    """Rows and manifest of a finished stage of `tokalign generate` with one completion a problem.
 
     Raises:
         ContractError: another job's stage, several completions a problem, or answers that were not verified.
@@ -30,7 +32,7 @@ def load_run(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
     rows = load_stage(folder, stage="rollouts")
     manifest = manifest_of(rows) or {}
     if "routing" not in manifest:
-        raise ContractError(f"{folder} is not a stage of scripts/generate_routed.py; generate it with that script.")
+        raise ContractError(f"{folder} is not a stage of `tokalign generate`; generate it with that.")
     if len(set(rows["id"])) != len(rows):
         raise ContractError(f"{folder} has several completions a problem; generate it with --num_rollouts 1.")
     if None in rows["correct"]:
@@ -104,6 +106,29 @@ def query_level(slm_run: str | Path, llm_run: str | Path, rates: Sequence[float]
             }
         )
     return points
+
+
+def routing_points(
+    slm_run: str | Path, llm_run: str | Path, runs: Iterable[Sequence[str]], query_rates: Sequence[float]
+) -> dict[str, list[dict[str, Any]]]:
+    """What `print_routing` and `plot_routing` show: by name the points of one line, `run_summary` or `query_level`.
+
+    Args:
+        slm_run, llm_run: stages of the two models alone.
+        runs: name and folder of each routed stage; runs of one name are points of one line.
+        query_rates: LLM rates of query-level routing.
+    """
+    points = {"SLM only": [run_summary(slm_run, llm_run)], "LLM only": [run_summary(llm_run)]}
+    for name, folder in runs:
+        points.setdefault(name, []).append(run_summary(folder, llm_run))
+    return points | {"query-level": query_level(slm_run, llm_run, query_rates)}
+
+
+def write_routing(points: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path) -> None:
+    """routing.json and routing.png."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_text_atomically(Path(folder) / "routing.json", json.dumps(points, indent=2) + "\n")
+    plot_routing(points, Path(folder) / "routing.png")
 
 
 def print_routing(points: Mapping[str, Sequence[Mapping[str, Any]]], console: Console | None = None) -> None:

@@ -44,6 +44,7 @@ from tokalign.generation.protocol import (
     prefixes_of,
     repeat_greedy,
 )
+from tokalign.generation.vocabulary import end_ids
 from tokalign.stage.processes import model_device
 
 # Rows leave, and waiting ones join, once this share of the batch has finished or is free: each change copies the cache.
@@ -91,11 +92,7 @@ class TransformersEngine:
         self._adapters: dict[str, str] = {}
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        ends = model.generation_config.eos_token_id if model.generation_config else None
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        if self.tokenizer.eos_token_id is not None:
-            ends.append(self.tokenizer.eos_token_id)
-        self.end_ids = sorted(set(ends))
+        self.end_ids = sorted(end_ids(model.generation_config, self.tokenizer))
         accepted = inspect.signature(model.forward).parameters
         self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
         # Only such caches can be padded, joined and masked inside.

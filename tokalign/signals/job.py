@@ -21,11 +21,10 @@ from tokalign.data.text_pairs import IDS, tokenize_pairs
 from tokalign.signals.registry import get
 from tokalign.stage.contract import check_columns, check_preferences
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import weights_hash
+from tokalign.stage.hashes import model_identity
 from tokalign.stage.jobs import Dropped, Item, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
-from tokalign.stage.processes import process_state
 
 Row = dict[str, Any]
 
@@ -176,8 +175,7 @@ def run_scoring(
     extra_manifest: Mapping[str, Any] | None = None,
 ) -> None:
     """`run_job` of a function that adds signals to rows, and the report of its rate; arguments as of `score_pairs`."""
-    main_process = process_state().is_main_process  # it alone compares parameters, and hashing 140 GB takes a while
-    hashes = {key: weights_hash(path) if path and main_process else None for key, path in weights.items()}
+    hashes = {key: model_identity(path) for key, path in weights.items()}
     run_job(
         function,
         rows,

@@ -1,13 +1,13 @@
-"""What every routed decoder gives and counts, and when two models may share one completion.
+"""What every routed decoder gives and counts.
 
 A routed decoder writes one completion with two models: the small one (SLM) proposes each token, a policy decides
 before it is drawn, and a routed token is written by the large one (LLM) instead (R2R, arXiv 2505.21600). The
-decoders are interchangeable: `transformers_backend` runs both models in this process, `vllm_backend` in stock vLLM.
+decoders are interchangeable: `transformers_backend` runs both models in this process, an `orchestrator` moves requests
+between two engines.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Ids, SamplingParams
-from tokalign.stage.hashes import tokenizer_hash
 
 
 def check_threshold(value: float) -> float:
     """`value` as a float; ValueError for what is not a number."""
     if math.isnan(float(value)):
-        raise ValueError("The threshold is not a number: give a score between 0 (always the LLM) and above 1 (never).")
+        raise ValueError("The threshold is not a number: give the score from which on a token goes to the LLM.")
     return float(value)
 
 
@@ -130,38 +129,3 @@ class RoutedBackend(Protocol):
     async def close(self) -> None:
         """Stop serving: open iterators end with an error, and both models are freed."""
         ...
-
-
-def check_pair(
-    slm_tokenizer: PreTrainedTokenizerBase,
-    llm_tokenizer: PreTrainedTokenizerBase,
-    slm_vocab: int,
-    llm_vocab: int,
-) -> int:
-    """How many ids the two models share: those below both vocabulary sizes.
-
-    Vocabularies are often padded to different sizes; no decoder may write an id above the smaller one. Chat templates
-    may differ, because they do not change what an id means.
-
-    Args:
-        slm_vocab, llm_vocab: rows of the models' LM heads (`config.vocab_size`).
-
-    Raises:
-        ValueError: the ids mean different things.
-    """
-    if slm_tokenizer is not llm_tokenizer:
-        slm, llm = (_ids_hash(tokenizer) for tokenizer in (slm_tokenizer, llm_tokenizer))
-        if slm != llm:
-            raise ValueError(
-                f"The SLM's tokenizer ({slm_tokenizer.name_or_path}, {len(slm_tokenizer)} tokens, hash {slm[:12]}) is "
-                f"not the LLM's ({llm_tokenizer.name_or_path}, {len(llm_tokenizer)} tokens, hash {llm[:12]}): route "
-                "between two models of one family."
-            )
-    return min(slm_vocab, llm_vocab)
-
-
-def _ids_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`tokenizer_hash` without the chat template."""
-    bare = copy.copy(tokenizer)
-    bare.chat_template = None
-    return tokenizer_hash(bare)

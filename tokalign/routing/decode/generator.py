@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tokalign.generation.batch import SAMPLED_LOGITS
 from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_prompts, params_of_each
 from tokalign.generation.sampling import sample, uniforms, wide_dtype
-from tokalign.routing.decode.backend import RoutedStats, RoutedToken, check_pair
-from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
+from tokalign.generation.vocabulary import check_pair, end_ids
+from tokalign.routing.decode.backend import RoutedStats, RoutedToken
+from tokalign.routing.decode.policies import NeverLLM, NextTokens, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.slots import CachedModel, check_model
 from tokalign.stage.processes import model_device
 
@@ -111,7 +112,7 @@ class RoutedGenerator:
         limits = [getattr(config, "max_position_embeddings", None) for config in runs]
         self.max_length: int | None = min((limit for limit in limits if limit is not None), default=None)
         # Each model ends a completion by its own end tokens, as it does alone.
-        self.end_ids = [_end_ids(model, tokenizer) for model in (slm, llm)]
+        self.end_ids = [end_ids(model.generation_config, tokenizer) for model in (slm, llm)]
         check_model(slm)
         check_model(llm)
         if isinstance(policy, RouterPolicy):
@@ -287,7 +288,7 @@ class RoutedBatch:
             if asked:
                 logits, hidden = self._read(0, asked, hidden=policy.needs_hidden)
                 own = self._of_rows(columns, asked, logits.device)
-                score = policy.scores(hidden, logits, own["seed"], own["sample"], own["step"])
+                score = policy.scores(NextTokens(hidden, logits, own["seed"], own["sample"], own["step"]))
                 drawn = self._draw(logits, own, asked, score)
                 written = {r: (int(each[0]), each[1]) for r, each in zip(asked, drawn, strict=True)}
                 scores = {r: each[2] for r, each in zip(asked, drawn, strict=True)}
@@ -474,12 +475,6 @@ class RoutedBatch:
         else:
             reason = "length" if row.age >= row.limit else None
         return RoutedToken(token, by_llm, logprob, score, reason)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ids = {ends} if isinstance(ends, int) else set(ends or [])
-    return ids if tokenizer.eos_token_id is None else ids | {tokenizer.eos_token_id}
 
 
 def _completion(tokens: list[RoutedToken], stats: RoutedStats) -> RoutedCompletion:

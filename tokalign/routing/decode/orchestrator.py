@@ -1,12 +1,11 @@
 """Two engines, one completion each time: moves many requests between a running SLM and a running LLM.
 
-One request: the SLM writes until its engine stops it at a routed position (`tokalign.routing.decode.vllm.plugin`), at
-an end token or at the limit. At a routed position the LLM is asked for one token (or `llm_span`) after prompt and text
-so far, and the SLM goes on behind that. Each engine keeps what it has read in its prefix cache or session, so a
-hand-off costs the LLM one prefill of what it has not seen and neither side a rollback (R2R, arXiv 2505.21600, section
-4).
+One request: the SLM writes until its engine stops it at a routed position, at an end token or at the limit. At a routed
+position the LLM is asked for one token (or `llm_span`) after prompt and text so far, and the SLM goes on behind that.
+Each engine keeps what it has read in its prefix cache or session, so a hand-off costs the LLM one prefill of what it
+has not seen and neither side a rollback (R2R, arXiv 2505.21600, section 4).
 
-Nothing here knows vLLM: `SmallModel` and `LargeModel` are what `tokalign.routing.decode.vllm.backend` implements.
+Nothing here knows which engines these are: `SmallModel` and `LargeModel` say what each must do.
 
 Sampling: temperature and top-p go to both engines. Every piece that an engine writes gets a seed made from the
 request's seed, the sample and the position where the piece starts, so one seed fixes the whole completion.
@@ -189,10 +188,12 @@ class Orchestrator:
             )
         check_prompts([prompt_ids], self.shared_vocab, self.max_length, [params])
         self._requests += 1
-        request = _Request(list(prompt_ids), params, sample, self._requests)
+        request = _Completion(list(prompt_ids), params, sample, self._requests)
         request.limit = min(params.max_tokens, self.max_length - len(prompt_ids))
         turns = self.slm.open(params)
         try:
+            # The models take turns: the SLM's ends at a routed position, the LLM's after its span. A turn may be empty:
+            # without the LLM the SLM takes the next one too.
             to_llm = self._llm_alone()
             while request.finish is None:
                 if to_llm:
@@ -212,7 +213,7 @@ class Orchestrator:
         """Scores are at least 0: with such a threshold the SLM need not run to know what is routed."""
         return self._threshold <= 0 and not self.degraded
 
-    async def _by_slm(self, request: _Request, turns: Turns) -> AsyncGenerator[RoutedToken, None]:
+    async def _by_slm(self, request: _Completion, turns: Turns) -> AsyncGenerator[RoutedToken, None]:
         """The SLM's tokens up to the next routed position or the end."""
         most = request.limit - request.age
         async with aclosing(turns.write(list(request.ids), most, request.seed("slm"))) as pieces:
@@ -226,7 +227,7 @@ class Orchestrator:
                 if piece.end or request.finish:
                     return
 
-    async def _by_llm(self, request: _Request) -> AsyncGenerator[RoutedToken, None]:
+    async def _by_llm(self, request: _Completion) -> AsyncGenerator[RoutedToken, None]:
         """The LLM's tokens up to where the SLM is asked again, or none if the SLM has to go on without it."""
         if self.degraded:
             return
@@ -255,7 +256,7 @@ class Orchestrator:
                 raise
             await self._degrade(error)
 
-    def _tokens(self, request: _Request, piece: Piece, *, by_llm: bool) -> Sequence[RoutedToken]:
+    def _tokens(self, request: _Completion, piece: Piece, *, by_llm: bool) -> Sequence[RoutedToken]:
         """A piece as tokens, cut where the completion ends."""
         tokens = []
         for k, token in enumerate(piece.ids):
@@ -302,7 +303,7 @@ class Orchestrator:
             return
 
 
-class _Request:
+class _Completion:
     """One completion in flight: prompt and text as ids, and how it ends."""
 
     def __init__(self, prompt: list[int], params: SamplingParams, sample: int, place: int):

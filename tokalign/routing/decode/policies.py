@@ -9,19 +9,37 @@ the two models alone; replay repeats given decisions, for measuring speed.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from tokalign.generation.sampling import entropy, uniforms
+from tokalign.routing.decode.backend import check_threshold
 from tokalign.routing.router.model import TokenRouter
 
 logger = logging.getLogger(__name__)
 
 _DECISIONS = 0x5DEECE66D  # keeps the random policy's numbers apart from those that draw the tokens of the same seed
+
+
+class NextTokens(NamedTuple):
+    """What is known of N next tokens before any of them is drawn.
+
+    Attributes:
+        hidden: (N, d), what the SLM's LM head got; None unless the policy's `needs_hidden`.
+        logits: (N, V), the SLM's over the ids that both models share.
+        seeds: (N,) int64, the requests' seeds.
+        samples: (N,) int64, which of a request's `n` completions.
+        steps: (N,) int64, completion tokens so far.
+    """
+
+    hidden: torch.Tensor | None
+    logits: torch.Tensor
+    seeds: torch.Tensor
+    samples: torch.Tensor
+    steps: torch.Tensor
 
 
 class RoutingPolicy(Protocol):
@@ -37,23 +55,8 @@ class RoutingPolicy(Protocol):
     needs_slm: bool
     needs_hidden: bool
 
-    def scores(
-        self,
-        hidden: torch.Tensor | None,
-        logits: torch.Tensor,
-        seeds: torch.Tensor,
-        samples: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> torch.Tensor:
-        """Scores (N,) float32 (float64 where a policy needs it) of N next tokens.
-
-        Args:
-            hidden: (N, d), what the SLM's LM head got; None unless `needs_hidden`.
-            logits: (N, V), the SLM's over the ids that both models share.
-            seeds: (N,) int64, the requests' seeds.
-            samples: (N,) int64, which of a request's `n` completions.
-            steps: (N,) int64, completion tokens so far.
-        """
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        """Scores (N,) of N next tokens, float32 (float64 where a policy needs it)."""
         ...
 
 
@@ -76,18 +79,11 @@ class RouterPolicy:
         elif stored is not None and threshold != stored:
             logger.warning("Routing at threshold %g; the router was calibrated to %g.", threshold, stored)
         self.router = router.eval()
-        self.threshold = _number(threshold, "threshold")
+        self.threshold = check_threshold(threshold)
         self.needs_hidden = "hidden" in router.config.inputs
 
-    def scores(
-        self,
-        hidden: torch.Tensor | None,
-        logits: torch.Tensor,
-        seeds: torch.Tensor,
-        samples: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.router.scores(hidden, logits)
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        return self.router.scores(tokens.hidden, tokens.logits)
 
 
 class EntropyPolicy:
@@ -97,17 +93,10 @@ class EntropyPolicy:
     needs_hidden = False
 
     def __init__(self, threshold: float):
-        self.threshold = _number(threshold, "threshold")
+        self.threshold = check_threshold(threshold)
 
-    def scores(
-        self,
-        hidden: torch.Tensor | None,
-        logits: torch.Tensor,
-        seeds: torch.Tensor,
-        samples: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> torch.Tensor:
-        return entropy(logits.float())
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        return entropy(tokens.logits.float())
 
 
 class RandomPolicy:
@@ -121,15 +110,8 @@ class RandomPolicy:
             raise ValueError(f"rate is {rate}: use a share of the tokens, from 0 to 1.")
         self.threshold = 1 - rate
 
-    def scores(
-        self,
-        hidden: torch.Tensor | None,
-        logits: torch.Tensor,
-        seeds: torch.Tensor,
-        samples: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> torch.Tensor:
-        return uniforms(seeds ^ _DECISIONS, samples, steps)
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        return uniforms(tokens.seeds ^ _DECISIONS, tokens.samples, tokens.steps)
 
 
 @dataclass(frozen=True)
@@ -140,15 +122,8 @@ class AlwaysLLM:
     needs_slm: bool = False
     needs_hidden: bool = False
 
-    def scores(
-        self,
-        hidden: torch.Tensor | None,
-        logits: torch.Tensor,
-        seeds: torch.Tensor,
-        samples: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> torch.Tensor:
-        return torch.ones_like(steps, dtype=torch.float32)
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        return torch.ones_like(tokens.steps, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -159,15 +134,8 @@ class NeverLLM:
     needs_slm: bool = True
     needs_hidden: bool = False
 
-    def scores(
-        self,
-        hidden: torch.Tensor | None,
-        logits: torch.Tensor,
-        seeds: torch.Tensor,
-        samples: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> torch.Tensor:
-        return torch.zeros_like(steps, dtype=torch.float32)
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        return torch.zeros_like(tokens.steps, dtype=torch.float32)
 
 
 class ReplayPolicy:
@@ -190,20 +158,31 @@ class ReplayPolicy:
         for row, steps in enumerate(steps_per_row):
             self._routed[row, list(steps)] = 1.0
 
-    def scores(
-        self,
-        hidden: torch.Tensor | None,
-        logits: torch.Tensor,
-        seeds: torch.Tensor,
-        samples: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> torch.Tensor:
-        self._routed = self._routed.to(steps.device)
+    def scores(self, tokens: NextTokens) -> torch.Tensor:
+        self._routed = self._routed.to(tokens.steps.device)
         rows, columns = self._routed.shape
-        return self._routed[seeds % rows, steps.clamp(max=columns - 1)]
+        return self._routed[tokens.seeds % rows, tokens.steps.clamp(max=columns - 1)]
 
 
-def _number(value: float, name: str) -> float:
-    if math.isnan(value):
-        raise ValueError(f"{name} is not a number: give the score from which on a token goes to the LLM.")
-    return float(value)
+def named_policy(
+    name: str, *, router: str | None = None, threshold: float | None = None, rate: float | None = None
+) -> RoutingPolicy | None:
+    """The policy `entropy`, `random`, `always` or `never` of a command's options; None for `router`, which is loaded.
+
+    Raises:
+        ValueError: an option that the policy lacks, or one that does not belong to it.
+    """
+    given = {"router": router, "threshold": threshold, "rate": rate}
+    needs = {"router": {"router"}, "entropy": {"threshold"}, "random": {"rate"}, "always": set(), "never": set()}[name]
+    takes = needs | ({"threshold"} if name == "router" else set())
+    for option, value in given.items():
+        if value is not None and option not in takes:
+            raise ValueError(f"--{option} does not belong to --policy {name}: leave one of them out.")
+        if value is None and option in needs:
+            raise ValueError(f"--policy {name} needs --{option}: give it, or choose another policy.")
+    if name == "entropy" and threshold is not None:
+        return EntropyPolicy(threshold)
+    if name == "random" and rate is not None:
+        return RandomPolicy(rate)
+    fixed: dict[str, Any] = {"always": AlwaysLLM(), "never": NeverLLM()}  # frozen: their threshold is not to be moved
+    return fixed.get(name)

@@ -5,7 +5,7 @@
 Three targets, of which exactly one is given: the LLM rate (largest share of tokens that may be routed), the recall
 (smallest share of divergent tokens that must be), or the accuracy. Accuracy here is the share of held-out responses
 all of whose divergent tokens are routed: such a response loses nothing that the labels can see. It is no measurement of
-answers; that needs the pair to decode (scripts/generate_routed.py).
+answers; that needs the pair to decode (`tokalign generate`).
 
 The rate is measured on the large model's own responses. Routed decoding visits other prefixes, so its rate may differ:
 label a second round on policy, or let the server's budget controller track the rate.
@@ -96,6 +96,7 @@ def calibrate(
     divergent = labels == DIVERGENT
     if kind != "rate" and not divergent.any():
         raise ValueError(f"There is no divergent token to reach target_{kind} on; label more problems.")
+    # Tokens of one score are routed together, so a threshold is a choice among the distinct scores, the levels
     levels, counts = np.unique(scores, return_counts=True)
     if kind == "rate":
         routed = np.cumsum(counts[::-1])[::-1]  # tokens that score at least each level
@@ -120,6 +121,7 @@ def calibrate(
                 f"target_accuracy {target} is met without the LLM: {free} of {total} responses have no divergent "
                 "token; ask for more, or use the SLM alone."
             )
+        # The `count` highest of what must be routed; the threshold is at the lowest of these
         chosen = int(np.searchsorted(levels, np.sort(needed)[-count]))
     return measure(scores, labels, response_index, _between(levels, chosen), samples=samples, seed=seed)
 
@@ -135,6 +137,7 @@ def measure(
 ) -> Calibration:
     """What a given threshold does; arguments as in `calibrate`."""
     scores, labels, response_index = check_tokens(scores, labels, response_index)
+    # Numerators and denominators of the three shares, by response: a resample of responses is a weighted sum of these
     routed, divergent = scores >= threshold, labels == DIVERGENT
     _, response = np.unique(response_index, return_inverse=True)
     count = int(response.max()) + 1
@@ -153,6 +156,7 @@ def measure(
 
     rate, recall, accuracy = shares(columns.sum(axis=0)).tolist()
     generator = np.random.default_rng(seed)
+    # How often each response is drawn, as many resamples at a time as memory holds
     rows = max(1, _CELLS // count)
     drawn = [
         shares(generator.multinomial(count, np.full(count, 1 / count), size=min(rows, samples - start)) @ columns)

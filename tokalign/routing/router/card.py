@@ -53,7 +53,7 @@ def write_model_card(
     if dataset_name is not None:
         lines.append(f"- trained on the labels `{dataset_name}`")
     if config.threshold is None:
-        lines.append("- threshold: none yet (`scripts/calibrate_router.py`)")
+        lines.append("- threshold: none yet (`tokalign calibrate`)")
     else:
         lines.append(f"- threshold: {config.threshold:.6g}")
     if config.calibration is not None and "achieved" in config.calibration:

@@ -58,11 +58,11 @@ class RouterDataset(Dataset):
         rows = load_stage(stage, split=split, stage="routing_labels")
         for column in ("features_file", "features_first"):
             if column not in rows.column_names:
-                raise ContractError(f"{stage} has no column `{column}`; run scripts/label_routing.py with features.")
+                raise ContractError(f"{stage} has no column `{column}`; run `tokalign label`.")
         self.manifest = manifest_of(rows) or {}
         folder = Path(stage) / split if any((Path(stage) / split).glob("*.parquet")) else Path(stage)
         if "features" not in self.manifest:
-            raise ContractError(f"The manifest of {folder} has no `features`; run scripts/label_routing.py again.")
+            raise ContractError(f"The manifest of {folder} has no `features`; run `tokalign label` again.")
         self.folder = folder
         self.features = (folder / self.manifest["features"]).resolve()
         self.epoch = 0
@@ -111,7 +111,7 @@ class RouterDataset(Dataset):
                 row = int(self.responses[bad])
                 raise ContractError(
                     f"Row {row} (id {self._ids[row]!r}): its `{name}` in {self.features / self._files[self._file(bad)]}"
-                    " is not finite; delete the file and rerun the prefill stage of scripts/label_routing.py."
+                    " is not finite; delete the file and rerun the prefill stage of `tokalign label`."
                 )
         batch["labels"] = (self.labels[items] == DIVERGENT).astype(np.float32)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
@@ -140,7 +140,7 @@ class RouterDataset(Dataset):
             return (self.features / name).stat().st_mtime_ns
         except (OSError, ValueError):  # also for a name that no file can have
             raise ContractError(
-                f"Feature file {self.features / name} is missing; rerun the prefill stage of scripts/label_routing.py."
+                f"Feature file {self.features / name} is missing; rerun the prefill stage of `tokalign label`."
             ) from None
 
     def _sizes(self) -> None:
@@ -153,7 +153,7 @@ class RouterDataset(Dataset):
             elif widths != (self.hidden_size, self.top_k):
                 raise ContractError(
                     f"Feature file {self.features / name} has hidden size {widths[0]} and {widths[1]} logits, the "
-                    f"others {self.hidden_size} and {self.top_k}; rerun scripts/label_routing.py in an empty folder."
+                    f"others {self.hidden_size} and {self.top_k}; rerun `tokalign label` in an empty folder."
                 )
 
     def _read_rows(self, rows) -> tuple[list[str], list[np.ndarray], list[int]]:
@@ -161,7 +161,7 @@ class RouterDataset(Dataset):
         names: list[str] = []
         labels: list[np.ndarray] = []
         firsts: list[int] = []
-        remedy = "rerun scripts/label_routing.py"
+        remedy = "rerun `tokalign label`"
         check_lists(rows, str(self.folder), ("completion_ids", "slm_ids", "label"), remedy)
         columns = ["id", "completion_ids", "slm_ids", "label", "features_file", "features_first"]
         for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):

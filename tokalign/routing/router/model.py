@@ -215,7 +215,7 @@ class TokenRouter(PreTrainedModel):
             ValueError: the router was not calibrated.
         """
         if self.config.threshold is None:
-            raise ValueError("The router has no threshold: calibrate it (scripts/calibrate_router.py) or pass one.")
+            raise ValueError("The router has no threshold: calibrate it (`tokalign calibrate`) or pass one.")
         return float(self.config.threshold)
 
     def forward(

@@ -50,7 +50,7 @@ class BudgetController:
         if not 0 < calibrated_threshold < 1:
             raise ValueError(
                 f"The threshold is {calibrated_threshold}: a budget can only steer one between 0 and 1, so calibrate "
-                "the router (scripts/calibrate_router.py) or leave target_rate out."
+                "the router (`tokalign calibrate`) or leave target_rate out."
             )
         if window < 1 or min(gain, bound, step) <= 0 or deadband < 0:
             raise ValueError(

@@ -29,6 +29,7 @@ from starlette.types import Scope, Send
 from tokalign.routing.decode.backend import RoutedBackend, RoutedToken
 from tokalign.routing.serve.answers import Answer
 from tokalign.routing.serve.api import ApiError, ChatRequest, CompletionRequest, Request, parse, sampling_params
+from tokalign.routing.serve.arguments import ServerLimits
 from tokalign.routing.serve.asgi import STOPPING, Gate, Reply, Watched
 from tokalign.routing.serve.budget import BudgetController
 from tokalign.routing.serve.choices import Delta, Draw, Places, deltas, draws_of
@@ -43,50 +44,23 @@ _FAILED = ApiError(500, "The server failed at this request; its log says why.")
 
 
 @dataclass(frozen=True)
-class ServerSettings:
+class ServerSettings(ServerLimits):
     """Names and limits of a server.
 
     Attributes:
         model: name under which the pair is served.
         api_key: clients must send it as bearer token, to everything but /health; None asks for none.
-        max_body_bytes: longest request body.
-        max_prompt_tokens: longest prompt; None is what the models hold.
-        max_tokens: most tokens of a completion; None is what the models hold.
-        max_choices: most completions of one request, prompts × n.
-        max_running: completions written at once.
-        max_queue: completions that may wait for a place; more are refused with 429.
-        request_timeout: seconds from a request's arrival to its last token, waiting included.
-        drain_timeout: seconds that running requests may take after SIGTERM.
-        llm_required: whether /health is 503 while the LLM is out of reach (policy "error").
+        llm_required: whether /health is 503 while the LLM is out of reach (`on_llm_outage` "error").
     """
 
     model: str
     api_key: str | None = field(default=None, repr=False)
-    max_body_bytes: int = 2**20
-    max_prompt_tokens: int | None = None
-    max_tokens: int | None = None
-    max_choices: int = 64
-    max_running: int = 64
-    max_queue: int = 256
-    request_timeout: float = 600.0
-    drain_timeout: float = 30.0
     llm_required: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ValueError("The API key is empty or not ASCII: set its variable to a key, or leave it unset.")
-        for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "max_choices", "max_running"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: allow at least 1.")
-        for name in ("max_queue", "request_timeout", "drain_timeout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more.")
-        if self.max_choices > self.max_running + self.max_queue:
-            raise ValueError(
-                f"max_choices is {self.max_choices}, more than max_running {self.max_running} and max_queue "
-                f"{self.max_queue} together: such a request could never be admitted."
-            )
 
 
 def exposure_warning(host: str, api_key: str | None) -> str | None:

@@ -33,6 +33,7 @@ from tokalign.routing.decode.vllm.plugin import (
     routed_overrides,
 )
 from tokalign.routing.decode.vllm.servers import ServedLLM, ServedSLM, cut_piece
+from tokalign.routing.router.model import TokenRouter
 
 CPU_BLOCK = 32  # tokens in a block of the KV cache; vLLM's own choice on the CPU is 128, all read again at a hand-off
 
@@ -48,8 +49,8 @@ class VLLMBackend(Orchestrator):
         llm_name: its name on the servers; None is the first that they list.
         threshold: None is the router's own.
         slm_url: a server of the small model that was started with the plug-in, instead of an engine in this process.
-            `python -m tokalign.routing.decode.vllm.plugin` prints its command; it needs VLLM_SERVER_DEV_MODE=1 in its
-            environment, to be told thresholds.
+            `tokalign slm-server` prints its command; it needs VLLM_SERVER_DEV_MODE=1 in its environment, to be told
+            thresholds.
         slm_options: more arguments of vLLM's `AsyncEngineArgs`.
         handback: "session" or "request", see above; None chooses.
         logprobs: whether to give log-probs; without them the SLM's engine saves a softmax a step.
@@ -88,13 +89,11 @@ class VLLMBackend(Orchestrator):
         api_key_env: str = "OPENAI_API_KEY",
         trust_remote_code: bool = False,
     ):
-        from tokalign.routing.router.model import TokenRouter
-
         if not llm_urls:
             raise ValueError("llm_urls is empty: give at least one server of the LLM, e.g. http://localhost:8000/v1.")
-        if threshold is None:
-            threshold = TokenRouter.from_pretrained(router).threshold
-        threshold = check_threshold(threshold)
+        own = TokenRouter.from_pretrained(router)
+        own.check_slm(slm)
+        threshold = check_threshold(own.threshold if threshold is None else threshold)
         pair = describe_pair(slm, llm, route_token_id, trust_remote_code=trust_remote_code)
         shared, vocab_size = pair.shared_vocab, pair.config.vocab_size
         key = os.environ.get(api_key_env) or "none"  # the client insists on some key

@@ -10,7 +10,7 @@ the plain model's would.
 In this process, `LLM(model, **routed_engine_options(...))`. For a stock server, this prints the command that starts it,
 with the route token that a `VLLMBackend` of the same models chooses (a row of the LM head that no token uses):
 
-    python -m tokalign.routing.decode.vllm.plugin --slm SLM --llm LLM --router ROUTER [--port 8002]
+    tokalign slm-server --slm SLM --llm LLM --router ROUTER [--port 8002]
 
 Log-probs of prompts (`prompt_logprobs`) pass the same head, so those of a routed model are the routed distribution's.
 
@@ -21,18 +21,20 @@ TOKALIGN_ANY_VLLM is 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from packaging.version import Version
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from tokalign.routing.decode.arguments import SLMServerArguments
 
 OLDEST_VLLM, NEXT_VLLM = "0.30.0", "0.33"  # from, and below
-EXTENSION = "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"  # spelt out: run as a program, this is __main__
+EXTENSION = "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"  # spelt out: by `python -m`, this is __main__
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
@@ -80,7 +82,7 @@ def choose_route_token(
     vocab_size: int,
     route_token_id: int | None = None,
     *,
-    end_ids: Collection[int] = (),
+    ends: Collection[int] = (),
 ) -> int:
     """The id that stands for "routed" in the engine: one that the SLM can never mean as text.
 
@@ -89,13 +91,13 @@ def choose_route_token(
     Args:
         vocab_size: rows of the SLM's LM head.
         route_token_id: use this one.
-        end_ids: end tokens of the generation config, besides the tokenizer's.
+        ends: end tokens of the generation config, besides the tokenizer's.
 
     Raises:
         ValueError: no id is free, or the given one is not.
     """
     used = set(tokenizer.get_vocab().values())
-    meanings = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *end_ids}
+    meanings = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *ends}
     pad = tokenizer.pad_token_id
     if route_token_id is not None:
         if not 0 <= route_token_id < vocab_size:
@@ -142,7 +144,8 @@ def describe_pair(
     Raises:
         ValueError: one sentence, for a pair or route token that does not fit.
     """
-    from tokalign.routing.decode.backend import check_pair
+    # Here and below ours are imported late: every vLLM process of an installation loads this file for `register`
+    from tokalign.generation.vocabulary import check_pair, end_ids, stored_generation_config
 
     tokenizer = AutoTokenizer.from_pretrained(slm, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).get_text_config()
@@ -151,12 +154,8 @@ def describe_pair(
         llm_vocab = AutoConfig.from_pretrained(llm, trust_remote_code=trust_remote_code).get_text_config().vocab_size
         theirs = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust_remote_code)
         shared = check_pair(tokenizer, theirs, config.vocab_size, llm_vocab)
-    try:
-        ends = GenerationConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).eos_token_id
-    except OSError:  # not every checkpoint has one
-        ends = None
-    end_ids = [ends] if isinstance(ends, int) else list(ends or [])
-    route = choose_route_token(tokenizer, config.vocab_size, route_token_id, end_ids=end_ids)
+    ends = end_ids(stored_generation_config(slm, trust_remote_code=trust_remote_code), tokenizer)
+    route = choose_route_token(tokenizer, config.vocab_size, route_token_id, ends=ends)
     return PairDescription(tokenizer, config, shared, llm_vocab, route)
 
 
@@ -216,41 +215,43 @@ class RouterWorkerExtension:
         return model.router_threshold
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def print_server_command(arguments: SLMServerArguments) -> None:
     """Print the command that starts a stock vLLM server as the routed SLM; more options may follow it."""
-    parser = argparse.ArgumentParser(prog="python -m tokalign.routing.decode.vllm.plugin", description=main.__doc__)
-    parser.add_argument("--slm", required=True, help="Small model: hub id or path.")
-    parser.add_argument("--router", required=True, help="Trained router of the small model: hub id or path.")
-    parser.add_argument("--llm", help="Large model, to compare vocabularies; give it as to the backend.")
-    parser.add_argument("--threshold", type=float, help="At the start; unset is the router's own.")
-    parser.add_argument("--route_token_id", type=int, help="Unset chooses one as the backend does.")
-    parser.add_argument("--port", type=int, default=8002, help="Port of the server.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Only for sources you trust.")
-    given = parser.parse_args(arguments)
     try:
-        print(_server_command(given))
+        print(server_command(arguments))
     except ValueError as error:
         raise SystemExit(str(error)) from error
 
 
-def _server_command(given: argparse.Namespace) -> str:
+def server_command(arguments: SLMServerArguments) -> str:
+    """That command, as a line for a shell.
+
+    Raises:
+        ValueError: one sentence, for a router or route token that does not fit the SLM.
+    """
     from tokalign.routing.decode.backend import check_threshold
     from tokalign.routing.router.model import TokenRouter
 
-    router = TokenRouter.from_pretrained(given.router)
-    router.check_slm(given.slm)
-    threshold = check_threshold(router.threshold if given.threshold is None else given.threshold)
-    pair = describe_pair(given.slm, given.llm, given.route_token_id, trust_remote_code=given.trust_remote_code)
-    # The server may start in another folder.
-    path = os.path.abspath(given.router) if os.path.isdir(given.router) else given.router
+    slm, trust = arguments.slm, arguments.trust_remote_code
+    router = TokenRouter.from_pretrained(arguments.router)
+    router.check_slm(slm)
+    threshold = check_threshold(router.threshold if arguments.threshold is None else arguments.threshold)
+    pair = describe_pair(slm, arguments.llm, arguments.route_token_id, trust_remote_code=trust)
+    # The server may start in another folder
+    path = os.path.abspath(arguments.router) if os.path.isdir(arguments.router) else arguments.router
     overrides = routed_overrides(
         pair.config, path, pair.route_token_id, threshold=threshold, shared_vocab=pair.shared_vocab
     )
-    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", given.slm, "--port", str(given.port)]
+    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", slm, "--port", str(arguments.port)]
     command += ["--host", "127.0.0.1"]  # whoever reaches a server in development mode may call into its workers
-    command += ["--trust-remote-code"] if given.trust_remote_code else []
+    command += ["--trust-remote-code"] if trust else []
     return "VLLM_SERVER_DEV_MODE=1 " + shlex.join([*command, *routed_server_options(overrides)])
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # `tokalign slm-server`, for whoever knows it by this name
+    from trl import TrlParser
+
+    from tokalign.routing.decode.arguments import SLMServerArguments
+
+    types: Any = (SLMServerArguments,)
+    print_server_command(*TrlParser(types).parse_args_and_config())

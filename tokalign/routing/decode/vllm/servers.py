@@ -90,8 +90,8 @@ class ServedSLM:
         if ids != [self.route_token_id]:
             raise ValueError(
                 f"The SLM's server {self.url} wrote {str(ids)[:80]} where all is routed, not the route token "
-                f"{self.route_token_id}: start it with the command that "
-                "python -m tokalign.routing.decode.vllm.plugin prints."
+                f"{self.route_token_id}: start it with the command that `tokalign slm-server` "
+                "prints."
             )
 
     def open(self, params: SamplingParams) -> ServedTurns:

@@ -1,7 +1,8 @@
-"""scripts/label_routing.py from problems to splits of labels, against a plain loop that goes token by token."""
+"""Labelling from problems to splits of labels, against a plain loop that goes token by token."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,23 +18,25 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import label_routing
 from tests.support import save_tiny, tiny_model, tiny_tokenizer
-from tokalign.generation import EngineArguments, load_engine
+from tokalign.cli import label as label_command
+from tokalign.generation import EngineArguments
 from tokalign.generation.protocol import Completion
 from tokalign.prompts import render_prompt
-from tokalign.routing.decode.policies import EntropyPolicy
-from tokalign.routing.labels import rows as labels
-from tokalign.routing.labels.divergence import sentence_rule
+from tokalign.routing.decode.policies import EntropyPolicy, NextTokens
+from tokalign.routing.labels import judge as judging
+from tokalign.routing.labels import labeller, labelling, verdicts
+from tokalign.routing.labels.arguments import STAGES, LabelArguments, VerdictArguments
 from tokalign.routing.labels.features import INPUTS, TENSORS, open_features, row_features
-from tokalign.routing.labels.verdicts import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
+from tokalign.routing.labels.judge import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
+from tokalign.routing.labels.sentences import sentence_rule
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 END, MAX_TOKENS, STOP = 1, 40, ["e", "7"]
 SHARED = len(tiny_tokenizer())
 COUNT = 16
@@ -70,21 +73,24 @@ def answers_of_random_models(monkeypatch):
     def extract(text):
         return str(sum(map(str.isalpha, text)) % 2)
 
-    monkeypatch.setattr(label_routing, "extract_answer", extract)
-    monkeypatch.setattr(labels, "extract_answer", extract)
+    monkeypatch.setattr(labelling, "extract_answer", extract)
+    monkeypatch.setattr(labeller, "extract_answer", extract)
     return extract
 
 
-def arguments(pair, folder, **changes) -> label_routing.LabelRoutingArguments:
+def arguments(pair, folder, **changes) -> tuple[LabelArguments, VerdictArguments]:
     values = {"slm": pair["slm"], "dataset": pair["problems"], "output_dir": str(folder), "max_tokens": MAX_TOKENS}
     values |= {"stop": STOP, "shard_size": 3, "top_k": 9, "calibration_share": 0.25, "test_share": 0.25}
     if "on_policy" in changes:
         values["dataset"] = None
-    return label_routing.LabelRoutingArguments(**{**values, **changes})
+    values |= changes
+    own = {field.name for field in dataclasses.fields(VerdictArguments)} & set(values)
+    verdict = VerdictArguments(**{name: values.pop(name) for name in own})
+    return LabelArguments(**values), verdict
 
 
 def label(pair, folder, **changes) -> None:
-    label_routing.main(arguments(pair, folder, **changes), EngineArguments(model=pair["llm"]))
+    label_command.main(*arguments(pair, folder, **changes), EngineArguments(model=pair["llm"]))
 
 
 class Plain:
@@ -161,14 +167,14 @@ def test_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_models, cap
     assert not found and not branches and set(seen) == {-1, 0, 1, 2} and unfinished
 
     manifest = read_manifest(tmp_path / "answers")
-    assert manifest["dropped"] == {labels.UNFINISHED: unfinished}
+    assert manifest["dropped"] == {labelling.UNFINISHED: unfinished}
     report = json.loads((tmp_path / "report.json").read_text())
     splits = report["splits"]
     assert sum(split["tokens"] for split in splits.values()) == sum(seen.values()) == report["features"]["tokens"]
     for name, value in {"identical": 0, "neutral": 1, "divergent": 2, "invalid": -1}.items():
         assert sum(split["counts"][name] for split in splits.values()) == seen[value]
     assert cut_off  # where a branch that was cut off would have led is not known
-    assert report["invalid"] == {labels.CUT_OFF: cut_off, labels.LLM_WRONG: seen[-1] - cut_off}
+    assert report["invalid"] == {verdicts.CUT_OFF: cut_off, verdicts.LLM_WRONG: seen[-1] - cut_off}
     by_position = [split["by_position"] for split in splits.values()]
     assert sum(sum(part["divergent"]) for part in by_position) == seen[2]
     assert sum(sum(part["differ"]) for part in by_position) == seen[1] + seen[2] + seen[-1]
@@ -204,14 +210,15 @@ def test_features_are_the_slms_at_each_position(pair, tmp_path):
                 rounding = 2e-3 if TENSORS[name] is np.float16 else 1e-5
                 stored = torch.tensor(arrays[name][part]).to(values.dtype)
                 torch.testing.assert_close(stored, values, rtol=rounding, atol=rounding)
-            assert EntropyPolicy(0.5).scores(None, logits, ids, ids, ids).tolist() == served["entropy"].tolist()
+            scored = EntropyPolicy(0.5).scores(NextTokens(None, logits, ids, ids, ids))
+            assert scored.tolist() == served["entropy"].tolist()
             assert arrays["predicted"][part].tolist() == row["slm_ids"]
             assert logits.argmax(-1).tolist() == row["slm_ids"]
 
 
 def test_shards_and_stages_one_at_a_time_change_nothing(pair, tmp_path):
     label(pair, tmp_path / "whole")
-    for stage in label_routing.STAGES:
+    for stage in STAGES:
         label(pair, tmp_path / "parts", stages=[stage], shard_size=5)
     drop = ("features_file", "features_first")
     one, two = (all_labels(tmp_path / name) for name in ("whole", "parts"))
@@ -223,8 +230,8 @@ def test_shards_and_stages_one_at_a_time_change_nothing(pair, tmp_path):
 def test_a_finished_stage_loads_no_model_and_another_run_is_refused(pair, tmp_path, monkeypatch):
     label(pair, tmp_path)
     before = all_labels(tmp_path)
-    monkeypatch.setattr(label_routing, "load_engine", None)
-    monkeypatch.setattr(label_routing, "DivergenceScorer", None)
+    monkeypatch.setattr(labelling, "load_engine", None)
+    monkeypatch.setattr(labelling, "DivergenceScorer", None)
     label(pair, tmp_path)
     assert all_labels(tmp_path) == before
     with pytest.raises(JobError, match="max_tokens was 40 and is 41"):
@@ -310,7 +317,7 @@ class Judge:
 @pytest.mark.parametrize("swap", [False, True])
 def test_judge_labels_equal_a_plain_loop(pair, tmp_path, monkeypatch, answers_of_random_models, swap):
     judge = Judge()
-    monkeypatch.setattr(label_routing, "load_engine", lambda a: judge if a.model == "some-judge" else load_engine(a))
+    monkeypatch.setattr(judging, "load_engine", lambda a: {"some-judge": judge}[a.model])
     label(pair, tmp_path, **JUDGE, swap_order=swap, branch_max_tokens=20, judge_context=4)
     assert judge.closed
     plain = Plain(pair, answers_of_random_models)
@@ -409,7 +416,7 @@ def test_on_policy_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_m
 
     bare = load_stage(tmp_path / "routed").remove_columns("written_by")
     run_job(lambda b: b, bare, tmp_path / "bare", name="r", parameters={}, tokenizer=plain.tokenizer)
-    with pytest.raises(ContractError, match=r"has no column `written_by`; make it with scripts/generate_routed\.py"):
+    with pytest.raises(ContractError, match="has no column `written_by`; make it with `tokalign generate`"):
         label(pair, tmp_path / "x", on_policy=str(tmp_path / "bare"))
 
 
@@ -418,13 +425,13 @@ def test_on_policy_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_m
 
 def test_splits_are_by_problem():
     ids = [f"p{k % 500}" for k in range(1000)]
-    parts = labels.split_indices(ids, 0.1, 0.2)
+    parts = labelling.split_indices(ids, 0.1, 0.2)
     assert sorted(i for part in parts.values() for i in part) == list(range(1000))
     names = {split: {ids[i] for i in part} for split, part in parts.items()}
     assert not names["train"] & names["test"] and not names["train"] & names["calibration"]
     assert 30 <= len(names["calibration"]) <= 70 and 75 <= len(names["test"]) <= 125
     # a larger share keeps what there was
-    more = labels.split_indices(ids, 0.1, 0.3)
+    more = labelling.split_indices(ids, 0.1, 0.3)
     assert set(parts["test"]) <= set(more["test"])
 
 
@@ -438,7 +445,7 @@ def test_rows_without_an_answer_are_dropped_by_outcome(pair, tmp_path):
     answered = len([row for row in load_stage(tmp_path / "answers") if row["answer"]])
     assert 0 < answered < len(load_stage(tmp_path / "answers"))
     assert len(all_labels(tmp_path)) == answered
-    assert read_manifest(tmp_path / "branches")["dropped"][labels.NO_ANSWER] > 0
+    assert read_manifest(tmp_path / "branches")["dropped"][verdicts.NO_ANSWER] > 0
 
     bare = Dataset.from_list([{"id": "p", "prompt": "x"}])
     (tmp_path / "bare").mkdir()

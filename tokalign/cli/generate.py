@@ -1,0 +1,89 @@
+r"""Answer problems with a small and a large model and verify the answers: the `rollouts` stage, with who wrote what.
+
+Reads a `problems` stage and writes the columns of `tokalign sample` and `written_by` (1 where the LLM wrote the token),
+`scores` (the policy's; null where the SLM was not asked) and the work of both models (`handoffs`, `slm_positions`,
+`llm_positions`). The manifest sums them up under `routing`: LLM rate, costs in parameters a token and tokens/s.
+`tokalign label --on_policy` labels this stage; `tokalign evaluate routing` compares policies by it.
+
+    tokalign generate --slm deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --llm deepseek-ai/DeepSeek-R1-Distill-Qwen-32B \
+        --router runs/router --dataset runs/problems --output_dir runs/routed --temperature 0 --max_tokens 8192
+
+On several GPUs `tokalign generate … --accelerate_config ddp`, or `accelerate launch -m tokalign generate …`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tokalign.rewards import answers_match, extract_answer
+from tokalign.routing.decode.arguments import PairArguments, RoutedSamplingArguments
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.policies import named_policy
+from tokalign.routing.decode.rollouts import pair_parameters, routed_sampler, routing_summary
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import write_manifest
+from tokalign.stage.processes import process_state
+
+
+@dataclass
+class GenerateArguments:
+    """Problems, who decides, and where the answers go."""
+
+    dataset: str = field(metadata={"help": "Problems stage: folder or hub id."})
+    output_dir: str = field(metadata={"help": "Folder of the stage that is written."})
+    policy: Literal["router", "entropy", "random", "always", "never"] = field(
+        default="router", metadata={"help": "Who decides; `always` and `never` are the two models alone."}
+    )
+    rate: float | None = field(default=None, metadata={"help": "policy=random: share of the tokens for the LLM."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    num_problems: int | None = field(default=None, metadata={"help": "Take the first problems only."})
+    shard_size: int = field(default=64, metadata={"help": "Problems a shard: one batch, and what a kill loses."})
+    max_rows: int = field(default=256, metadata={"help": "Most rows in one batch."})
+
+
+def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: GenerateArguments) -> dict[str, Any]:
+    state = process_state()
+    policy = named_policy(arguments.policy, router=pair.router, threshold=pair.threshold, rate=arguments.rate)
+    problems = load_stage(arguments.dataset, split=arguments.split, stage="problems")
+    if arguments.num_problems is not None:
+        problems = problems.select(range(min(arguments.num_problems, len(problems))))
+    models = {"slm": pair.slm, "llm": pair.llm, "router": pair.router}
+    hashes: dict[str, str | None] = {}
+    if state.is_main_process:  # only this process compares and writes them, and hashing 140 GB takes a while
+        hashes = {name: path and weights_hash(path) for name, path in models.items()}
+    # Another policy than the router has taken the threshold for itself
+    own = {"threshold": pair.threshold if policy is None else None, "max_rows": arguments.max_rows}
+    generator = RoutedGenerator.from_pretrained(**{**vars(pair), **own}, policy=policy)
+    manifest = run_job(
+        routed_sampler(
+            generator,
+            sampling.params,
+            extract=extract_answer,
+            match=answers_match,
+            seed=sampling.seed,
+            prompt_format=sampling.prompt_format,
+            max_prompt_length=sampling.max_prompt_length,
+        ),
+        problems,
+        arguments.output_dir,
+        name="generate_routed",
+        parameters={
+            **vars(sampling),
+            **{name: getattr(arguments, name) for name in ("policy", "rate", "split")},
+            "llm_span": pair.llm_span,
+            "dtype": pair.dtype,
+            "threshold": generator.policy.threshold,
+            "weights": hashes,
+        },
+        tokenizer=generator.tokenizer,
+        shard_size=arguments.shard_size,
+        extra_manifest={"models": {key: {"path": models[key], "weights_hash": hashes[key]} for key in hashes}},
+    )
+    if state.is_main_process:
+        routing = routing_summary(arguments.output_dir, manifest, pair_parameters(generator))
+        manifest = {**manifest, "routing": routing}
+        write_manifest(arguments.output_dir, manifest)
+    return manifest

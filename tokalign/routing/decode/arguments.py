@@ -1,0 +1,92 @@
+"""The arguments of a routed pair, for `TrlParser`: those that generation and serving share, and the samples' own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokalign.generation.protocol import SamplingParams
+
+
+@dataclass
+class PairArguments:
+    """The pair and its router.
+
+    The fields are arguments of `RoutedGenerator.from_pretrained`.
+    """
+
+    slm: str = field(metadata={"help": "Small model: hub id or path."})
+    llm: str = field(metadata={"help": "Large model with the same tokenizer: hub id or path."})
+    router: str | None = field(default=None, metadata={"help": "Trained router of the small model: hub id or path."})
+    threshold: float | None = field(
+        default=None,
+        metadata={"help": "A token goes to the LLM from this score on: unset is the router's own; entropy: nats."},
+    )
+    llm_span: int = field(default=1, metadata={"help": "Most tokens that the LLM writes before it asks the SLM."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Weights' type; `auto` is the checkpoint's own."}
+    )
+    attn_implementation: Literal["sdpa", "eager"] | None = field(
+        default=None, metadata={"help": "Attention kernel of transformers."}
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "transformers: device of the SLM, e.g. `cuda:0`, or `auto`; unset is this process's device."},
+    )
+    llm_device_map: str | None = field(
+        default=None, metadata={"help": "transformers: likewise for the LLM; unset is device_map."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the checkpoints. Only for sources you trust."}
+    )
+    token_budget: int = field(
+        default=65536,
+        metadata={"help": "transformers: most rows x (prompt + max_tokens) in one batch; bounds both KV caches."},
+    )
+
+
+@dataclass
+class RoutedSamplingArguments:
+    """Prompts and completions."""
+
+    num_rollouts: int = field(default=1, metadata={"help": "Completions a problem."})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus kept while sampling."})
+    max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longer prompts are dropped and counted; unset is what both models can hold."}
+    )
+    prompt_format: Literal["chat", "raw"] = field(
+        default="chat",
+        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of all completions."})
+
+    @property
+    def params(self) -> SamplingParams:
+        """What an engine is told of every problem; each gets a seed of its own."""
+        return SamplingParams(
+            n=self.num_rollouts,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=self.max_tokens,
+            stop=tuple(self.stop or ()),
+        )
+
+
+@dataclass
+class SLMServerArguments:
+    """The SLM that a stock vLLM server is to run, and its router."""
+
+    slm: str = field(metadata={"help": "Small model: hub id or path."})
+    router: str = field(metadata={"help": "Trained router of the small model: hub id or path."})
+    llm: str | None = field(
+        default=None, metadata={"help": "Large model, to compare vocabularies; give it as to the backend."}
+    )
+    threshold: float | None = field(default=None, metadata={"help": "At the start; unset is the router's own."})
+    route_token_id: int | None = field(default=None, metadata={"help": "Unset chooses one as the backend does."})
+    port: int = field(default=8002, metadata={"help": "Port of the server."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the checkpoints. Only for sources you trust."}
+    )

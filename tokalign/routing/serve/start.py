@@ -1,0 +1,93 @@
+"""From the command's arguments to a running server: the pair on its engine, the settings, the budget."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from tokalign.routing.decode.arguments import PairArguments
+from tokalign.routing.decode.backend import RoutedBackend
+from tokalign.routing.serve.arguments import PairEngineArguments, ServerArguments, ServerLimits
+from tokalign.routing.serve.budget import BudgetController
+from tokalign.routing.serve.server import GracefulServer, ServerSettings, create_app, exposure_warning
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(
+    pair: PairArguments, engine: PairEngineArguments, server: ServerArguments, limits: ServerLimits
+) -> None:
+    """Load, serve until SIGTERM, drain and close.
+
+    Raises:
+        ValueError, ConnectionError, ImportError: one sentence, for what cannot be served.
+    """
+    settings = server_settings(pair, engine, server, limits)
+    if server.target_rate is not None:  # a bad rate should not cost the loading of two models
+        BudgetController(server.target_rate, 0.5)
+    backend = load_backend(pair, engine, limits)
+    try:
+        budget = None if server.target_rate is None else BudgetController(server.target_rate, backend.threshold)
+    except ValueError:
+        await backend.close()
+        raise
+    warning = exposure_warning(server.host, settings.api_key)
+    if warning is not None:
+        logger.warning(warning)
+    logger.info("Serving %s at threshold %g.", settings.model, backend.threshold)
+    await GracefulServer(create_app(backend, settings, budget), server.host, server.port).serve()
+
+
+def server_settings(
+    pair: PairArguments, engine: PairEngineArguments, server: ServerArguments, limits: ServerLimits
+) -> ServerSettings:
+    """The server's limits and names. The key comes from the environment: a command line is readable by all users."""
+    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in (pair.slm, pair.llm)]
+    return ServerSettings(
+        model=server.served_model or "+".join(names),
+        api_key=os.environ.get(server.api_key_env),
+        llm_required=engine.engine == "vllm" and engine.on_llm_outage == "error",
+        **vars(limits),
+    )
+
+
+def load_backend(pair: PairArguments, engine: PairEngineArguments, limits: ServerLimits) -> RoutedBackend:
+    """The pair, ready to generate in the running event loop.
+
+    Raises:
+        ValueError, ConnectionError, ImportError: one sentence, for a pair that cannot be served.
+    """
+    if pair.router is None:
+        raise ValueError("Serving needs --router, the trained router of the small model.")
+    if engine.engine == "transformers":
+        for name in ("llm_urls", "slm_url", "llm_name"):
+            if getattr(engine, name) is not None:
+                raise ValueError(f"--{name} belongs to --engine vllm: add that, or leave it out.")
+        from tokalign.routing.decode.generator import RoutedGenerator
+        from tokalign.routing.decode.transformers_backend import TransformersBackend
+
+        generator = RoutedGenerator.from_pretrained(**vars(pair), max_rows=limits.max_running)
+        backend: Any = TransformersBackend(generator)  # its `stats` are a property, which a protocol's attribute is not
+        return backend
+    from tokalign.routing.decode.vllm.backend import VLLMBackend
+
+    options = {name: getattr(engine, name) for name in ("gpu_memory_utilization", "max_model_len")}
+    slm_options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return VLLMBackend(
+        pair.slm,
+        pair.router,
+        engine.llm_urls or [],
+        llm=pair.llm,
+        llm_name=engine.llm_name,
+        threshold=pair.threshold,
+        slm_url=engine.slm_url,
+        dtype=pair.dtype,
+        slm_options=slm_options,
+        llm_span=pair.llm_span,
+        on_llm_outage=engine.on_llm_outage,
+        timeout=limits.request_timeout,
+        llm_timeout=engine.llm_timeout,
+        api_key_env=engine.llm_key_env,
+        trust_remote_code=pair.trust_remote_code,
+    )
