@@ -186,7 +186,7 @@ def run_scoring(
         shard_size=arguments.shard_size,
         extra_manifest={**weights, **(extra_manifest or {})},
     )
-    if main_process:
+    if process_state().is_main_process:
         report_rate(arguments.output_dir, signals[0])
 
 
