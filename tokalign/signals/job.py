@@ -25,6 +25,7 @@ from tokalign.stage.hashes import model_identity
 from tokalign.stage.jobs import Dropped, Item, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
+from tokalign.stage.processes import process_state
 
 Row = dict[str, Any]
 
