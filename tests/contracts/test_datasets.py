@@ -13,6 +13,7 @@ from tokalign.internals.datasets import (
     DatasetGenerationError,
     DatasetNotFoundError,
     Hasher,
+    loadable,
 )
 
 
@@ -38,6 +39,19 @@ def test_what_is_written_row_by_row_is_a_dataset(tmp_path) -> None:
 
 def test_files_that_cannot_be_read_raise_these(tmp_path) -> None:
     assert issubclass(DatasetNotFoundError, FileNotFoundError)  # of a name on the hub; of a folder, the plain error
-    (tmp_path / "rows.json").write_text("no json", encoding="utf-8")
+    for name in ("ids", "scores"):
+        Dataset.from_list([{name: 1}]).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(DatasetGenerationError):
-        load_dataset("json", data_files=str(tmp_path / "rows.json"), cache_dir=str(tmp_path / "cache"))
+        load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_file_without_rows_is_no_hindrance(tmp_path) -> None:
+    rows = Dataset.from_list([{"x": 1}, {"x": 2}])
+    rows.to_parquet(tmp_path / "0.parquet")
+    rows.select([]).to_parquet(tmp_path / "1.parquet")
+    (tmp_path / "2.parquet").write_bytes(b"no parquet")
+    files = [tmp_path / f"{i}.parquet" for i in range(3)]
+    names = [str(file) for file in loadable(files[:2])]
+    loaded = load_dataset("parquet", data_files=names, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["x"][:] == [1, 2] and files[2] in loadable(files)
+    assert loadable(files[1:2]) == files[1:2]

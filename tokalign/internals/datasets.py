@@ -35,5 +35,5 @@ def loadable(files: Sequence[Path]) -> list[Path]:
 def _may_have_rows(file: Path) -> bool:
     try:
         return pq.read_metadata(file).num_rows > 0
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):
         return True
