@@ -137,7 +137,10 @@ class TokenPreferenceTrainer(DPOTrainer):
         self._start_init(model, args, train_dataset)
         # Before any weights are loaded: a signal that nobody has registered ends the run here
         signal, sides = self._reads(args)
-        self._allowed, self._convert = self._conversion(signal, args) if sides else (None, lambda values: values)
+        self._allowed: tuple[float, float] | None = None
+        self._convert: Callable[[Any], Any] = lambda values: values
+        if sides:
+            self._allowed, self._convert = self._conversion(signal, args)
         super().__init__(
             model=model,
             ref_model=ref_model,
