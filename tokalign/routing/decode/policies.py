@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -185,4 +185,5 @@ def named_policy(
         return EntropyPolicy(threshold)
     if name == "random" and rate is not None:
         return RandomPolicy(rate)
-    return {"always": AlwaysLLM(), "never": NeverLLM()}.get(name)
+    alone: dict[str, Any] = {"always": AlwaysLLM(), "never": NeverLLM()}  # frozen: nobody moves their thresholds
+    return alone.get(name)

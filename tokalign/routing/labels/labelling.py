@@ -118,7 +118,10 @@ class Labelling:
         arguments = self.arguments
         problems = self._first(load_stage(arguments.dataset or "", split=arguments.split, stage="problems"))
         params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, stop=tuple(arguments.stop or ()))
-        limits = {"prompt_format": arguments.prompt_format, "max_prompt_length": arguments.max_prompt_length}
+        limits: dict[str, Any] = {
+            "prompt_format": arguments.prompt_format,
+            "max_prompt_length": arguments.max_prompt_length,
+        }
 
         def answer(rows: list[Row]) -> list[Row | Dropped]:
             return [finished_answer(item) for item in sampler(self.engine, params, **limits)(rows)]

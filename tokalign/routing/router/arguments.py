@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -16,6 +17,6 @@ class TargetArguments:
     )
 
     @property
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, Any]:
         """Those that are set, as arguments of `calibrate`."""
         return {name: value for name, value in vars(self).items() if value is not None}

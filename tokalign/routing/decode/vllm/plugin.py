@@ -252,4 +252,4 @@ if __name__ == "__main__":  # `tokalign slm-server`, for whoever knows it by thi
 
     from tokalign.routing.decode.arguments import SLMServerArguments
 
-    print_server_command(*TrlParser(SLMServerArguments).parse_args_and_config())
+    print_server_command(*TrlParser(SLMServerArguments).parse_args_and_config())  # type: ignore[arg-type]
