@@ -92,14 +92,17 @@ class RoutedBackend(Protocol):
     Attributes:
         tokenizer: of both models.
         max_length: most tokens, prompt and completion, that both models hold.
-        stats: everything since the start; cancelled requests count as far as they got.
         degraded: whether the LLM is out of reach at the moment and the SLM goes on alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    stats: RoutedStats
     degraded: bool
+
+    @property
+    def stats(self) -> RoutedStats:
+        """Everything since the start; cancelled requests count as far as they got."""
+        ...
 
     @property
     def threshold(self) -> float:

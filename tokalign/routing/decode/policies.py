@@ -184,5 +184,5 @@ def named_policy(
         return EntropyPolicy(threshold)
     if name == "random" and rate is not None:
         return RandomPolicy(rate)
-    fixed: dict[str, Any] = {"always": AlwaysLLM(), "never": NeverLLM()}  # frozen: their threshold is not to be moved
-    return fixed.get(name)
+    alone: dict[str, Any] = {"always": AlwaysLLM(), "never": NeverLLM()}  # frozen: nobody moves their thresholds
+    return alone.get(name)

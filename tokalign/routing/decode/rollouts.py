@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tokalign.generation.protocol import Ids, SamplingParams
+from tokalign.generation.protocol import Completion, Ids, SamplingParams
 from tokalign.generation.rollouts import sampler
 from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
@@ -29,9 +29,19 @@ class _Recorder:
         self.generator = generator
         self.last: list[list[RoutedCompletion]] = []
 
-    def generate(self, prompts: Sequence[Ids], params: Sequence[SamplingParams]) -> list[list[RoutedCompletion]]:
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapter: str | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`; a pair takes no adapter."""
         self.last = self.generator.generate(prompts, params)
-        return self.last
+        return [list(completions) for completions in self.last]
+
+    def close(self) -> None:
+        """The pair is the caller's."""
 
 
 def routed_sampler(

@@ -67,6 +67,7 @@ class Labelling:
         self.folders = {name: Path(arguments.output_dir) / name for name in STAGES}
         self.outcome = verdict.verdict == "outcome"
         self.branch_limit = verdict.branch_max_tokens or (arguments.max_tokens if self.outcome else JUDGED_TOKENS)
+        # Nothing is decoded and encoded again, so an id must mean the same to both models; only ids that both have count
         trust = llm.trust_remote_code
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             llm.tokenizer or llm.model, trust_remote_code=trust
@@ -77,9 +78,11 @@ class Labelling:
             for path in (arguments.slm, llm.model)
         )
         self.shared_vocab = check_pair(slm_tokenizer, self.tokenizer, slm_config.vocab_size, llm_config.vocab_size)
+        # What a server does not tell of its model: how much it holds, and by which ids it ends an answer
         self.positions = getattr(llm_config, "max_position_embeddings", None)
-        self.ends = end_ids(stored_generation_config(llm.model), self.tokenizer)
+        self.ends = end_ids(stored_generation_config(llm.model, trust_remote_code=trust), self.tokenizer)
         self.top_k = min(arguments.top_k, self.shared_vocab)
+        # Every stage's manifest says by which models it was made; a stage of others is refused by their hashes
         self.models: dict[str, dict[str, Any]] = {
             "llm": {"path": llm.model, "weights_hash": self._hash(llm.model, on_server=llm.engine == "openai")},
             "slm": {
@@ -119,7 +122,10 @@ class Labelling:
         arguments = self.arguments
         problems = self._first(load_stage(arguments.dataset or "", split=arguments.split, stage="problems"))
         params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, stop=tuple(arguments.stop or ()))
-        limits = {"prompt_format": arguments.prompt_format, "max_prompt_length": arguments.max_prompt_length}
+        limits: dict[str, Any] = {
+            "prompt_format": arguments.prompt_format,
+            "max_prompt_length": arguments.max_prompt_length,
+        }
 
         def answer(rows: list[Row]) -> list[Row | Dropped]:
             sample = sampler(
@@ -225,6 +231,7 @@ class Labelling:
         branches = None if agree else load_stage(self.folders["branches"], tokenizer=self.tokenizer)
         judge = Judge(self.verdict, self.llm)
         by_judge = None if self.outcome else judge.verdicts
+        # By outcome the labeller compares the answers itself
         labeller = Labeller(BranchLookup(branches), self.tokenizer, by_judge, self.verdict.judge_context)
         told_by: dict[str, Any] = {"verdict": self.verdict.verdict}
         if self.main and not self.outcome:

@@ -68,8 +68,7 @@ def load_backend(pair: PairArguments, engine: PairEngineArguments, limits: Serve
         from tokalign.routing.decode.transformers_backend import TransformersBackend
 
         generator = RoutedGenerator.from_pretrained(**vars(pair), max_rows=limits.max_running)
-        backend: Any = TransformersBackend(generator)  # its `stats` are a property, which a protocol's attribute is not
-        return backend
+        return TransformersBackend(generator)
     from tokalign.routing.decode.vllm.backend import VLLMBackend
 
     options = {name: getattr(engine, name) for name in ("gpu_memory_utilization", "max_model_len")}

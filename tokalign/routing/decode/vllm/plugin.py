@@ -253,5 +253,4 @@ if __name__ == "__main__":  # `tokalign slm-server`, for whoever knows it by thi
 
     from tokalign.routing.decode.arguments import SLMServerArguments
 
-    types: Any = (SLMServerArguments,)
-    print_server_command(*TrlParser(types).parse_args_and_config())
+    print_server_command(*TrlParser(SLMServerArguments).parse_args_and_config())  # type: ignore[arg-type]
