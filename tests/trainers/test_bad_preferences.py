@@ -53,7 +53,7 @@ def test_missing_scores(tiny_path, tmp_path, rows):
         make_trainer(tiny_path, tmp_path, Dataset.from_list(rows).remove_columns("rejected_contrast"))
     with pytest.raises(ContractError, match="no column `chosen_entropy`"):
         make_trainer(tiny_path, tmp_path, rows, weight_side="chosen", signal="entropy")
-    with pytest.raises(ContractError, match=r"text only .*scripts/score_contrast.py, or set `weight_side='none'`"):
+    with pytest.raises(ContractError, match=r"text only .*`tokalign score contrast`, or set `weight_side='none'`"):
         make_trainer(tiny_path, tmp_path, as_text(rows))
     with pytest.raises(ContractError, match="no rows"):
         make_trainer(tiny_path, tmp_path, Dataset.from_list(rows).select([]))

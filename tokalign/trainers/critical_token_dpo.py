@@ -124,7 +124,7 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
     [`~trl.DPOTrainer`] and keeps its features; see the top of this file for what the token weights touch.
 
     The dataset's rows hold token ids and their scores (`prompt_ids`, `chosen_ids`, `rejected_ids`,
-    `rejected_contrast`, written by `scripts/score_contrast.py`). The ids are trained on as they are: text is never
+    `rejected_contrast`, written by `tokalign score contrast`). The ids are trained on as they are: text is never
     tokenised again. With `weight_side="none"` rows of text are tokenised by TRL, and training equals `DPOTrainer`'s.
 
     Example:
@@ -155,7 +155,7 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
 
     _config_class = CriticalTokenDPOConfig
     _needs = "weight"
-    _scored_by = "scripts/score_contrast.py, or set `weight_side='none'` for plain DPO"
+    _scored_by = "`tokalign score contrast`, or set `weight_side='none'` for plain DPO"
     _tag_names = ["trl", "tokalign", "critical-token-dpo"]  # noqa: RUF012
     _name = "Critical-token DPO"
     _paper = {  # noqa: RUF012

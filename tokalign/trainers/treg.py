@@ -3,7 +3,7 @@
     L = L_base + α w ( L_reg(x, y_w) + L_reg(x, y_l) ),     L_reg(x, y) = − Σ_t β r̂_t log π(y_t|x, y_<t)
 
 r̂_t ∈ [−0.5, 0.5] is what the model itself thinks of a token, by contrastive prompting: the columns
-`chosen_token_reward` and `rejected_token_reward` (scripts/score_token_rewards.py), or, where the dataset has none, the
+`chosen_token_reward` and `rejected_token_reward` (`tokalign score token-reward`), or, where the dataset has none, the
 reference's answer to the same two revision prompts, asked for each batch. w = σ(r(y_l) − r(y_w)) is the factor of the
 base loss's own gradient, without a gradient of its own. TRL computes the base loss, but for SimPO's, which it does not
 have: −log σ(β mean log π(y_w) − β mean log π(y_l) − γ). α = 0 leaves nothing but the base loss.
@@ -255,7 +255,7 @@ class TRegTrainer(TokenPreferenceTrainer):
     _needs = "reward"
     _collator = DataCollatorForTReg
     _own_columns = tuple(PROMPTS.values())
-    _scored_by = "scripts/score_token_rewards.py, or set `alpha=0` for the base loss"
+    _scored_by = "`tokalign score token-reward`, or set `alpha=0` for the base loss"
 
     _tag_names = ["trl", "tokalign", "t-reg"]  # noqa: RUF012
     _name = "T-REG"
@@ -321,7 +321,7 @@ class TRegTrainer(TokenPreferenceTrainer):
         if missing := {"prompt", *SIDES} - columns:
             raise ContractError(
                 f"The {name} dataset has no column `{sorted(missing)[0]}`, whose text the revision prompts quote; add "
-                "it, or score the pairs with scripts/score_token_rewards.py."
+                "it, or score the pairs with `tokalign score token-reward`."
             )
         templates, tokenizer, prompt_format = self._templates, self._tokenizer, args.prompt_format
 
@@ -387,7 +387,7 @@ class TRegTrainer(TokenPreferenceTrainer):
         if not revision:
             raise ContractError(
                 "The batch has no revision prompts; let the data collator return them as DataCollatorForTReg does, or "
-                "score the pairs with scripts/score_token_rewards.py."
+                "score the pairs with `tokalign score token-reward`."
             )
         better, worse = self._reference_logps(model, revision).float().chunk(2)
         better_mask, worse_mask = revision["completion_mask"][:, 1:].bool().chunk(2)

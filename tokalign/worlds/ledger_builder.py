@@ -3,8 +3,8 @@
     tokalign data ledger --output_dir runs/ledger
 
 writes `train/`, `validation/`, `test/` (problems), `sft/` (prompt and completion messages over train identities),
-and one folder for each preset of ledger_models.py (tokenizer and architecture, to be trained by recipes/sft.py
---from_scratch).
+and one folder for each preset of ledger_models.py (tokenizer and architecture, to be trained by `tokalign sft
+--from_scratch`).
 
     tokalign data ledger --output_dir runs/ledger_json --problem_rendering json --renderings json
 

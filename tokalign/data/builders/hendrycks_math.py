@@ -3,7 +3,7 @@
     tokalign data math --source EleutherAI/hendrycks_math --output_dir runs/math --validation_share 0.1
     tokalign data math --source HuggingFaceH4/MATH-500 --output_dir runs/math500
 
-Not named `math.py`: `data/math.py` would shadow the standard library's `math` when it is run.
+Not named `math.py`: the file of that name in data/ would shadow the standard library's `math` when it is run.
 
 Where the source has no `answer` column, the answer is the last `\\boxed{…}` of the solution; a row without one is
 dropped and counted in the manifest. A list of accepted answers is kept as `accepted`, its first element is `answer`.

@@ -123,7 +123,7 @@ def open_features(file: Path) -> dict[str, np.ndarray]:
     Raises:
         ContractError: the file is missing, cut short, or does not hold what `write_features` writes.
     """
-    remedy = "rerun the prefill stage of scripts/label_routing.py"
+    remedy = "rerun the prefill stage of `tokalign label`"
     try:
         with safe_open(file, framework="numpy") as stored:
             order = stored.offset_keys()
