@@ -37,8 +37,8 @@ class Command(NamedTuple):
 
 
 def is_ours(words: list[str]) -> bool:
-    """Whether a command line runs a verb or a file of the repository."""
-    return any(word == "tokalign" or word.endswith(".py") for word in words)
+    """Whether a command line runs a verb or a file of the repository, and not its tests."""
+    return "pytest" not in words and any(word == "tokalign" or word.endswith(".py") for word in words)
 
 
 def command(words: list[str]) -> Command:
