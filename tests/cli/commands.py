@@ -37,7 +37,7 @@ class Command(NamedTuple):
 
 
 def is_ours(words: list[str]) -> bool:
-    """Whether a command line runs a verb or a file of the repository; tests are pytest's to find."""
+    """Whether a command line runs a verb or a file of the repository, and not its tests."""
     return "pytest" not in words and any(word == "tokalign" or word.endswith(".py") for word in words)
 
 
