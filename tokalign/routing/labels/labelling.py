@@ -66,7 +66,7 @@ class Labelling:
         self.folders = {name: Path(arguments.output_dir) / name for name in STAGES}
         self.outcome = verdict.verdict == "outcome"
         self.branch_limit = verdict.branch_max_tokens or (arguments.max_tokens if self.outcome else JUDGED_TOKENS)
-        # Nothing is decoded and encoded again, so an id must mean the same to both models; only ids that both have count
+        # No stage decodes and encodes again, so an id must mean the same to both models, and both must have it
         trust = llm.trust_remote_code
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             llm.tokenizer or llm.model, trust_remote_code=trust
