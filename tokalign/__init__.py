@@ -8,6 +8,7 @@ acts on them while decoding, or shows them; `tokalign.signals`, `tokalign.losses
 from typing import TYPE_CHECKING
 
 from tokalign.lazy import lazy_names
+from tokalign.trainers.registry import TRAINERS
 
 if TYPE_CHECKING:
     from tokalign.rewards.structured.reward import StructuredReward
@@ -39,9 +40,7 @@ _HOMES = {
     "routing.decode.generator": ("RoutedGenerator",),
     "routing.router.model": ("TokenRouter",),
     "routing.router.trainer": ("RouterConfig", "RouterTrainer"),
-    "trainers.critical_token_dpo": ("CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"),
     "trainers.critical_token_entropy": ("CriticalTokenEntropyCallback",),
-    "trainers.structured_grpo": ("StructuredGRPOConfig", "StructuredGRPOTrainer"),
-    "trainers.treg": ("TRegConfig", "TRegTrainer"),
+    **{f"trainers.{row.module}": row.classes for row in TRAINERS},
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -80,8 +80,11 @@ class _Source:
         }
 
     def main_arguments(self) -> list[str]:
-        """Names of the classes that `main` takes."""
-        main = next(node for node in self.tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+        """Names of the classes that `main` takes; of a trainer's own file, which has none, its configuration."""
+        functions = [node for node in self.tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+        if not functions:
+            return [n.name for n in self.tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Config")]
+        main = functions[0]
         return [ast.unparse(argument.annotation) for argument in main.args.args if argument.annotation]
 
     def options(self, name: str, foreign: list[str]) -> tuple[str, list[Option]]:

@@ -19,6 +19,7 @@ import tokalign
 from tokalign.signals.registry import get, names
 from tokalign.stage.errors import ContractError, JobError, OptionError
 from tokalign.stage.resources import PACKAGE, recipe
+from tokalign.trainers.registry import TRAINERS
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     "training": (
         Verb("sft", "tokalign.cli.train_sft", "supervised fine-tuning; positive and negative models"),
         Verb("dpo", "tokalign.cli.train_dpo", "plain DPO, as TRL's, by the same recipe"),
-        Verb("critical-dpo", "tokalign.cli.train_critical_dpo", "critical-token DPO (arXiv 2411.19943)"),
-        Verb("treg", "tokalign.cli.train_treg", "T-REG on DPO or SimPO (arXiv 2412.02685)"),
-        Verb("structured-grpo", "tokalign.cli.train_structured_grpo", "GRPO, structured-output reward (2512.00319)"),
+        *(Verb(row.verb, row.main or f"tokalign.trainers.{row.module}", row.text) for row in TRAINERS),
         Verb("router", "tokalign.cli.train_router", "a token router (arXiv 2505.21600)"),
     ),
     "evaluation": (
@@ -191,7 +190,7 @@ def run(module: str, words: list[str], command: str = "") -> Any:
     Raises:
         OptionError: an option that there is not, in the YAML, or a value that a configuration refuses.
     """
-    function = import_module(module).main  # before TRL: the verb may set what torch reads when it is imported
+    function = main_of(module)  # before TRL: the verb may set what torch reads when it is imported
     parser = parser_of(function, command)
     if "--help_all" in words:
         parser.print_help()
@@ -208,6 +207,16 @@ def run(module: str, words: list[str], command: str = "") -> Any:
 
         end_processes()
     return result
+
+
+def main_of(module: str) -> Any:
+    """A verb's `main`: its file's own, or of a row of the table of trainers the one that all trainings share."""
+    own = getattr(import_module(module), "main", None)
+    if own is not None:
+        return own
+    from tokalign.cli.train import main_of_trainer
+
+    return main_of_trainer(module)
 
 
 def parser_of(function: Any, command: str = "") -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from tokalign.stage.loading import load_stage
 from tokalign.trainers.checkpoints import resume_point
+from tokalign.trainers.registry import TRAINERS
 
 
 @dataclass
@@ -80,6 +82,19 @@ def train(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.end_training()
     return trainer
+
+
+def main_of_trainer(module: str) -> Callable[..., Any]:
+    """The verb of a trainer that has no file of its own in cli/; its row says what the data is."""
+    row = next(row for row in TRAINERS if module == f"tokalign.trainers.{row.module}")
+    config_class, trainer_class = (getattr(import_module(module), name) for name in row.classes)
+
+    def main(script_args: DataArguments, training_args: Any, model_args: ModelConfig) -> Any:
+        """Train, save, return the trainer."""
+        return train(trainer_class, script_args, training_args, model_args, needs=row.data)
+
+    main.__annotations__["training_args"] = config_class
+    return main
 
 
 def model_of(model_args: ModelConfig) -> str:

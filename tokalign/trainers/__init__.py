@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from tokalign.lazy import lazy_names
+from tokalign.trainers.registry import TRAINERS
 
 if TYPE_CHECKING:
     from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
@@ -19,10 +20,5 @@ __all__ = [
     "TRegConfig",
     "TRegTrainer",
 ]
-_HOMES = {
-    "critical_token_dpo": ("CriticalTokenDPOConfig", "CriticalTokenDPOTrainer"),
-    "critical_token_entropy": ("CriticalTokenEntropyCallback",),
-    "structured_grpo": ("StructuredGRPOConfig", "StructuredGRPOTrainer"),
-    "treg": ("TRegConfig", "TRegTrainer"),
-}
+_HOMES = {"critical_token_entropy": ("CriticalTokenEntropyCallback",), **{row.module: row.classes for row in TRAINERS}}
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
