@@ -41,6 +41,9 @@ def verb_help(command: str, module: str) -> str:
     source = _Source(module)
     parts = [f"usage: {command} [options]   (or all of them in a flat YAML: --config FILE)", "", source.doc.strip(), ""]
     foreign: list[str] = []
+    if source.main is None:  # a trainer's own file: what all trainings share comes before it
+        parts += _section(_Source("tokalign.cli.train"), "DataArguments", foreign)
+        foreign.append("trl.ModelConfig")
     for name in source.main_arguments():
         parts += _section(source, name, foreign)
     launch = "--accelerate_config NAME (zero2, zero3, ddp, …) runs it on many processes, as --num_processes says."
@@ -71,6 +74,8 @@ class _Source:
             raise ModuleNotFoundError(f"There is no module {module}.")
         self.tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         self.doc = ast.get_docstring(self.tree) or ""
+        functions = [node for node in self.tree.body if isinstance(node, ast.FunctionDef)]
+        self.main = next((function for function in functions if function.name == "main"), None)
         self.constants = {
             target.id: node.value
             for node in self.tree.body
@@ -81,11 +86,9 @@ class _Source:
 
     def main_arguments(self) -> list[str]:
         """Names of the classes that `main` takes; of a trainer's own file, which has none, its configuration."""
-        functions = [node for node in self.tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-        if not functions:
+        if self.main is None:
             return [n.name for n in self.tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Config")]
-        main = functions[0]
-        return [ast.unparse(argument.annotation) for argument in main.args.args if argument.annotation]
+        return [ast.unparse(argument.annotation) for argument in self.main.args.args if argument.annotation]
 
     def options(self, name: str, foreign: list[str]) -> tuple[str, list[Option]]:
         """Title and options of a dataclass, its bases' first; classes of other packages are named in `foreign`."""
