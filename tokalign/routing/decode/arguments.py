@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tokalign.generation.protocol import SamplingParams
+from tokalign.generation.arguments import SamplingArguments
 
 
 @dataclass
@@ -46,33 +46,11 @@ class PairArguments:
 
 
 @dataclass
-class RoutedSamplingArguments:
-    """Prompts and completions."""
+class RoutedSamplingArguments(SamplingArguments):
+    """Prompts and completions: one greedy answer a problem, unless told otherwise."""
 
     num_rollouts: int = field(default=1, metadata={"help": "Completions a problem."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus kept while sampling."})
-    max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
-    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longer prompts are dropped and counted; unset is what both models can hold."}
-    )
-    prompt_format: Literal["chat", "raw"] = field(
-        default="chat",
-        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of all completions."})
-
-    @property
-    def params(self) -> SamplingParams:
-        """What an engine is told of every problem; each gets a seed of its own."""
-        return SamplingParams(
-            n=self.num_rollouts,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_tokens=self.max_tokens,
-            stop=tuple(self.stop or ()),
-        )
 
 
 @dataclass
