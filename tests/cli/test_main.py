@@ -93,3 +93,32 @@ def test_a_fault_in_the_code_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("tokalign.cli.recipes.shipped_files", lambda: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
         entry()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["scor"], r"there is no 'scor' \(did you mean score\?\)"),
+        (["score", "likelyhood"], r"there is no 'likelyhood' \(did you mean likelihood\?\)"),
+    ],
+)
+def test_a_verb_that_there_is_not(words, said):
+    with pytest.raises(SystemExit, match=said):
+        main(words)
+
+
+def test_an_option_that_there_is_not_is_named_with_what_was_meant(tmp_path):
+    words = ["dpo", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    with pytest.raises(OptionError, match=r"there is no option --sginal \(did you mean --signal\?\)"):
+        main([*words, "--sginal", "logprob"])
+    (tmp_path / "one.yaml").write_text("lerning_rate: 1.0e-5\n")
+    with pytest.raises(OptionError, match=r"there is no option --lerning_rate \(did you mean --learning_rate\?\)"):
+        main([*words, "--config", str(tmp_path / "one.yaml")])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`tokalign | head -1`: the pipe is closed while the command still writes."""
+    program = "from tokalign.cli.main import entry; entry()"
+    started = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started.stdout.close()
+    assert (started.stderr.read(), started.wait()) == (b"", 1)

@@ -7,9 +7,12 @@ after `--config` (TRL's parser). Help is read from the source (`tokalign.cli.hel
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -166,10 +169,14 @@ def entry() -> None:
     """
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, such as `| head`; Python's own flush at exit would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (*OURS, *ORDINARY) as error:
         if os.environ.get("TOKALIGN_TRACEBACK") or not is_said(error):
             raise
-        raise SystemExit(f"tokalign: {error}") from None
+        raise SystemExit(str(error) if str(error).startswith("tokalign ") else f"tokalign: {error}") from None
 
 
 def is_said(error: BaseException) -> bool:
@@ -200,7 +207,7 @@ def run(module: str, words: list[str], command: str = "") -> Any:
     except ContractError:  # a verb's own check of its options
         raise
     except ValueError as error:
-        raise OptionError(f"{command}: {error}") from error
+        raise OptionError(f"{command}: {_without_unknown_options(str(error), parser, command)}") from error
     result = function(*options)
     if "torch" in sys.modules:
         from tokalign.stage.processes import end_processes
@@ -237,5 +244,22 @@ def with_shipped_config(words: list[str]) -> list[str]:
     return words
 
 
+def _without_unknown_options(said: str, parser: Any, command: str) -> str:
+    """The parser's error; where it names options that there are not, a sentence that a user of the command can use."""
+    if "not used by the HfArgumentParser" not in said and "Unknown arguments from config file" not in said:
+        return said
+    word = next(iter(re.findall(r"--?([A-Za-z]\w*)", said)), None)
+    if word is None:  # a bare word where an option was expected
+        return said
+    known = [option.name for kind in parser.dataclass_types for option in fields(kind)]
+    return f"there is no option --{word}{_did_you_mean(word, known, '--')}; see `{command} --help`."
+
+
+def _did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {before}{close[0]}?)" if close else ""
+
+
 def _unknown(command: str, word: str, verbs: dict[str, Verb]) -> Any:
-    raise SystemExit(f"{command}: there is no {word!r}; there are {', '.join(verbs)}. See `{command} --help`.")
+    meant = _did_you_mean(word, verbs)
+    raise SystemExit(f"{command}: there is no {word!r}{meant}; there are {', '.join(verbs)}. See `{command} --help`.")

@@ -234,7 +234,8 @@ def get(name: str) -> Signal:
     if name not in _SIGNALS:
         raise ValueError(
             f"There is no token signal {name!r} (there are {', '.join(_SIGNALS)}): register yours with "
-            "`tokalign.signals.register(Signal(...))`, which says its range."
+            "`tokalign.signals.register(Signal(...))`, which says its range, or, for the `tokalign` command, by an "
+            f"entry point of the group {ENTRY_POINTS!r}."
         )
     return _SIGNALS[name]
 

@@ -99,7 +99,8 @@ def check_preferences(
     for signal in signals:
         for column in (f"{side}_{_name(signal)}" for side in sides):
             if column not in dataset.column_names:
-                raise ContractError(f"The preference dataset has no column `{column}`; {_scored_by(signal)}.")
+                there = _signals_in(dataset)
+                raise ContractError(f"The preference dataset has no column `{column}`{there}; {_scored_by(signal)}.")
     ids_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     columns = ["id", *ids_columns, *(column for _, column, _ in scored)]
     check_lists(dataset, "The preference dataset", ids_columns, "rebuild the pairs")
@@ -256,4 +257,13 @@ def check_columns(dataset: Dataset, where: str, stage: str | None, signals: Sequ
     for signal in signals:
         columns = [f"{side}_{_name(signal)}" for side in ("chosen", "rejected")]
         if not {*columns} & {*dataset.column_names}:
-            raise ContractError(f"{where} has neither `{columns[0]}` nor `{columns[1]}`; {_scored_by(signal)}.")
+            raise ContractError(
+                f"{where} has neither `{columns[0]}` nor `{columns[1]}`{_signals_in(dataset)}; {_scored_by(signal)}."
+            )
+
+
+def _signals_in(dataset: Dataset) -> str:
+    """The signals that a dataset has, for the error that misses another one; empty where it has none."""
+    rejected = [name.partition("_")[2] for name in dataset.column_names if name.startswith("rejected_")]
+    signals = [name for name in rejected if name != "ids" and f"chosen_{name}" in dataset.column_names]
+    return f" (its signals are {', '.join(signals)})" if signals else ""

@@ -52,6 +52,8 @@ def load_stage(
     elif folder.is_file():
         dataset, manifest = _load_file(folder, split), None
     else:
+        if folder.suffix in _READERS:
+            raise ContractError(f"File {path_or_id} does not exist; {remedy_for(stage)}.")
         if not is_hub_id(str(path_or_id)):
             raise ContractError(f"Folder {path_or_id} does not exist; {remedy_for(stage)}.")
         try:
