@@ -165,7 +165,7 @@ def run_table(run: Run) -> Table:
     """How a run was started, where, when and for how long, and with which versions."""
     arguments, machine = run["results"].get("arguments", {}), run["machine"]
     row = [
-        f"`python benchmarks/suite.py --only {run['name']}`",
+        f"`python benchmarks/suite.py {'--quick true ' if run.get('quick') else ''}--only {run['name']}`",
         str(arguments.get("seeds", arguments.get("seed", "–"))),
         ", ".join(str(machine[key]) for key in ("cpu", "cores", "threads", "gpu") if machine.get(key)),
         run["date"],

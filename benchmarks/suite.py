@@ -147,6 +147,7 @@ def run(experiment: Experiment, out: Path, data: Path, *, quick: bool) -> None:
     keep = {
         "name": experiment.name,
         "command": state["command"],
+        "quick": quick,
         "date": state["date"],
         "seconds": round(state["seconds"]),
         "machine": machine(experiment),

@@ -382,7 +382,7 @@ def jobs_on(folder: Path) -> list[Job]:
 def training_job(folder: Path) -> Job:
     """Critical-token DPO of all weights, with a checkpoint every two steps; one command starts it and goes on.
 
-    Every other kill waits for a checkpoint that is half written, which takes some thousandths of a second.
+    Half of the kills wait for a checkpoint that is half written, which takes some thousandths of a second.
     """
     options = """
         --model_name_or_path @/slm --dataset_name @/scored --max_steps 24 --save_steps 2 --save_total_limit 2
