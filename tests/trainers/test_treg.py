@@ -377,7 +377,7 @@ def test_another_column_is_shifted_into_the_range_or_refused(tiny_path, tmp_path
         make(tiny_path, tmp_path, Dataset.from_list(rows).remove_columns("chosen_entropy"), signal="entropy")
     with pytest.raises(ContractError, match="no column `rejected_token_reward`"):
         make(tiny_path, tmp_path, Dataset.from_list(rows).remove_columns("rejected_token_reward"))
-    with pytest.raises(ContractError, match=r"text only .*scripts/score_token_rewards\.py, or set `alpha=0`"):
+    with pytest.raises(ContractError, match=r"text only .*`tokalign score contrast`, or set `alpha=0`"):
         make(tiny_path, tmp_path, as_text(rows), signal="contrast", reward_offset=0.5)
 
 

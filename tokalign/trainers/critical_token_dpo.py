@@ -155,7 +155,7 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
 
     _config_class = CriticalTokenDPOConfig
     _needs = "weight"
-    _scored_by = "`tokalign score contrast`, or set `weight_side='none'` for plain DPO"
+    _unscored = "`weight_side='none'` for plain DPO"
     _tag_names = ["trl", "tokalign", "critical-token-dpo"]  # noqa: RUF012
     _name = "Critical-token DPO"
     _paper = {  # noqa: RUF012

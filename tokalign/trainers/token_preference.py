@@ -201,7 +201,8 @@ class TokenPreferenceTrainer(DPOTrainer):
             if not columns & set(IDS):
                 raise ContractError(
                     f"The {dataset_name} dataset holds text only (columns {', '.join(sorted(columns))}), and the "
-                    f"signal {signal!r} needs token ids and their scores; score the pairs with {self._scored_by}."
+                    f"signal {signal!r} needs token ids and their scores; score the pairs with "
+                    f"`{get(signal).command}`, or set {self._unscored}."
                 )
         self._check_manifest(dataset, args, dataset_name)
         if sides or columns.issuperset(STAGES["preferences"]):
@@ -219,7 +220,7 @@ class TokenPreferenceTrainer(DPOTrainer):
             )
         return dataset
 
-    _scored_by = ""  # the script, and what else one can do, for the error above
+    _unscored = ""  # the option by which the method reads no signal, for the error above
 
     def _check_rows(self, dataset: Dataset | IterableDataset, args: Any) -> Dataset | IterableDataset:
         """The contract's checks, at once on stored rows and as they come on streamed ones."""

@@ -255,7 +255,7 @@ class TRegTrainer(TokenPreferenceTrainer):
     _needs = "reward"
     _collator = DataCollatorForTReg
     _own_columns = tuple(PROMPTS.values())
-    _scored_by = "`tokalign score token-reward`, or set `alpha=0` for the base loss"
+    _unscored = "`alpha=0` for the base loss"
 
     _tag_names = ["trl", "tokalign", "t-reg"]  # noqa: RUF012
     _name = "T-REG"
