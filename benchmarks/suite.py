@@ -82,7 +82,7 @@ EXPERIMENTS = (
         "compositions",
         f"{FEW} --base {{base}} --eval_model {{base}} --llm {{early}} --rollouts 4 --pairs 32 --continuations 4",
     ),
-    Experiment("faults", "--kills 2 --training_kills 2 --only build_pairs score_contrast write_answers critical_dpo"),
+    Experiment("faults", "--kills 2 --training_kills 2 --only pairs score_contrast write-answers critical_dpo"),
     Experiment("speed", "--size quick", threads=os.cpu_count() or 1),
     Experiment(
         "speed-gpu",

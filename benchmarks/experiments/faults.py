@@ -412,10 +412,10 @@ def main(args: FaultArguments) -> dict[str, Any]:
     out = Path(args.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     prepare(out / "cache")
-    jobs = {}
-    for job in jobs_on(make_inputs(out / "inputs")):
-        if not args.only or job.name in args.only:
-            jobs[job.name] = killed(job, out, args)
+    all_jobs = {job.name: job for job in jobs_on(make_inputs(out / "inputs"))}
+    if unknown := [name for name in args.only if name not in all_jobs]:
+        raise ValueError(f"--only {unknown[0]}: there is no such job; there are {', '.join(all_jobs)}.")
+    jobs = {name: killed(all_jobs[name], out, args) for name in args.only or all_jobs}
     return save(out, {"arguments": asdict(args), "jobs": jobs}, tables)
 
 
