@@ -21,7 +21,7 @@ from tokalign.routing.decode.arguments import PairArguments, RoutedSamplingArgum
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import named_policy
 from tokalign.routing.decode.rollouts import pair_parameters, routed_sampler, routing_summary
-from tokalign.stage.hashes import weights_hash
+from tokalign.stage.hashes import model_identity
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import write_manifest
@@ -51,9 +51,7 @@ def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: Gene
     if arguments.num_problems is not None:
         problems = problems.select(range(min(arguments.num_problems, len(problems))))
     models = {"slm": pair.slm, "llm": pair.llm, "router": pair.router}
-    hashes: dict[str, str | None] = {}
-    if state.is_main_process:  # only this process compares and writes them, and hashing 140 GB takes a while
-        hashes = {name: path and weights_hash(path) for name, path in models.items()}
+    hashes = {name: model_identity(path) for name, path in models.items()}
     # Another policy than the router has taken the threshold for itself
     own = {"threshold": pair.threshold if policy is None else None, "max_rows": arguments.max_rows}
     generator = RoutedGenerator.from_pretrained(**{**vars(pair), **own}, policy=policy)

@@ -200,7 +200,6 @@ _ASSIGNMENT = re.compile(
     r"([A-Za-z](?:_\{?[A-Za-z0-9]{1,9}\}?)?(?: ?\([a-z]\))?) ?(?:=|\\in(?![a-z])|∈) ?(?=\S)([^=<>]++)"
 )
 _MATRIX = re.compile(r"\\begin ?\{([pbvB]?matrix)\}(.*)\\end ?\{\1\}", re.DOTALL)
-_CLOSES = {"(": ")", "[": "]", "{": "}"}
 
 
 def unwrap(text: str) -> str:

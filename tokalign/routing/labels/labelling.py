@@ -37,7 +37,7 @@ from tokalign.routing.labels.report import build_label_report, plot_label_report
 from tokalign.routing.labels.sentences import SentenceRule, sentence_rule
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_text_atomically
-from tokalign.stage.hashes import content_hash, tokenizer_hash, weights_hash
+from tokalign.stage.hashes import content_hash, model_identity, tokenizer_hash
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
@@ -84,17 +84,17 @@ class Labelling:
         self.top_k = min(arguments.top_k, self.shared_vocab)
         # Every stage's manifest says by which models it was made; a stage of others is refused by their hashes
         self.models: dict[str, dict[str, Any]] = {
-            "llm": {"path": llm.model, "weights_hash": self._hash(llm.model, on_server=llm.engine == "openai")},
+            "llm": {"path": llm.model, "weights_hash": model_identity(llm.model, remote=llm.engine == "openai")},
             "slm": {
                 "path": arguments.slm,
-                "weights_hash": self._hash(arguments.slm),
+                "weights_hash": model_identity(arguments.slm),
                 "tokenizer_hash": tokenizer_hash(slm_tokenizer),
                 "hidden_size": slm_config.hidden_size,
                 "vocab_size": slm_config.vocab_size,
             },
         }
         if llm.adapter is not None:
-            hashed = self._hash(llm.adapter, on_server=llm.engine == "openai")
+            hashed = model_identity(llm.adapter, remote=llm.engine == "openai")
             self.models["llm"] |= {"adapter": llm.adapter, "adapter_hash": hashed}
         self.identity = {
             name: {k: v for k, v in model.items() if k.endswith("hash")} for name, model in self.models.items()
@@ -312,15 +312,6 @@ class Labelling:
     def _first(self, rows: Dataset) -> Dataset:
         most = self.arguments.num_problems
         return rows if most is None else rows.select(range(min(most, len(rows))))
-
-    def _hash(self, path: str, *, on_server: bool = False) -> str | None:
-        """Identity of a model's weights: a server's model is known by its name alone.
-
-        Only the main process compares and writes hashes, and hashing 60 GB takes a while.
-        """
-        if on_server and not Path(path).is_dir():
-            return path
-        return weights_hash(path) if self.main else None
 
     def _free(self) -> None:
         """Free the LLM, if a shard of this process has loaded it, and what a finished stage's model held."""
