@@ -30,7 +30,8 @@ be invalid, correctness compares typed values instead of words, the length term 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -40,9 +41,11 @@ from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Doc
 from tokalign.rewards.structured.documents.reading import check_limits, decode_json, read_document, text_of
 from tokalign.rewards.structured.grading import Grade, TooManyValues
 from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
+from tokalign.stage.errors import ContractError
 
 COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}
+NAME, SCHEMA_COLUMN, REFERENCE_COLUMN = "structured", "schema", "answer"
 FLOOR = 0.1  # structure of the least answer; what is not an answer stays below it
 _KEPT = 1024  # parsed references
 _PERFECT = Grade(1.0, 1.0, True)
@@ -70,9 +73,10 @@ class StructuredReward:
         text_match: "exact", or "tokens" to compare strings by the F1 over their words.
         min_length, max_length: bounds in characters; the component length is off without them.
         reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>".
-        schema_column, reference_column: dataset columns.
+        schema_column, reference_column: dataset columns. One of another name than the default must be there.
         limits: most bytes, depth and values of a completion.
-        name: name of the reward and prefix of its metrics.
+        name: name of the reward and prefix of its metrics, and of its columns in the table of completions if it is
+            another than the default: so several rewards lie beside one another.
 
     Attributes:
         last_scores: what the last `score_batch` gave.
@@ -95,10 +99,10 @@ class StructuredReward:
         min_length: int | None = None,
         max_length: int | None = None,
         reasoning_end: str | None = None,
-        schema_column: str = "schema",
-        reference_column: str = "answer",
+        schema_column: str = SCHEMA_COLUMN,
+        reference_column: str = REFERENCE_COLUMN,
         limits: Limits | None = None,
-        name: str = "structured",
+        name: str = NAME,
     ):
         for option, value, known in (
             ("output_format", output_format, FORMATS),
@@ -286,6 +290,32 @@ class StructuredReward:
         """Raise what scoring a row of the dataset would raise for its schema or reference."""
         self._reference(reference, self._compiled(schema))
 
+    def check_columns(self, names: Collection[str], what: str) -> None:
+        """Raise where rows lack a column without which this reward would judge something else than it was asked to.
+
+        Args:
+            names: columns of the rows.
+            what: what to call the rows, e.g. "The training dataset".
+
+        Raises:
+            ContractError: naming the column and the remedy.
+        """
+        # A column that the caller named must be there; one of the default name only where nothing stands in for it
+        if self.schema_column not in names and (self.schema is None or self.schema_column != SCHEMA_COLUMN):
+            otherwise = " and no schema is given for all rows; set `schema` to a JSON Schema file, or"
+            raise ContractError(
+                f"{what} has no column `{self.schema_column}`{otherwise if self.schema is None else '; set'} "
+                "`schema_column` to the column that holds them, and leave `remove_unused_columns` false."
+            )
+        if self.reference_column in names or "correctness" not in self.active:
+            return
+        if self.reference_column != REFERENCE_COLUMN:
+            raise ContractError(
+                f"{what} has no column `{self.reference_column}`; set `reference_column` to the column that holds the "
+                "right documents, or leave the component correctness out of the weights."
+            )
+        warnings.warn(f"Rows have no column `{REFERENCE_COLUMN}`: the component correctness is off.", stacklevel=1)
+
     # -------------------------------------------------------------------------------------------------------- a batch
 
     def __call__(
@@ -306,7 +336,13 @@ class StructuredReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[dict[str, Any]]:
-        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch."""
+        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch.
+
+        Raises:
+            ContractError, SchemaError, ValueError: a column that is missing, a bad schema or reference, with its row.
+        """
+        if completions:
+            self.check_columns(columns, "The batch")
         schemas = columns.get(self.schema_column) or [None] * len(completions)
         references = columns.get(self.reference_column) or [None] * len(completions)
         rows: list[dict[str, Any]] = []
@@ -314,6 +350,8 @@ class StructuredReward:
         for index, completion in enumerate(completions):
             schema, reference = schemas[index], references[index]
             try:
+                if schema is None and self.schema is None:
+                    raise SchemaError("is missing; give it a JSON Schema, or drop the row")
                 compiled = self._compiled(schema)
                 parsed = self._reference(reference, compiled)
             except ValueError as error:
@@ -326,14 +364,15 @@ class StructuredReward:
                 reasons.append(reason() if callable(reason) else reason)
             rows.append(row)
         self.last_scores = rows
+        prefix = "" if self.__name__ == NAME else f"{self.__name__}/"
         for component in self.active:
             values = [row[component] for row in rows if row[component] is not None]
             if log_metric is not None and values:
                 log_metric(f"{self.__name__}/{component}", sum(values) / len(values))
             if log_extra is not None:
-                log_extra(component, [row[component] for row in rows])
+                log_extra(f"{prefix}{component}", [row[component] for row in rows])
         if log_extra is not None:
-            log_extra("reason", reasons)
+            log_extra(f"{prefix}reason", reasons)
         return rows
 
     def score_shared(self, component: str, completions: Sequence[Any], **columns: Any) -> list[dict[str, Any]]:
