@@ -11,6 +11,7 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tests.trainers.preferences import as_text, make_trainer, preference_rows, settings
+from tokalign.internals.trl import head_needs_triton
 from tokalign.signals.registry import Signal, register
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
@@ -168,3 +169,18 @@ def test_settings_that_contradict_each_other(tmp_path, options, message):
 def test_arguments_of_another_trainer(tiny_path, tmp_path, rows):
     with pytest.raises(TypeError, match="must be a CriticalTokenDPOConfig, got DPOConfig"):
         CriticalTokenDPOTrainer(tiny_path, args=DPOConfig(**settings(tmp_path)), train_dataset=Dataset.from_list(rows))
+
+
+def test_a_head_that_needs_a_gpu_is_refused_without_one(tiny_path, tmp_path, rows, monkeypatch):
+    """TRL 1.15 has its fused head as a Triton kernel alone, which fails on a CPU with "0 active drivers"."""
+    for version, needs in (("1.15.0", True), ("1.15.3", True), ("1.16.0", False), ("1.17.0", False)):
+        monkeypatch.setattr("trl.__version__", version)
+        assert head_needs_triton() is needs
+    monkeypatch.setattr("trl.__version__", "1.15.0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RuntimeError, match=r"^TRL 1\.15\.0 .* needs a GPU; install trl>=1\.16 or set .* TRITON_INTERPRET=1"
+    ):
+        make_trainer(tiny_path, tmp_path, rows)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    make_trainer(tiny_path, tmp_path, rows)

@@ -20,6 +20,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,10 @@ from tqdm import tqdm
 from trl import GRPOConfig, GRPOTrainer, is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
+from tokalign.internals.trl import get_config_model_id
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import Limits
+from tokalign.rewards.structured.reward import ComponentReward
 from tokalign.stage.errors import ContractError
 
 logger = get_logger(__name__)
@@ -181,14 +184,21 @@ class StructuredGRPOTrainer(GRPOTrainer):
 
     Args:
         model: see [`~trl.GRPOTrainer`].
-        reward_funcs: further reward functions, summed with the structured one, or a `StructuredReward` of your own
-            among them, which then replaces the one of `args`.
+        reward_funcs: as there, in your order; `reward_weights` and `reward_processing_classes` lie beside it. Where
+            no `StructuredReward` is among them, the one of `args` follows with weight 1; several count each.
         args: a [`StructuredGRPOConfig`].
         train_dataset, eval_dataset: rows with `prompt`, and `schema` and `answer` as the configuration names them
             (`tokalign data gsm8k-json`, `bfcl`, `cooking`). Map-style datasets are checked before training.
 
     Raises:
-        ContractError: a row without a schema, or with one that is invalid, or with a reference that is not JSON.
+        ContractError: a row without a schema, or with one that is invalid, or with a reference that is not JSON; a
+            column that is not there.
+        TypeError: `args` of another kind.
+        ValueError: lists of different lengths, or two structured rewards of one name.
+
+    Attributes:
+        structured: the first structured reward, which the constrained baseline follows.
+        structured_rewards: all of them.
     """
 
     args: StructuredGRPOConfig
@@ -202,21 +212,32 @@ class StructuredGRPOTrainer(GRPOTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        args = args or StructuredGRPOConfig()
-        given = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-        own = [f for f in given if isinstance(f, StructuredReward)]
-        self.structured = own[0] if own else args.reward()
-        others = [f for f in given if not isinstance(f, StructuredReward)]
-        by_component = args.multi_objective_aggregation == "normalize_then_sum"
-        functions: list[Any] = self.structured.component_rewards() if by_component else [self.structured]
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = StructuredGRPOConfig(f"{name.split('/')[-1]}-StructuredGRPO")
+        if not isinstance(args, StructuredGRPOConfig):
+            raise TypeError(
+                f"`args` must be a StructuredGRPOConfig, got {type(args).__name__}; it has the same fields and "
+                "those of the structured reward."
+            )
+        rewards, weights, classes = _side_by_side(reward_funcs, args, kwargs.pop("reward_processing_classes", None))
+        self.structured_rewards = _structured(rewards)
+        self.structured = self.structured_rewards[0]
         for name, rows in _named(train_dataset, eval_dataset):
-            check_rows(rows, self.structured, name)
+            for reward in self.structured_rewards:
+                check_rows(rows, reward, name)
+        if weights != (args.reward_weights or [1.0] * len(rewards)):
+            args = copy(args)  # the caller's may be used again, with weights that lie beside the caller's list
+            args.reward_weights = weights
         super().__init__(
-            model, [*functions, *others], args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
+            model,
+            rewards,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            reward_processing_classes=classes,
+            **kwargs,
         )
-        if by_component and args.reward_weights is None:
-            weights = [self.structured.weights[c] for c in self.structured.active] + [1.0] * len(others)
-            self.reward_weights = torch.tensor(weights, dtype=torch.float32)
         if args.constrained_eval_share:
             self._check_constrained(args)
         self._stuck: dict[str, int] = defaultdict(int)
@@ -240,25 +261,33 @@ class StructuredGRPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------------ curriculum
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """With `remove_unused_columns` the columns stay that the structured rewards read."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns  # typed None in transformers
+            columns += ["id", *(c for r in self.structured_rewards for c in (r.schema_column, r.reference_column))]
+
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
         """TRL's rewards; beside them, per component, the share of groups in which no completion has a point."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode, group = self._mode_and_group()
-        names = self.structured.active
-        rows = self.structured.last_scores  # of these completions, by TRL's call of the reward
-        values = [[float("nan") if row[name] is None else row[name] for name in names] for row in rows]
-        gathered = self.accelerator.gather(torch.tensor(values, device=self.accelerator.device))
-        for name, column in zip(names, gathered.unbind(-1), strict=True):
-            groups = column.view(-1, group)
-            groups = groups[~groups.isnan().any(-1)]
-            if len(groups) == 0:
-                continue
-            share = (groups == 0).all(-1).float().mean().item()
-            self._metrics[mode][f"{self.structured.__name__}/{name}/zero_groups"].append(share)
-            if mode == "train":
-                self._warn_if_stuck(name, share)
+        for reward in self.structured_rewards:
+            names = reward.active
+            rows = reward.last_scores  # of these completions, by TRL's call of the reward
+            values = [[float("nan") if row[name] is None else row[name] for name in names] for row in rows]
+            gathered = self.accelerator.gather(torch.tensor(values, device=self.accelerator.device))
+            for name, column in zip(names, gathered.unbind(-1), strict=True):
+                groups = column.view(-1, group)
+                groups = groups[~groups.isnan().any(-1)]
+                if len(groups) == 0:
+                    continue
+                share = (groups == 0).all(-1).float().mean().item()
+                self._metrics[mode][f"{reward.__name__}/{name}/zero_groups"].append(share)
+                if mode == "train":
+                    self._warn_if_stuck(reward.__name__, name, share)
         return rewards
 
     def _mode_and_group(self) -> tuple[str, int]:
@@ -267,12 +296,13 @@ class StructuredGRPOTrainer(GRPOTrainer):
         mode, group = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
         return mode, group or 1
 
-    def _warn_if_stuck(self, name: str, share: float) -> None:
-        self._stuck[name] = self._stuck[name] + 1 if share >= PLATEAU else 0
-        if self._stuck[name] == self.args.plateau_patience:
+    def _warn_if_stuck(self, reward: str, name: str, share: float) -> None:
+        key = f"{reward}/{name}"
+        self._stuck[key] = self._stuck[key] + 1 if share >= PLATEAU else 0
+        if self._stuck[key] == self.args.plateau_patience:
             logger.warning(
-                f"The component {name} is 0 for every completion of {share:.0%} of the groups, for "
-                f"{self._stuck[name]} generations now, so it teaches nothing: {REMEDIES[name]}."
+                f"The component {key} is 0 for every completion of {share:.0%} of the groups, for "
+                f"{self._stuck[key]} generations now, so it teaches nothing: {REMEDIES[name]}."
             )
 
     # ------------------------------------------------------------------------------------- constrained decoding in eval
@@ -383,6 +413,53 @@ def _generating_with(model: Any, **options: Any) -> Iterator[None]:
         del model.generate  # the method of the class again
 
 
+# ------------------------------------------------------------------------------------------------- lists, side by side
+
+
+def _side_by_side(
+    reward_funcs: Any, args: StructuredGRPOConfig, processing_classes: Any
+) -> tuple[list[Any], list[float], list[Any]]:
+    """Reward functions in the caller's order, their weights, and their tokenizers (None but for reward models).
+
+    Under `normalize_then_sum` the components of a structured reward stand in its place, each with its own weight times
+    the reward's.
+    """
+    given = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    given = given or [args.reward()]
+    weights, classes = (
+        [default] * len(given) if values is None else list(values) if isinstance(values, list) else [values]
+        for values, default in ((args.reward_weights, 1.0), (processing_classes, None))
+    )
+    for name, values in (("reward_weights", weights), ("reward_processing_classes", classes)):
+        if len(values) != len(given):
+            raise ValueError(
+                f"`{name}` has {len(values)} entries for {len(given)} reward functions; give one for each, and put "
+                "`args.reward()` among `reward_funcs` if the structured reward shall have one."
+            )
+    if not any(isinstance(function, StructuredReward | ComponentReward) for function in given):
+        given, weights, classes = [*given, args.reward()], [*weights, 1.0], [*classes, None]
+    rows: list[tuple[Any, float, Any]] = []
+    for function, weight, tokenizer in zip(given, weights, classes, strict=True):
+        if isinstance(function, StructuredReward) and args.multi_objective_aggregation == "normalize_then_sum":
+            parts = function.component_rewards()
+            rows += [(part, weight * function.weights[part.component], None) for part in parts]
+        else:
+            rows.append((function, weight, tokenizer))
+    functions, weights, classes = (list(column) for column in zip(*rows, strict=True))
+    return functions, weights, classes
+
+
+def _structured(functions: list[Any]) -> list[StructuredReward]:
+    """The structured rewards among reward functions, whole or by their components."""
+    parts = {id(f.reward): f.reward for f in functions if isinstance(f, ComponentReward)}
+    found = [*(f for f in functions if isinstance(f, StructuredReward)), *parts.values()]
+    names = [reward.__name__ for reward in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two structured rewards are named {name!r}, and logs tell them apart by it; set `name`.")
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------- datasets
 
 
@@ -399,12 +476,8 @@ def check_rows(rows: Dataset, reward: StructuredReward, name: str) -> None:
     Raises:
         ContractError: naming the row, the column and the remedy.
     """
+    reward.check_columns(rows.column_names, f"The {name} dataset")
     columns = [c for c in (reward.schema_column, reward.reference_column, "id") if c in rows.column_names]
-    if reward.schema is None and reward.schema_column not in columns and reward.preset is None:
-        raise ContractError(
-            f"The {name} dataset has no column `{reward.schema_column}` and no schema is given for all rows; set "
-            "`schema` to a JSON Schema file, or `schema_column` to the column that holds them."
-        )
     if "prompt" not in rows.column_names:
         raise ContractError(f"The {name} dataset has no column `prompt`; build it with `tokalign data`.")
     if not columns:
@@ -421,7 +494,7 @@ def check_rows(rows: Dataset, reward: StructuredReward, name: str) -> None:
 
 def _check_row(row: Mapping[str, Any], reward: StructuredReward, where: str) -> None:
     schema, reference = row.get(reward.schema_column), row.get(reward.reference_column)
-    if schema is None and reward.schema is None and reward.preset is None:
+    if schema is None and reward.schema is None:
         raise ContractError(f"{where}: `{reward.schema_column}` is missing; give it a JSON Schema, or drop the row.")
     column = reward.schema_column
     try:

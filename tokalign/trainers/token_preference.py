@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import trl
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
@@ -34,6 +35,7 @@ from tokalign.internals.trl import (
     DataCollatorForPreference,
     get_config_model_id,
     global_then_local_main_first,
+    head_needs_triton,
     pad,
     prepare_deepspeed,
 )
@@ -132,6 +134,11 @@ class TokenPreferenceTrainer(DPOTrainer):
             args = self._config_class(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         if not isinstance(args, self._config_class):
             raise TypeError(f"`args` must be a {self._config_class.__name__}, got {type(args).__name__}.")
+        if head_needs_triton() and args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                f"TRL {trl.__version__} computes log-probs by a Triton kernel, which needs a GPU; install trl>=1.16 or "
+                "set the environment variable TRITON_INTERPRET=1 (slow, for tests)."
+            )
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ContractError("`train_dataset` has no rows; check what the stage that wrote it dropped and why.")
         self._uses_own_collator = data_collator is None
@@ -339,6 +346,11 @@ class TokenPreferenceTrainer(DPOTrainer):
             if self._precompute_engine is None:
                 self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
+        # Nor under FSDP, where TRL shards a copy for a full fine-tuning and has nothing for an adapter's base
+        unplaced = self.is_fsdp_enabled and self.ref_model is None and self.optimizer is None
+        home = next(model.parameters()).device
+        if unplaced:
+            model.to(self.accelerator.device)
         ids = dataset.select_columns(list(IDS))
         writer = None
         if self.accelerator.is_local_main_process:  # a node's processes read one file
@@ -361,6 +373,8 @@ class TokenPreferenceTrainer(DPOTrainer):
                 }
                 writer.write(values)
                 row += 1
+        if unplaced:
+            model.to(home)  # from where accelerate shards it
         if writer is not None:
             writer.finalize()
             os.replace(temporary, path)

@@ -172,6 +172,10 @@ class RouterTrainer(Trainer):
         **kwargs: Any,
     ):
         args = args or RouterConfig()
+        if not isinstance(args, RouterConfig):
+            raise TypeError(
+                f"`args` must be a RouterConfig, got {type(args).__name__}; it has the same fields and more."
+            )
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
                 check_dataset(model, dataset)
