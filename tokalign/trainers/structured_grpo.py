@@ -445,8 +445,7 @@ def _side_by_side(
             rows += [(part, weight * function.weights[part.component], None) for part in parts]
         else:
             rows.append((function, weight, tokenizer))
-    functions, weights, classes = (list(column) for column in zip(*rows, strict=True))
-    return functions, weights, classes
+    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 
 def _structured(functions: list[Any]) -> list[StructuredReward]:
