@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -246,6 +247,7 @@ def build_problems(
         manifests[split] = manifest
         part = next(iter(sorted((Path(args.output_dir) / split).glob("*.parquet"))))
         columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
+    refuse_nothing(manifests, args.source)
     if not process_state().is_main_process:
         return manifests
     write_dataset_card(
@@ -259,6 +261,17 @@ def build_problems(
         notes=notes,
     )
     return manifests
+
+
+def refuse_nothing(manifests: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Raise `ContractError` if a builder kept no row of any split: an empty stage would fail later and elsewhere."""
+    if any(manifest["rows"] for manifest in manifests.values()):
+        return
+    reasons = Counter[str]()
+    for manifest in manifests.values():
+        reasons.update(manifest.get("dropped", {}))
+    why = ", ".join(f"{count} because of {reason!r}" for reason, count in reasons.most_common()) or "there was none"
+    raise ContractError(f"No row of {source} was kept ({why}); check the source and the options that say what is read.")
 
 
 def _with_validation(

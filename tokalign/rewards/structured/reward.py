@@ -35,7 +35,8 @@ from copy import deepcopy
 from typing import Any, Literal
 
 from tokalign.rewards.structured import rl_struct
-from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement, equal
+from tokalign.rewards.structured.calls import allowed_agreement, is_allowed_reference
+from tokalign.rewards.structured.content import TextMatch, agreement, equal
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
 from tokalign.rewards.structured.documents.reading import check_limits, decode_json, read_document, text_of
 from tokalign.rewards.structured.grading import Grade, TooManyValues
@@ -66,7 +67,7 @@ class StructuredReward:
         preset: "rl-struct" is the paper's literal reward, with its weights; it is easily gamed.
         fence: whether the document stands in a Markdown fence: "optional" (either way is fine), "never", "required".
         references: "value" compares with the reference as a document; "allowed" takes lists of allowed values for
-            each argument of a tool call (`tokalign.rewards.structured.content.allowed_agreement`).
+            each argument of a tool call, or of several in any order (`tokalign.rewards.structured.calls`).
         text_match: "exact", or "tokens" to compare strings by the F1 over their words.
         min_length, max_length: bounds in characters; the component length is off without them.
         reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>".
@@ -275,10 +276,10 @@ class StructuredReward:
                 if document is MISSING:
                     raise ValueError(f"is not JSON ({str(error)[:200]}); give the right document as JSON") from None
                 reference = document
-        if self.references == "allowed" and not _is_allowed_reference(reference):
+        if self.references == "allowed" and not is_allowed_reference(reference):
             raise ValueError(
-                'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}}; give it so, or set '
-                "references to 'value'"
+                'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}} or a list of such calls; '
+                "give it so, or set references to 'value'"
             )
         return reference
 
@@ -397,12 +398,3 @@ def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) 
     if not any(weights.values()):
         raise ValueError("All components are off; give at least one a positive weight.")
     return {name: float(weights[name]) for name in COMPONENTS if weights.get(name)}
-
-
-def _is_allowed_reference(reference: Any) -> bool:
-    return (
-        isinstance(reference, dict)
-        and reference.keys() == {"name", "arguments"}
-        and isinstance(reference["arguments"], dict)
-        and all(isinstance(values, list) for values in reference["arguments"].values())
-    )
