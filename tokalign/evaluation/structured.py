@@ -38,7 +38,7 @@ from tokalign.generation.protocol import Completion, Engine, SamplingParams
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.calls import calls_match
 from tokalign.rewards.structured.content import equal, leaf_f1
-from tokalign.rewards.structured.documents.reading import decode_json
+from tokalign.rewards.structured.documents.json import decode_json
 from tokalign.rewards.structured.grading import TooManyValues
 from tokalign.rewards.structured.reward import COMPONENTS
 from tokalign.rewards.structured.schemas import SchemaError, compile_text
