@@ -5,6 +5,9 @@
     tokalign data bfcl --questions BFCL_v4_simple_python.json --answers possible_answer/BFCL_v4_simple_python.json \\
         --output_dir runs/bfcl
 
+The categories are simple_python, simple_java, simple_javascript, multiple, parallel and parallel_multiple, and of user
+requests live_simple, live_multiple, live_parallel and live_parallel_multiple.
+
 A row is a request and one or several functions. `schema` is the JSON Schema of the call `{"name": …, "arguments": {…}}`
 (of any of the functions), or of a list of calls where the answer is several. `answer` is what the leaderboard allows,
 in the form of `tokalign.rewards.structured.calls`: each argument's allowed values ("" among them: it may be left out;
@@ -93,7 +96,9 @@ class BfclArguments:
     )
     categories: list[str] = field(
         default_factory=lambda: ["simple_python"],
-        metadata={"help": f"What to read from --source: {', '.join(CATEGORIES)}."},
+        metadata={
+            "help": "Names of the leaderboard's single-turn categories that have answers, e.g. multiple live_simple."
+        },
     )
     questions: str | None = field(default=None, metadata={"help": "The file of requests, instead of --source."})
     answers: str | None = field(default=None, metadata={"help": "The file of allowed values, instead of --source."})

@@ -181,10 +181,10 @@ def _right(value: Any, key: str, reference: Mapping[str, Any]) -> bool:
 
 
 def _typed_right(value: Any, allowed: list[Any], expected: type, items: type | None) -> bool:
-    first = _first_type(allowed)
-    if type(value) is not expected:
+    given, first = type(value), _first_type(allowed)
+    if given is not expected:
         # a variable, written as its name where another type is declared: only an equal value is right
-        return type(value) is first and value in allowed
+        return given is first and value in allowed
     if items is not None and not any(_items_typed(value, one, items) for one in allowed):
         return False
     if first is not None and first is not expected:
