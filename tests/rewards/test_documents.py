@@ -318,6 +318,23 @@ def test_tool_calls(completion, value, error):
     assert plain(completion, "tool_call") == (value, error)
 
 
+CALL_MARKS = [
+    *("<function=f>", "<parameter=a>", "</parameter>", "</function>", "<arg_key>", "</arg_key>", "<arg_value>"),
+    *(
+        "</arg_value>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "<|python_tag|>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "f(a=",
+        ")",
+    ),
+    *("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|channel|>", "analysis", "<|message|>", "<|end|>"),
+    *("commentary", " to=functions.", "json", "<|call|>", '{"name": "f", "parameters": {}}', ";", "True", "\\x4"),
+]
+
+
 def test_a_list_of_tool_calls_is_wanted():
     assert plain(f"<tool_call>{CALL_TEXT}</tool_call>", "tool_call", wants_list=True) == ([CALL], None)
 
@@ -484,6 +501,7 @@ def test_from_any_depth_of_the_stack(output_format):
                     "</a>",
                     "<tool_call>",
                     "</tool_call>",
+                    *CALL_MARKS,
                 ]
             )
         ).map("".join),
