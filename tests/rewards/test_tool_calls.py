@@ -76,6 +76,7 @@ ONE = {
     "DeepSeek V3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>geo.find<｜tool▁sep｜>"
     f"{ARGUMENTS_TEXT}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "Kimi": f"<|tool_calls_section_begin|><|tool_call_begin|>{KIMI}<|tool_calls_section_end|>",
+    "Kimi, no marks left": f"functions.geo.find:0{ARGUMENTS_TEXT}",
     "gpt-oss": HARMONY,
     "gpt-oss, analysis": ANALYSIS + HARMONY,
     "gpt-oss, recipient first": ANALYSIS

@@ -161,7 +161,8 @@ class StructuredReward:
     def _components(self, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
         if self.preset is not None:
             bounds = (self.min_length, self.max_length)
-            return self._total(rl_struct.components(completion, reference, schema.schema, bounds, self.limits))
+            text = answer_of(completion, self.reasoning_end) or ""
+            return self._total(rl_struct.components(text, reference, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)

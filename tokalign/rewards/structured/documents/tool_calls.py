@@ -15,11 +15,11 @@ The format is found by its marks, so nobody has to name it and a model may be ex
 | gpt-oss | `<|channel|>commentary to=functions.f <|constrain|>json<|message|>{…}<|call|>`, after its analysis |
 | any | the bare JSON of a call or of a list; a message's own `tool_calls`, arguments as an object or as JSON text |
 
-Marks that are special tokens are often gone from decoded text: Mistral's `f{…}` and gpt-oss' `commentary
-to=functions.f json{…}` are read too. A call's JSON ends where its value ends, so a string may hold `</tool_call>`. The
-last call may lack its closing mark, which a stop string cuts off; before further text it may not. Arguments that are
-JSON text of an object, encoded twice, are that object. Qwen3-Coder and GLM write all values as text: where the schema
-of the named function allows a string there, the text is the value, elsewhere the JSON in it.
+Marks that are special tokens are often gone from decoded text: Mistral's `f{…}`, Kimi's `functions.f:0{…}` and gpt-oss'
+`commentary to=functions.f json{…}` are read too. A call's JSON ends where its value ends, so a string may hold
+`</tool_call>`. The last call may lack its closing mark, which a stop string cuts off; before further text it may not.
+Arguments that are JSON text of an object, encoded twice, are that object. Qwen3-Coder and GLM write all values as text:
+where the schema of the named function allows a string there, the text is the value, elsewhere the JSON in it.
 
 Why not the parsers of TRL or vLLM: they take token ids and one model's template, let faulty JSON through or make text
 of it, and a reward must tell these apart.
@@ -99,7 +99,7 @@ _MARKS = {
     "<|tool_call_start|>": "<|tool_call_end|>",
 }
 _SPACE = re.compile(r"[\s;]*+")
-_NAMED = re.compile(r"([A-Za-z_][\w.-]*+)(?=\{)")
+_NAMED = re.compile(r"(?:functions\.)?([A-Za-z_][\w.-]*+)(?::\d++)?(?=\{)")
 # The tags around one value of a body whose values are text: opening tag, then where the value ends.
 _TAGS = {
     "parameters": (re.compile(r"\s*+<parameter=([^<>\n]++)>"), "</parameter>"),
