@@ -455,6 +455,9 @@ def test_a_builder_that_keeps_nothing_fails(tmp_path: Path) -> None:
     ]:  # fmt: skip
         with pytest.raises(ContractError, match=r"No row of .* was kept .1 because of 'no "):
             build.main(args)
+    empty = write(tmp_path / "empty" / "train.jsonl", [])
+    with pytest.raises(ContractError, match=r"train\.jsonl holds no row; check --source"):
+        gsm8k.main(gsm8k.Gsm8kArguments(source=empty, output_dir=str(tmp_path / "empty_out")))
     with pytest.raises(ContractError, match=r"No row of .* was kept \(there was none\)"):
         cooking.main(cooking.CookingArguments(output_dir=str(tmp_path / "c"), train=0, validation=0, test=0))
 
@@ -502,6 +505,10 @@ def test_bad_bfcl_options_are_one_sentence(tmp_path: Path) -> None:
         bfcl.BfclArguments(output_dir="unused", source="s", categories=["multiple", "irrelevance"])
     with pytest.raises(ContractError, match="'multi_turn_base'; use simple_python, simple_java"):
         bfcl.BfclArguments(output_dir="unused", source="s", categories=["multi_turn_base"])
+    with pytest.raises(ContractError, match="are the files of one category; give --source for several"):
+        bfcl.BfclArguments(output_dir="unused", questions="q", answers="a", categories=["multiple", "parallel"])
+    with pytest.raises(ContractError, match="--categories is empty; name at least one"):
+        bfcl.BfclArguments(output_dir="unused", source="s", categories=[])
     with pytest.raises(ContractError, match="test_share is 2; use a number from 0 to 1"):
         bfcl.BfclArguments(output_dir="unused", source="s", test_share=2)
     with pytest.raises(ContractError, match="call_format is 'xml'; use 'hermes' or 'json'"):

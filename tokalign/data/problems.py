@@ -133,9 +133,9 @@ def read_files(files: list[Path]) -> Dataset:
     """The rows of a split's files, which are all of one kind."""
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
     if kind == "json":
-        for file in files:  # `load_dataset` names neither the line nor, for a row that is not an object, the file
-            for _ in read_lines(file):
-                pass
+        # `load_dataset` names neither the line nor, for a row that is not an object, the file, and no reason for none
+        if not sum(1 for file in files for _ in read_lines(file)):
+            raise ContractError(f"{' and '.join(map(str, files))} holds no row; check --source.")
     return load_dataset(kind, data_files=[str(file) for file in files], split="train")
 
 
@@ -245,8 +245,8 @@ def build_problems(
             shard_size=4096,
         )
         manifests[split] = manifest
-        part = next(iter(sorted((Path(args.output_dir) / split).glob("*.parquet"))))
-        columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
+        for part in sorted((Path(args.output_dir) / split).glob("*.parquet"))[:1]:
+            columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
     refuse_nothing(manifests, args.source)
     if not process_state().is_main_process:
         return manifests

@@ -116,6 +116,8 @@ class BfclArguments:
     def __post_init__(self) -> None:
         if self.source is None and (self.questions is None or self.answers is None):
             raise ContractError("There is nothing to read; give --source, or both --questions and --answers.")
+        if not self.categories:
+            raise ContractError("--categories is empty; name at least one, or leave it out.")
         for category in self.categories:
             if category in WITHOUT_CALLS:
                 raise ContractError(
@@ -124,6 +126,8 @@ class BfclArguments:
                 )
             if category not in CATEGORIES:
                 raise ContractError(f"--categories has {category!r}; use {', '.join(CATEGORIES)}.")
+        if (self.questions or self.answers) and len(self.categories) != 1:
+            raise ContractError("--questions and --answers are the files of one category; give --source for several.")
         if not 0 <= self.test_share <= 1:
             raise ContractError(f"--test_share is {self.test_share}; use a number from 0 to 1.")
         if self.call_format not in REPLIES:
