@@ -132,10 +132,9 @@ def _split_of(file: Path) -> str | None:
 def read_files(files: list[Path]) -> Dataset:
     """The rows of a split's files, which are all of one kind."""
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
-    if kind == "json":
-        # `load_dataset` names neither the line nor, for a row that is not an object, the file, and no reason for none
-        if not sum(1 for file in files for _ in read_lines(file)):
-            raise ContractError(f"{' and '.join(map(str, files))} holds no row; check --source.")
+    # `load_dataset` names neither the line nor, for a row that is not an object, the file, and no reason for no row
+    if kind == "json" and not sum(1 for file in files for _ in read_lines(file)):
+        raise ContractError(f"{' and '.join(map(str, files))} holds no row; check --source.")
     return load_dataset(kind, data_files=[str(file) for file in files], split="train")
 
 
