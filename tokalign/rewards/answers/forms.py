@@ -51,7 +51,6 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _INFINITIES = (r"\infty", r"-\infty")
 _INFINITE = tuple(Form("expression", end, text=end) for end in _INFINITIES)
 
-
 _START = re.compile(r"\A(?:\s|\\[,;:! ]|\\q?quad(?![A-Za-z])|~)++")
 _END = re.compile(r"(?<!\\)(?:\s|\\[,;:! ]|\\q?quad|[~.,;:!]|\\\Z)++\Z")
 _END_CAP = 40  # characters in which a pattern may look for the end

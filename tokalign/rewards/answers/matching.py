@@ -140,7 +140,7 @@ _OPTION = re.compile(r"(?i:(option|choice|answer)[ _])?(?:\( ?([A-Ja-j]) ?\)|([A
 _MATH_LETTER = re.compile(r"\$ ?(\(?[A-J]\)?) ?\$")
 # Text that does not name an option: another option's letter, more of an expression, or a remark on the letter.
 _NOT_AN_OPTION = re.compile(
-    r"[-+*/^=<>,;&|]( |$)|[+*/^=<>,;&|]|(?:is|are|was|or|and|nor|not|but)(?![a-z])|"
+    r"-(?: |$)|[+*/^=<>,;&|]|(?:is|are|was|or|and|nor|not|but)(?![a-z])|"
     r".{0,200}?(?:\( ?[A-Ja-j] ?\)|(?<![A-Za-z])(?:[A-J](?:[.):]|$)|[a-j]\)))",
     re.DOTALL,
 )
@@ -162,17 +162,14 @@ def _option(answer: str) -> tuple[str, str] | None:
 
 def _same_option(prediction: str, reference: str, deadline: float) -> bool:
     """Whether both choose one letter; where only one side has a letter, whether its text is the other answer."""
-    (letter, text), (other_letter, other_text) = (
-        _option(prediction) or ("", prediction),
-        _option(reference) or ("", reference),
-    )
-    if letter and other_letter and letter != other_letter:
+    chosen, expected = _option(prediction), _option(reference)
+    if chosen is None and expected is None:
         return False
-    if letter and other_letter and not (text and other_text):
-        return True
-    if not (letter or other_letter) or not (text and other_text):
-        return False
-    return _same(read_form(text), read_form(other_text), deadline)
+    letter, text = chosen or ("", prediction)
+    other_letter, other_text = expected or ("", reference)
+    if letter and other_letter and (letter != other_letter or not text or not other_text):
+        return letter == other_letter
+    return bool(text and other_text) and _same(read_form(text), read_form(other_text), deadline)
 
 
 def answers_match(prediction: str | None, reference: str | Sequence[str] | None) -> bool:

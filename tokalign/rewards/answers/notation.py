@@ -46,7 +46,7 @@ _CHARACTERS = str.maketrans(
         "、": ",",
     }
 )
-_SCRIPTS = [(re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), "^"), (re.compile("[₀-₉ₙ]+"), "_")]
+_SCRIPT = re.compile("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)|[₀-₉ₙ]+")
 _GREEK = dict(zip("αβγδθλμρσφω", "alpha beta gamma delta theta lambda mu rho sigma phi omega".split(), strict=True))
 _GREEK_SYMBOL = re.compile(f"(?<![Ͱ-Ͽ])[{''.join(_GREEK)}](?![Ͱ-Ͽ])")  # alone; several are a word
 _DIGIT_GROUPS = re.compile(r"(?<![\d.^_])\d{1,3}(?:(?:\\[,;: ]|~|[\u00a0\u2009\u202f])\d{3})+(?!\d)")  # 58\,500
@@ -109,8 +109,7 @@ def plain_notation(answer: str) -> str:
     """The same answer in one spelling; time linear in its length."""
     text = _DIGIT_GROUPS.sub(lambda number: re.sub(r"\D", "", number[0]), answer)
     if not text.isascii():
-        for pattern, mark in _SCRIPTS:
-            text = pattern.sub(lambda script, mark=mark: f"{mark}{{{_normal(script[0])}}}", text)
+        text = _SCRIPT.sub(lambda script: f"{'^' if script[1] else '_'}{{{_normal(script[0])}}}", text)
         text = _GREEK_SYMBOL.sub(lambda letter: f"\\{_GREEK[letter[0]]} ", text)
         # Full-width and mathematical letters and digits; after the table, for `²` would become 2 and `ℝ` R.
         text = _normal(text.translate(_CHARACTERS))
