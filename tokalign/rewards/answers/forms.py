@@ -69,7 +69,7 @@ def unwrap(text: str) -> str:
             if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
                 text = text[len(opening) : -len(closing)]
                 break
-        if (box := re.match(r"\\f?boxed ?(?=\{)|\\fbox ?(?=\{)", text)) and _spans(text[box.end() :]):
+        if (box := re.match(r"\\(?:f?boxed|fbox|underline) ?(?=\{)", text)) and _spans(text[box.end() :]):
             text = text[box.end() :]
         if text.startswith("{") and _spans(text):
             text = text[1:-1]

@@ -136,7 +136,7 @@ def _same_in_any_order(prediction: Sequence[Form], reference: Sequence[Form], de
 
 
 # A letter of a multiple choice, alone or before the text of its option: "b", "Option B", "(B) 18", "E: some text".
-_OPTION = re.compile(r"(?i:(option|choice|answer)[ _])?(?:\( ?([A-Ja-j]) ?\)|([A-Ja-j])([.):]?))(?: (.*)|$)", re.DOTALL)
+_OPTION = re.compile(r"(?i:(option|choice|answer)[ _])?(?:\( ?([A-Ja-j]) ?\)|([A-Ja-j]))([.):]?)(?: (.*)|$)", re.DOTALL)
 _MATH_LETTER = re.compile(r"\$ ?(\(?[A-J]\)?) ?\$")
 # Text that does not name an option: another option's letter, more of an expression, or a remark on the letter.
 _NOT_AN_OPTION = re.compile(
