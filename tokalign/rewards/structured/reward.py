@@ -22,7 +22,8 @@ structure is on, every row of the table but the first ranks below every answer, 
 above 0. Whichever components are on, a fault raises none of them, as long as the reference fits the schema. Where the
 schema has alternatives (`anyOf`, `oneOf`), a completion is judged by the one that it fits best, so a change is a fault
 only if it is one under that alternative, both before and after the change. An empty list is right where the schema asks
-for no items; `minItems` or a reference makes it cost.
+for no items; `minItems` or a reference makes it cost. An empty document is an answer where the reference is empty, or
+where the schema allows no other. A valid document without invented keys has full marks, whatever words the schema uses.
 
 Deviations from the paper: structure is judged on parsed keys and types instead of substrings, a fence is no reason to
 be invalid, correctness compares typed values instead of words, the length term is a bonus instead of a malus.
@@ -35,6 +36,8 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
+
+import pydantic_core
 
 from tokalign.rewards.structured import rl_struct
 from tokalign.rewards.structured.calls import allowed_agreement, is_allowed_reference
@@ -51,6 +54,12 @@ WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "cor
 NAME, SCHEMA_COLUMN, REFERENCE_COLUMN = "structured", "schema", "answer"
 FLOOR = 0.1  # structure of the least answer; what is not an answer stays below it
 _KEPT = 1024  # parsed references
+# how an object may become JSON: Pydantic's own way, by alias, and by the two options that a model's configuration has
+_KINDS: tuple[dict[str, Any], ...] = (
+    {"by_alias": False, "inf_nan_mode": "strings"},
+    {"by_alias": True},
+    {"by_alias": False, "timedelta_mode": "float", "bytes_mode": "base64"},
+)
 _PERFECT = Grade(1.0, 1.0, True)
 _NOTHING = Grade(0.0, 0.0, False)
 
@@ -147,7 +156,8 @@ class StructuredReward:
 
         Args:
             completion: text, or messages.
-            reference: right document, as an object or as text in the output format or in JSON; None if unknown.
+            reference: right document, as text in JSON or in the output format, or as an object: of JSON's types, a
+                Pydantic model or dataclass, or its `model_dump()`; None if unknown.
             schema: of this row; None is the constructor's.
 
         Returns:
@@ -166,7 +176,8 @@ class StructuredReward:
         if self.preset is not None:
             bounds = (self.min_length, self.max_length)
             text = answer_of(completion, self.reasoning_end) or ""
-            return self._total(rl_struct.components(text, reference, schema.schema, bounds, self.limits))
+            first = _forms(reference)[0]
+            return self._total(rl_struct.components(text, first, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)
@@ -210,11 +221,13 @@ class StructuredReward:
     def _grade(self, value: Any, reference: Any, schema: CompiledSchema) -> tuple[Grade, bool]:
         """Grade, and whether the document is valid without an invented key."""
         if not value and type(value) in (dict, list):
-            # right only where the reference is empty too: else the cheapest of all answers would be worth something
-            right = value == reference and schema.is_valid(value)
+            # right only where the reference is empty too, or where the schema allows nothing else: else the cheapest of
+            # all answers would be worth something
+            right = (value in _forms(reference) or schema.only_empty) and schema.is_valid(value)
             return (_PERFECT, True) if right else (_NOTHING, False)
         perfect = schema.is_perfect(value)
-        if perfect and ((not schema.shape.options and schema.shape.required) or isinstance(value, list)):
+        asked = schema.shape.allowed is not None and (schema.shape.required or isinstance(value, list))
+        if perfect and asked and not schema.shape.options:
             return _PERFECT, True  # required keys or items, all of them right: surely an attempt
         grade = schema.grade(value, max_values=self.limits.max_values)
         if perfect is None:
@@ -226,6 +239,8 @@ class StructuredReward:
             return None
         if self.references == "allowed":
             return allowed_agreement(value, reference)
+        if type(reference) is tuple:
+            return max([agreement(value, form, text_match=self.text_match) for form in reference])
         return agreement(value, reference, text_match=self.text_match)
 
     def _length(self, completion: Source, document: Document, perfect: bool) -> float | None:
@@ -289,6 +304,8 @@ class StructuredReward:
                 if document is MISSING:
                     raise ValueError(f"is not JSON ({str(error)[:200]}); give the right document as JSON") from None
                 reference = document
+        else:
+            reference = _plain(reference, NO_SCHEMA if self.references == "allowed" else schema)
         if self.references == "allowed" and not is_allowed_reference(reference):
             raise ValueError(
                 'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}} or a list of such calls; '
@@ -446,3 +463,29 @@ def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) 
     if not any(weights.values()):
         raise ValueError("All components are off; give at least one a positive weight.")
     return {name: float(weights[name]) for name in COMPONENTS if weights.get(name)}
+
+
+def _forms(reference: Any) -> tuple[Any, ...]:
+    """The forms that a parsed reference has: several where the JSON of an object depends on its model, else one."""
+    return reference if type(reference) is tuple else (reference,)
+
+
+def _plain(reference: Any, schema: CompiledSchema) -> Any:
+    """An object of any kind (a Pydantic model, a dataclass, dates within) as JSON's types; see `_forms`.
+
+    Raises ValueError where it has no JSON, or none that fits the schema.
+    """
+    try:
+        plain = pydantic_core.to_jsonable_python(reference, **_KINDS[0])
+        if plain == reference:
+            return plain
+        forms = [plain, *(pydantic_core.to_jsonable_python(reference, **kind) for kind in _KINDS[1:])]
+    except ValueError as error:
+        raise ValueError(f"cannot be read as JSON ({str(error)[:200]}); give the right document as JSON") from None
+    # What was not JSON has its form from the model that it is a dump of. That is not known here, so each form that fits
+    # the schema is right.
+    fitting = [form for index, form in enumerate(forms) if form not in forms[:index] and schema.is_valid(form)]
+    if not fitting:
+        reason = schema.first_error(plain)
+        raise ValueError(f"as JSON does not fit the schema ({reason}); give the right document as JSON")
+    return tuple(fitting) if len(fitting) > 1 else fitting[0]
