@@ -152,7 +152,7 @@ def test_load_stage_without_a_manifest_and_by_split(tmp_path):
     with pytest.raises(ContractError, match=r"neither a folder here nor a dataset on the hub"):
         load_stage("nobody/nothing", stage="problems")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ContractError, match=r"holds no parquet files"):
+    with pytest.raises(ContractError, match=r"holds no files of rows"):
         load_stage(tmp_path / "empty")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ContractError, match=r"is not JSON"):
