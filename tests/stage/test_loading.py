@@ -138,7 +138,9 @@ def test_configurations_are_read(tmp_path):
 @pytest.mark.parametrize("at", [2, 1500])
 def test_a_repeated_id_is_found_before_the_job(tmp_path, at):
     write(tmp_path / "rows.jsonl", [f"a{i if i != at else 1}" for i in range(at + 5)])
-    with pytest.raises(ContractError, match=rf"^Row {at} of .*: `id` 'a1' is the one of row 1; give every row its own"):
+    with pytest.raises(
+        ContractError, match=rf"^Row {at} of .*: `id` 'a1' occurs twice, first in row 1; give every row its own"
+    ):
         load_stage(tmp_path / "rows.jsonl", stage="problems")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.stage.contract import SIDES, check_present
+from tokalign.stage.contract import SIDES, check_present, first_row
 from tokalign.stage.errors import ContractError
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -28,10 +28,8 @@ def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str
     """
     from trl import is_conversational, maybe_extract_prompt  # a second; pairs with ids do without
 
-    if len(rows) == 0:
-        raise ContractError(f"{where} has no pairs; check the file and the split.")
+    first = first_row(rows, where)
     check_present(rows, [name for name in ("prompt", *SIDES) if name in rows.column_names], where)
-    first = rows[0]
     messages = is_conversational({"chosen": first["chosen"]})
     if messages and tokenizer.chat_template is None:
         raise ContractError(

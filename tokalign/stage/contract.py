@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.stage.errors import ContractError
@@ -146,8 +146,17 @@ def check_problems(dataset: Dataset, where: str) -> None:
     if (pair := first_repeated(dataset, "id")) is not None:
         first, again = pair
         raise ContractError(
-            f"Row {again} of {where}: `id` {dataset[again]['id']!r} is the one of row {first}; give every row its own."
+            f"Row {again} of {where}: `id` {dataset[again]['id']!r} occurs twice, first in row {first}; give every row "
+            "its own."
         )
+
+
+def first_row(dataset: Dataset | IterableDataset, name: str) -> dict[str, Any]:
+    """The first row of a dataset or stream; `ContractError` where it has none."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ContractError(f"{name} has no rows; check its path and split, and what the job that wrote it dropped.")
+    return dict(row)
 
 
 def check_present(dataset: Dataset, columns: Sequence[str], where: str) -> None:

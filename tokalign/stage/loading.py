@@ -173,7 +173,8 @@ def _load_file(file: Path, split: str, streaming: bool) -> Rows:
     kind = _READERS[file.suffix]
     try:
         return load_dataset(kind, data_files={"train": str(file)}, split=split, streaming=streaming, **_checks(kind))
-    except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
+    except (DatasetGenerationError, pa.ArrowException, ValueError, StopIteration) as error:
+        _refuse_nothing(error, file, split)
         raise ContractError(
             f"{file} cannot be read as rows ({_reason(error)}); write one JSON object a line."
         ) from error
@@ -194,7 +195,8 @@ def _load_folder(folder: Path, split: str, config: str | None, streaming: bool) 
     files = [Path(str(file)) for files in splits.values() for file in files]
     try:
         return load_dataset(str(folder), config, split=split, streaming=streaming, **_checks(builder.name))
-    except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
+    except (DatasetGenerationError, pa.ArrowException, OSError, ValueError, StopIteration) as error:
+        _refuse_nothing(error, folder, split)
         raise _unreadable(folder, [file for file in files if file.suffix == ".parquet"], error) from error
 
 
@@ -206,22 +208,44 @@ def _checks(kind: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- stages
 
 
-def _load_stages(folder: Path, stages: Mapping[str, Path], split: str, streaming: bool) -> tuple[Rows, dict[str, Any]]:
-    """The shards of the stages that `split` names, and what their manifests agree on."""
-    names = _splits_asked(split, stages, folder, streaming)
+def manifest_at(path_or_id: str | Path, split: str = "train") -> dict[str, Any] | None:
+    """What the manifests of the stages that `split` names agree on; None where no job wrote these rows.
+
+    Raises:
+        ContractError: a stage is unfinished, empty or damaged, or the stages are of different tokenizers.
+    """
+    path = Path(path_or_id)
+    stages = stages_in(path) if path.is_dir() else {}
+    return _asked(path, stages, _splits_asked(split, stages, path, False))[0] if stages else None
+
+
+def _asked(
+    folder: Path, stages: Mapping[str, Path], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, list[Path]]]:
+    """What the manifests of these stages agree on, and the shards of each."""
     manifests = [complete_manifest(stages[name]) for name in names]
     files = {name: shards_of(stages[name], manifest) for name, manifest in zip(names, manifests, strict=True)}
-    if len({manifest.get("tokenizer_hash") for manifest in manifests}) > 1:
-        raise ContractError(
-            f"The stages {' and '.join(names)} of {folder} are of different tokenizers; read one of them."
-        )
-    manifest = {k: v for k, v in manifests[0].items() if all(m.get(k) == v for m in manifests)}
+    check_one_tokenizer([manifest.get("tokenizer_hash") for manifest in manifests], str(folder))
+    return {k: v for k, v in manifests[0].items() if all(m.get(k) == v for m in manifests)}, files
+
+
+def check_one_tokenizer(hashes: Sequence[str | None], where: str) -> None:
+    """Refuse rows that come from stages with different tokenizers' ids."""
+    if len(set(hashes)) > 1:
+        raise ContractError(f"The stages of {where} hold ids of different tokenizers; read stages of one tokenizer.")
+
+
+def _load_stages(folder: Path, stages: Mapping[str, Path], split: str, streaming: bool) -> tuple[Rows, dict[str, Any]]:
+    """The rows of the stages that `split` names, and what their manifests agree on."""
+    names = _splits_asked(split, stages, folder, streaming)
+    manifest, files = _asked(folder, stages, names)
     data_files = {name: [str(file) for file in loadable(part)] for name, part in files.items()}
     if names == [split]:  # a folder's name may be none that `datasets` takes for a split
         data_files, split = {"train": data_files[split]}, "train"
     try:
         rows = load_dataset("parquet", data_files=data_files, split=split, streaming=streaming, **_checks("parquet"))
     except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
+        _refuse_nothing(error, folder, split)
         raise _unreadable(folder, [file for part in files.values() for file in part], error) from error
     return rows, manifest
 
@@ -242,6 +266,14 @@ def shards_of(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
             if (problem := shard_problem(file, job, index, pages=False)) is not None:
                 raise _damaged(file, problem)
     return files
+
+
+def _refuse_nothing(error: Exception, where: Path, split: str) -> None:
+    """Say that there are no rows, which `datasets` says in two ways: an empty slice or file, a JSON file of no line."""
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        raise ContractError(
+            f"{where} has no rows in {split!r}; check the path and what the job that wrote it dropped."
+        ) from None
 
 
 def _unreadable(folder: Path, files: Iterable[Path], error: Exception) -> Exception:

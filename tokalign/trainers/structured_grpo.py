@@ -33,6 +33,7 @@ from trl import GRPOConfig, GRPOTrainer, is_conversational
 from tokalign.generation.constrained import is_byte_encoded
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import Limits
+from tokalign.stage.contract import first_row
 from tokalign.stage.errors import ContractError
 
 logger = get_logger(__name__)
@@ -390,6 +391,9 @@ def _named(train: Any, evaluation: Any) -> list[tuple[str, Dataset]]:
     """Map-style datasets with what to call them; the rows of a stream are checked as they come."""
     several = evaluation if isinstance(evaluation, Mapping) else {"evaluation": evaluation}
     every = [("training", train), *((str(name), rows) for name, rows in several.items())]
+    for name, rows in every:
+        if isinstance(rows, Dataset | IterableDataset):  # TRL refuses the rest
+            first_row(rows, f"The {name} dataset")
     return [(name, rows) for name, rows in every if isinstance(rows, Dataset)]
 
 
