@@ -48,6 +48,7 @@ def test_another_dataset_is_evaluated_on(tiny_path, tmp_path):
         (tmp_path / name).mkdir()
         Dataset.from_list(preference_rows(tiny_path, 4, seed=seed)).to_parquet(tmp_path / name / "part.parquet")
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset_name": tmp_path / "other"}
+    evaluation["dataset_test_split"] = "train"  # the only one that the folder has
     names = {"model_name_or_path": tiny_path, "dataset_name": tmp_path / "train", "output_dir": tmp_path / "out"}
     trainer = main(["critical-dpo", *words({**SHORT, **names, **evaluation, "dtype": "float32"})])
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
