@@ -91,6 +91,8 @@ def test_weights_hash_is_of_the_content(tiny_path, tmp_path):
         weights_hash(tmp_path / "empty")
     with pytest.raises(ContractError, match=r"does not exist"):
         weights_hash(tmp_path / "nowhere")
+    with pytest.raises(ContractError, match=r"is a file; give the folder"):
+        weights_hash(copies[0] / "adapter_model.safetensors")
 
 
 def test_model_identity_is_the_hash_or_a_servers_name_in_the_main_process_alone(tiny_path, monkeypatch):

@@ -15,7 +15,7 @@ from tokalign.stage import contract
 from tokalign.stage.contract import first_repeated
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
-from tokalign.stage.loading import load_stage, open_rows
+from tokalign.stage.loading import folder_of, load_stage, open_rows
 from tokalign.stage.manifest import manifest_of, write_manifest
 
 
@@ -85,6 +85,9 @@ def test_stages_of_a_folder_are_its_splits(tmp_path):
     assert load_stage(tmp_path / "train", split="train[:1]")["id"][:] == ["a"]
     both = manifest_of(load_stage(tmp_path, split="train+calibration")) or {}
     assert "tokenizer_hash" in both and "rows" not in both and "name" not in both
+    assert folder_of(tmp_path, "train[:1]") == folder_of(tmp_path / "train") == tmp_path / "train"
+    with pytest.raises(ContractError, match="of several stages"):
+        folder_of(tmp_path, "train+calibration")
     for folder, split in ((tmp_path, "test"), (tmp_path / "train", "test"), (tmp_path / "train", "train+test")):
         with pytest.raises(ContractError, match=r"has no split"):
             load_stage(folder, split=split)

@@ -167,10 +167,10 @@ def _datasets(script_args: DataArguments, training_args: Any, tokenizer: Any) ->
         return train_dataset, rows(split)
     if Path(name).is_file() and split == ScriptArguments.dataset_test_split:
         split = "train"  # a file is one split, whatever it is used for
-    return train_dataset, _open(name, split, script_args)
+    return train_dataset, _open(name, split, script_args, tokenizer)
 
 
-def _open(name: str, split: str, script_args: DataArguments, tokenizer: Any = None) -> Rows:
+def _open(name: str, split: str, script_args: DataArguments, tokenizer: Any) -> Rows:
     """A split of a stage, or of any dataset with TRL's options for one (configuration, streaming)."""
     own = name == script_args.dataset_name or not Path(name).exists()
     rows = open_rows(

@@ -219,6 +219,21 @@ def manifest_at(path_or_id: str | Path, split: str = "train") -> dict[str, Any] 
     return _asked(path, stages, _splits_asked(split, stages, path, False))[0] if stages else None
 
 
+def folder_of(path: str | Path, split: str = "train") -> Path:
+    """The folder of the stage that `split` is of, beside whose rows there may be files of their own.
+
+    Raises:
+        ContractError: the split is there in no stage, or is of several.
+    """
+    folder = Path(path)
+    if not (stages := stages_in(folder)):
+        return folder
+    folders = {stages[name] for name in _splits_asked(split, stages, folder, False)}
+    if len(folders) > 1:
+        raise ContractError(f"{split!r} of {folder} is of several stages, whose files lie apart; name one of them.")
+    return folders.pop()
+
+
 def _asked(
     folder: Path, stages: Mapping[str, Path], names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
