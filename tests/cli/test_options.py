@@ -23,6 +23,8 @@ import tokalign
 from tests.support import ALPHABET, tiny_tokenizer
 from tokalign.cli import train as shared
 from tokalign.cli.main import GROUPS, main_of, parser_of
+from tokalign.cli.pairs import PairsArguments
+from tokalign.cli.reward import RewardArguments
 from tokalign.cli.train import DataArguments
 from tokalign.stage.errors import ContractError, OptionError
 from tokalign.stage.hashes import tokenizer_hash
@@ -382,3 +384,16 @@ def test_every_option_of_our_own_is_read(kind):
     trees = [TREES[file] for file in modules_that_know({base.__name__ for base in chain})]
     unread = own - set().union(*map(reads_of, trees))
     assert not unread or any(map(hands_all_on, trees)), f"{kind.__name__}: {sorted(unread)}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (PairsArguments, {"coverage": 0.8, "rule": "best_worst"}, "--coverage is read with --rule frequency alone"),
+        (PairsArguments, {"min_margin": 0.5}, "--min_margin is read with --rule best_worst alone"),
+        (RewardArguments, {"verifier": True, "reward_index": 1}, "--reward_index is read with --reward_model alone"),
+    ],
+)
+def test_an_option_of_another_choice_is_refused(kind, options, message):
+    with pytest.raises(OptionError, match=message):
+        kind(dataset="d", output_dir="o", **options)
