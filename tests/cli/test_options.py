@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -173,6 +174,9 @@ def test_every_inherited_option_has_its_value_here():
     assert set(TRAININGS) >= {"sft", "dpo", "critical-dpo", "treg", "structured-grpo"}
 
 
+BEFORE: dict[tuple[str, str], dict[str, Any]] = {}  # what a training sees without the option, computed once
+
+
 def filled(value: Any, sources: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [filled(one, sources) for one in value]
@@ -187,7 +191,10 @@ def filled(value: Any, sources: dict[str, str]) -> Any:
 @pytest.mark.parametrize("name", TRAININGS)
 def test_an_inherited_option_shows(monkeypatch, tmp_path, sources, name, option):
     value, beside, where = SHOWS[option]
-    before = run(name, monkeypatch, tmp_path, sources, filled(beside, sources))
+    key = (name, repr(beside))
+    if key not in BEFORE:
+        BEFORE[key] = run(name, monkeypatch, tmp_path, sources, filled(beside, sources))
+    before = BEFORE[key]
     after = run(name, monkeypatch, tmp_path, sources, filled({**beside, option: value}, sources))
     assert {key for key in after if after[key] != before[key]} == {where}
     if where == "loading":
@@ -322,20 +329,27 @@ def test_fresh_weights_have_the_options_of_loaded_ones(monkeypatch, tmp_path, so
 # ------------------------------------------------------------------------------------------------------ our own options
 
 
-def reads_of(tree: ast.AST) -> set[str]:
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def reads_of(file: Path) -> set[str]:
     """Names that a module reads: attributes, and words by which it may ask for one."""
-    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    loaded = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    return words | loaded
+    nodes = list(ast.walk(tree_of(file)))
+    words = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return words | {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
-def hands_all_on(tree: ast.AST) -> bool:
+@cache
+def hands_all_on(file: Path) -> bool:
     """Whether a module gives every field of an object to something: `f(**vars(x))`, or one after the other."""
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(file)):
         if not isinstance(node, ast.Call):
             continue
         everything = [keyword.value for keyword in node.keywords if keyword.arg is None]
-        if any(ast.unparse(part).find("vars(") >= 0 for part in everything):
+        if any("vars(" in ast.unparse(part) for part in everything):
             return True
         if ast.unparse(node.func) == "getattr" and not isinstance(node.args[1], ast.Constant):
             return True
@@ -344,23 +358,25 @@ def hands_all_on(tree: ast.AST) -> bool:
     return False
 
 
-TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in ROOT.rglob("*.py")}
+@cache
+def named_in(file: Path) -> set[str]:
+    """Classes that a module defines, and names that it imports."""
+    return {node.name for node in ast.walk(tree_of(file)) if isinstance(node, ast.ClassDef | ast.alias)}
+
+
+FILES = sorted(ROOT.rglob("*.py"))
 
 
 def modules_that_know(names: set[str]) -> list[Path]:
-    """Where one of these classes is defined or imported, and what those modules import from their own room."""
-    known = []
-    for file, tree in TREES.items():
-        named = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.alias)}
-        if named & names:
-            known.append(file)
+    """Where one of these classes is defined or imported, and what those modules import from the room of the data."""
+    known = [file for file in FILES if named_in(file) & names]
     imported = {
         ROOT.parent.joinpath(*node.module.split(".")).with_suffix(".py")
         for file in known
-        for node in ast.walk(TREES[file])
+        for node in ast.walk(tree_of(file))
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tokalign.data.")
     }
-    return [*known, *(file for file in imported if file in TREES)]
+    return [*known, *sorted(imported & set(FILES))]
 
 
 OWN = sorted(
@@ -381,9 +397,9 @@ def test_every_option_of_our_own_is_read(kind):
     foreign = (ScriptArguments, DatasetMixtureConfig, ModelConfig, TrainingArguments)
     theirs = {f.name for base in kind.__mro__ if base in foreign for f in fields(base)}
     own = {name for base in chain for name in base.__annotations__} - theirs
-    trees = [TREES[file] for file in modules_that_know({base.__name__ for base in chain})]
-    unread = own - set().union(*map(reads_of, trees))
-    assert not unread or any(map(hands_all_on, trees)), f"{kind.__name__}: {sorted(unread)}"
+    files = modules_that_know({base.__name__ for base in chain})
+    unread = own - set().union(*map(reads_of, files))
+    assert not unread or any(map(hands_all_on, files)), f"{kind.__name__}: {sorted(unread)}"
 
 
 @pytest.mark.parametrize(
