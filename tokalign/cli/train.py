@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import set_seed
 from transformers.utils import logging
 from trl import (
@@ -27,7 +26,7 @@ from trl import (
 
 from tokalign.stage.contract import first_row
 from tokalign.stage.errors import ContractError, OptionError
-from tokalign.stage.loading import check_made_with, check_one_tokenizer, manifest_at, open_rows
+from tokalign.stage.loading import Rows, check_made_with, check_one_tokenizer, manifest_at, open_rows
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.registry import TRAINERS
 
@@ -135,9 +134,6 @@ def model_of(model_args: ModelConfig) -> str:
     return model_args.model_name_or_path
 
 
-Rows = Dataset | IterableDataset
-
-
 def _datasets(script_args: DataArguments, training_args: Any, tokenizer: Any) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those to evaluate on where there is an evaluation."""
     evaluates = training_args.eval_strategy != "no"
@@ -200,6 +196,6 @@ def _mixture(script_args: DataArguments, seed: int, tokenizer: Any) -> dict[str,
     mixture: dict[str, Rows] = dict(get_dataset(script_args))  # type: ignore[arg-type]
     for split, rows in mixture.items():
         first_row(rows, f"The split {split!r} of the mixture")
-        if len(hashes) == len(manifests) and hashes[0] is not None:
+        if len(hashes) == len(manifests) and None not in hashes:
             rows.info.description = json.dumps({"tokenizer_hash": hashes[0]})
     return mixture

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset, load_dataset_builder
@@ -23,7 +23,7 @@ from tokalign.stage.hashes import is_hub_id, tokenizer_hash
 from tokalign.stage.manifest import MANIFEST, read_manifest
 from tokalign.stage.shards import CHECKED, job_hash, page_problem, shard_name, shard_problem
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 def load_stage(
@@ -245,8 +245,8 @@ def _asked(
 
 
 def check_one_tokenizer(hashes: Sequence[str | None], where: str) -> None:
-    """Refuse rows that come from stages with different tokenizers' ids."""
-    if len(set(hashes)) > 1:
+    """Refuse rows that come from stages with different tokenizers' ids; a stage without ids has no hash."""
+    if len({*hashes} - {None}) > 1:
         raise ContractError(f"The stages of {where} hold ids of different tokenizers; read stages of one tokenizer.")
 
 
