@@ -265,7 +265,9 @@ def test_own_rows_of_any_column_names(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out" / "train")
     assert manifest["dropped"] == {"no answer": 1, "no id": 1, "no question": 1}
     write(tmp_path / "rows.jsonl", [*rows, {"question": "?", "worked": "#### 1", "name": "a"}])
-    with pytest.raises(ContractError, match=r"Row 5 of split train: `name` 'a' occurs twice; give every row its own"):
+    with pytest.raises(
+        ContractError, match=r"Row 5 of split train: `name` 'a' occurs twice, first in row 0; give every row its own"
+    ):
         build_own(source, tmp_path / "again", **options)
 
 

@@ -115,7 +115,7 @@ def test_settings_that_differ_are_told(tmp_path):
 
 def test_repeated_ids_are_refused(tmp_path):
     problems = Dataset.from_list([{"id": "p", "prompt": "1 + 1", "answer": "2"}] * 2)
-    with pytest.raises(ContractError, match="Row 1: `id` 'p' occurs twice"):
+    with pytest.raises(ContractError, match="Row 1 of the problems: `id` 'p' occurs twice"):
         _evaluate(tmp_path, problems=problems)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -118,6 +119,22 @@ def test_beta_of_the_estimate_is_recorded_from_the_data(tiny_path, tmp_path, row
     assert make_trainer(tiny_path, tmp_path, dataset, weight_side="none").args.estimate_beta is None
     with pytest.raises(ContractError, match=r"made with beta 0.5, but `estimate_beta` is 1.0"):
         make_trainer(tiny_path, tmp_path, dataset, estimate_beta=1.0)
+
+
+@pytest.mark.parametrize("method", [CriticalTokenDPOTrainer, TRegTrainer])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_no_rows_is_said_at_the_start(tiny_path, tmp_path, rows, method, streamed):
+    def none() -> Any:
+        stored = Dataset.from_list(rows)
+        return stored.to_iterable_dataset().filter(lambda row: False) if streamed else stored.select([])
+
+    with pytest.raises(ContractError, match="`train_dataset` has no rows"):
+        make_trainer(tiny_path, tmp_path, none(), method=method)
+    options = {"weight_side": "none"} if method is CriticalTokenDPOTrainer else {"alpha": 0.0}
+    arguments = {"args": method._config_class(**settings(tmp_path, eval_strategy="steps", **options))}
+    model = AutoModelForCausalLM.from_pretrained(tiny_path, dtype="float32")
+    with pytest.raises(ContractError, match="The eval dataset has no rows"):
+        method(model, train_dataset=Dataset.from_list(rows), eval_dataset=none(), **arguments)
 
 
 def test_prompts_that_fill_max_length_are_dropped_and_counted(tiny_path, tmp_path, rows, caplog):

@@ -342,6 +342,15 @@ def test_arguments_of_another_kind_are_refused(path, tmp_path) -> None:
         StructuredGRPOTrainer(path, args=GRPOConfig(**settings(tmp_path)), train_dataset=Dataset.from_list(problems(4)))
 
 
+def test_no_rows_is_said_at_the_start(path, tmp_path) -> None:
+    some = Dataset.from_list(problems(4))
+    for rows in (some.select([]), some.to_iterable_dataset().filter(lambda row: False)):
+        with pytest.raises(ContractError, match="The training dataset has no rows"):
+            StructuredGRPOTrainer(model=path, args=StructuredGRPOConfig(**settings(tmp_path)), train_dataset=rows)
+        with pytest.raises(ContractError, match="The evaluation dataset has no rows"):
+            make_trainer(path, tmp_path, eval_dataset=rows)
+
+
 def test_a_stream_is_taken_as_it_comes(path, tmp_path) -> None:
     trainer = StructuredGRPOTrainer(
         model=path,

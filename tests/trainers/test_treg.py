@@ -289,6 +289,18 @@ def test_text_alone_is_enough(long_path, tmp_path, rows):
     assert losses[0] == losses[1]
 
 
+def test_rewarded_rows_to_evaluate_on_beside_text_to_train_on(long_path, tmp_path, rows):
+    """Refused at the start, where one asks the reference and the other does not; read where all are asked before."""
+    text = as_text(rows)
+    with pytest.raises(ContractError, match=r"eval dataset holds token rewards and the train dataset none.*or remove"):
+        make(long_path, tmp_path / "a", text, eval_rows=rows[:4])
+    trainer = make(long_path, tmp_path / "b", text, eval_rows=rows[:4], precompute_ref_log_probs=True, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    stored = trainer.eval_dataset[0]["chosen_token_reward"]
+    assert stored == rows[0]["chosen_token_reward"]
+
+
 def test_streamed_rows_train_as_stored_ones(long_path, tmp_path, rows):
     plain = Dataset.from_list(without_rewards(rows))
     options = dict(lora=True, max_steps=2)

@@ -7,13 +7,11 @@ that training sees.
 
 from __future__ import annotations
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.stage.contract import SIDES, check_present, first_row
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import BATCH
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -30,7 +28,8 @@ def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str
     """
     from trl import is_conversational, maybe_extract_prompt  # a second; pairs with ids do without
 
-    first = _checked(rows, where)[0]
+    first = first_row(rows, where)
+    check_present(rows, [name for name in ("prompt", *SIDES) if name in rows.column_names], where)
     messages = is_conversational({"chosen": first["chosen"]})
     if messages and tokenizer.chat_template is None:
         raise ContractError(
@@ -43,20 +42,3 @@ def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str
 
     ids = ids_of_dpo_trainer(rows, tokenizer).select_columns(list(IDS))
     return concatenate_datasets([rows, ids], axis=1)
-
-
-def _checked(rows: Dataset, where: str) -> Dataset:
-    """`rows`, none of whose texts or conversations is missing."""
-    columns = [name for name in ("prompt", "chosen", "rejected") if name in rows.column_names]
-    start = 0
-    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
-        for name in columns:
-            column = table[name]
-            absent = pc.is_null(column)
-            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-                absent = pc.or_(absent, pc.fill_null(pc.equal(pc.list_value_length(column), 0), True))
-            if pc.any(absent).as_py():
-                row = start + pc.index(absent, True).as_py()
-                raise ContractError(f"Row {row} of {where}: `{name}` is missing; write it, or drop the row.")
-        start += len(table)
-    return rows

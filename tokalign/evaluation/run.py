@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.generation.rollouts import Extract, Match
 from tokalign.prompts import render_prompt
-from tokalign.stage.contract import SIDES
+from tokalign.stage.contract import SIDES, check_problems
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_json_atomically
 from tokalign.stage.jobs import run_job
@@ -66,15 +66,11 @@ def evaluate(
         `metrics_of` the rows.
 
     Raises:
-        ContractError: no problems, or an id that occurs twice.
+        ContractError: no problems, a prompt that is missing, or an id that occurs twice.
     """
     if samples < 0:
         raise ValueError(f"samples is {samples}: use 0 for greedy decoding alone, or more.")
-    seen: set[str] = set()
-    for number, identity in enumerate(problems["id"]):
-        if identity in seen:
-            raise ContractError(f"Row {number}: `id` {identity!r} occurs twice; give every problem an id of its own.")
-        seen.add(identity)
+    check_problems(problems, "the problems")
     engines: list[Engine] = []
 
     def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

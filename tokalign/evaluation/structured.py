@@ -42,6 +42,7 @@ from tokalign.rewards.structured.documents.json import decode_json
 from tokalign.rewards.structured.grading import TooManyValues
 from tokalign.rewards.structured.reward import COMPONENTS
 from tokalign.rewards.structured.schemas import SchemaError, compile_text
+from tokalign.stage.contract import check_problems
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
@@ -348,13 +349,10 @@ def plot(table: Mapping[str, Any], path: str | Path) -> None:
 
 def _check(problems: Dataset, reward: StructuredReward, schema: str | None) -> None:
     """Stop before any generation at what would spoil it."""
-    seen: set[str] = set()
+    check_problems(problems, "the problems")
     own = "schema" in problems.column_names
-    for number, row in enumerate(problems.select_columns(["id", "answer", *(["schema"] if own else [])])):
+    for row in problems.select_columns(["id", "answer", *(["schema"] if own else [])]):
         assert isinstance(row, dict)
-        if row["id"] in seen:
-            raise ContractError(f"Row {number}: `id` {row['id']!r} occurs twice; give every problem an id of its own.")
-        seen.add(row["id"])
         if not row.get("schema") and schema is None:
             raise ContractError(f"Row {row['id']!r}: there is no `schema`; add the column, or give --schema.")
         try:

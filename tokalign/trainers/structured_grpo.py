@@ -36,6 +36,7 @@ from tokalign.internals.trl import get_config_model_id
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import ComponentReward
+from tokalign.stage.contract import first_row
 from tokalign.stage.errors import ContractError
 
 logger = get_logger(__name__)
@@ -466,6 +467,9 @@ def _named(train: Any, evaluation: Any) -> list[tuple[str, Dataset]]:
     """Map-style datasets with what to call them; the rows of a stream are checked as they come."""
     several = evaluation if isinstance(evaluation, Mapping) else {"evaluation": evaluation}
     every = [("training", train), *((str(name), rows) for name, rows in several.items())]
+    for name, rows in every:
+        if isinstance(rows, Dataset | IterableDataset):  # TRL refuses the rest
+            first_row(rows, f"The {name} dataset")
     return [(name, rows) for name, rows in every if isinstance(rows, Dataset)]
 
 

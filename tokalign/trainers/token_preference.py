@@ -40,7 +40,7 @@ from tokalign.internals.trl import (
     prepare_deepspeed,
 )
 from tokalign.signals.registry import REWARD_RANGE, get
-from tokalign.stage.contract import SIDES, STAGES, check_preferences
+from tokalign.stage.contract import SIDES, STAGES, check_preferences, first_row
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.manifest import manifest_of
@@ -139,8 +139,8 @@ class TokenPreferenceTrainer(DPOTrainer):
                 f"TRL {trl.__version__} computes log-probs by a Triton kernel, which needs a GPU; install trl>=1.16 or "
                 "set the environment variable TRITON_INTERPRET=1 (slow, for tests)."
             )
-        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
-            raise ContractError("`train_dataset` has no rows; check what the stage that wrote it dropped and why.")
+        if isinstance(train_dataset, Dataset | IterableDataset):  # TRL refuses the rest
+            first_row(train_dataset, "`train_dataset`")
         self._uses_own_collator = data_collator is None
         self._start_init(model, args, train_dataset)
         # Before any weights are loaded: a signal that nobody has registered ends the run here
@@ -200,7 +200,7 @@ class TokenPreferenceTrainer(DPOTrainer):
     # -------------------------------------------------------------------------------------------------------- data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        columns = set(next(iter(dataset)))
+        columns = set(first_row(dataset, f"The {dataset_name} dataset"))
         signal, sides = self._reads(args)
         if not columns.issuperset(IDS):
             if not sides:

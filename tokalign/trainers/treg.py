@@ -316,8 +316,16 @@ class TRegTrainer(TokenPreferenceTrainer):
     def _add_revision_prompts(self, dataset: Any, args: TRegConfig, name: str) -> Any:
         """Ids of the two revision prompts of each side; rows for which the model lacks positions are dropped."""
         columns = set(next(iter(dataset)))
-        if columns.issuperset(PROMPTS.values()) or columns.issuperset(REWARDS.values()):
+        if columns.issuperset(PROMPTS.values()):
             return dataset  # prepared before
+        if columns.issuperset(REWARDS.values()):
+            if self._precompute:
+                return dataset  # the training rows get their rewards now, and all are read from then on
+            raise ContractError(
+                f"The {name} dataset holds token rewards and the train dataset none, so the reference is asked for all "
+                f"of them; score the training pairs with `tokalign score token-reward` too, or remove the columns "
+                f"{' and '.join(f'`{column}`' for column in REWARDS.values())} from the {name} dataset."
+            )
         if missing := {"prompt", *SIDES} - columns:
             raise ContractError(
                 f"The {name} dataset has no column `{sorted(missing)[0]}`, whose text the revision prompts quote; add "

@@ -26,6 +26,7 @@ from datasets import Dataset
 from tokalign.data.problems import ProblemArguments, build_problems, open_source, read_files, read_lines, source_files
 from tokalign.data.structured import assistant, json_text
 from tokalign.rewards import extract_answer
+from tokalign.stage.contract import first_repeated
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
 
@@ -103,14 +104,11 @@ def _text(value: Any) -> str | None:
 
 def _check_ids(splits: dict[str, Dataset], column: str) -> None:
     for split, rows in splits.items():
-        seen: set[str] = set()
-        for number, identity in enumerate(rows["own_id"]):
-            if identity is not None and identity in seen:
-                raise ContractError(
-                    f"Row {number} of split {split}: `{column}` {identity!r} occurs twice; give every row its own, or "
-                    "leave --id_column out."
-                )
-            seen.add(identity)
+        if (pair := first_repeated(rows, "own_id")) is not None:
+            raise ContractError(
+                f"Row {pair[1]} of split {split}: `{column}` {rows[pair[1]]['own_id']!r} occurs twice, first in row "
+                f"{pair[0]}; give every row its own, or leave --id_column out."
+            )
 
 
 def _structured(schema: str | None, answer: str) -> dict[str, Any] | Dropped:
