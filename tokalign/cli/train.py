@@ -6,16 +6,19 @@ A method's own file is its arguments and a `main` of a few lines that names its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from tokalign.prompts import TemplateArguments, give_variables
 from tokalign.stage.loading import load_stage
 from tokalign.trainers.checkpoints import resume_point
+from tokalign.trainers.prompts import training_prompts
 from tokalign.trainers.registry import TRAINERS
 
 
@@ -26,6 +29,11 @@ class DataArguments(ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Folder or hub id to evaluate on, where it is not `dataset_name`."}
     )
+
+
+@dataclass
+class TemplateDataArguments(DataArguments, TemplateArguments):
+    """Data, and what its chat template is given, for trainers whose configuration does not say that (GRPO's does)."""
 
 
 def train(
@@ -66,15 +74,32 @@ def train(
     if training_args.eval_strategy != "no":
         name = script_args.eval_dataset_name or script_args.dataset_name
         eval_dataset = _load(name, script_args.dataset_test_split, script_args)
+    train_dataset = _load(script_args.dataset_name, script_args.dataset_train_split, script_args, tokenizer)
+    resume = resume_point(training_args)
+    renderer = given.get("processing_class") or tokenizer_of(model_args, training_args)
+    given_variables = {**vars(training_args), **vars(script_args)}.get("chat_template_kwargs")
+    rendering = training_prompts(
+        train_dataset,
+        renderer,
+        given_variables,
+        of=script_args.dataset_name,
+        folder=training_args.output_dir,
+        resumed=resume is not None,
+    )
+    if rendering is not None and rendering.date is not None:
+        given["processing_class"] = renderer  # told the date, where TRL would load one that reads the clock
+    if isinstance(script_args, TemplateArguments):  # GRPO reads its configuration, the others the rows
+        train_dataset = give_variables(train_dataset, given_variables)
+        eval_dataset = None if eval_dataset is None else give_variables(eval_dataset, given_variables)
     trainer = trainer_class(
         args=training_args,
-        train_dataset=_load(script_args.dataset_name, script_args.dataset_train_split, script_args, tokenizer),
+        train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         **{"model": model_of(model_args), **given},
     )
-    trainer.train(resume_from_checkpoint=resume_point(training_args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if before_push is not None:
         before_push(trainer)
@@ -89,11 +114,17 @@ def main_of_trainer(module: str) -> Callable[..., Any]:
     row = next(row for row in TRAINERS if module == f"tokalign.trainers.{row.module}")
     config_class, trainer_class = (getattr(import_module(module), name) for name in row.classes)
 
+    # A configuration with such a field of its own, as GRPO's, says itself what the template is given
+    own = "chat_template_kwargs" in {field.name for field in fields(config_class)}
+
     def main(script_args: DataArguments, training_args: Any, model_args: ModelConfig) -> Any:
         """Train, save, return the trainer."""
         return train(trainer_class, script_args, training_args, model_args, needs=row.data)
 
-    main.__annotations__["training_args"] = config_class
+    main.__annotations__ |= {
+        "script_args": DataArguments if own else TemplateDataArguments,
+        "training_args": config_class,
+    }
     return main
 
 
@@ -102,6 +133,17 @@ def model_of(model_args: ModelConfig) -> str:
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is required: a folder or a hub id.")
     return model_args.model_name_or_path
+
+
+def tokenizer_of(model_args: ModelConfig, training_args: Any) -> Any:
+    """The model's tokenizer, as TRL's trainers load it."""
+    return AutoTokenizer.from_pretrained(
+        model_of(model_args),
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        truncation_side="left",
+        padding_side="left",
+    )
 
 
 def _load(name: str, split: str, script_args: DataArguments, tokenizer: Any = None) -> Dataset | IterableDataset:

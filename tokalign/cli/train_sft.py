@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from tokalign.cli.train import DataArguments, model_of, train
+from tokalign.cli.train import TemplateDataArguments, model_of, train
 
 
 @dataclass
-class SFTScriptArguments(DataArguments):
+class SFTScriptArguments(TemplateDataArguments):
     """Data and start, besides TRL's script arguments."""
 
     from_scratch: bool = field(default=False, metadata={"help": "Draw fresh weights instead of loading them."})

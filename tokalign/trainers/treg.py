@@ -38,11 +38,13 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 from trl import DPOConfig
 
-from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
+from tokalign.data.revision import load_templates, revision_prompts, templates_hash
 from tokalign.internals.trl import global_then_local_main_first, pad
 from tokalign.losses import pair_weight, sequence_rewards, token_reward_regularizer
+from tokalign.prompts import RECORD, PromptRendering
 from tokalign.signals.prompting import token_reward
 from tokalign.stage.errors import ContractError
+from tokalign.stage.manifest import manifest_of
 from tokalign.trainers.token_preference import (
     REVISION,
     SIDES,
@@ -323,15 +325,14 @@ class TRegTrainer(TokenPreferenceTrainer):
                 f"The {name} dataset has no column `{sorted(missing)[0]}`, whose text the revision prompts quote; add "
                 "it, or score the pairs with `tokalign score token-reward`."
             )
-        templates, tokenizer, prompt_format = self._templates, self._tokenizer, args.prompt_format
+        templates, tokenizer = self._templates, self._tokenizer
+        record = (manifest_of(dataset) or {}).get(RECORD) or {}
+        rendering = PromptRendering(args.prompt_format, record.get("chat_template_kwargs") or {}, record.get("date"))
 
         def add(row: dict[str, Any]) -> dict[str, list[int]]:
             ids: dict[str, list[int]] = {}
             for side in SIDES:
-                text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
-                both = revision_prompt_ids(
-                    row["prompt"], text, templates, tokenizer, prompt_format, name=f"{row.get('id')!r} ({side})"
-                )
+                both = revision_prompts(row, side, templates, tokenizer, rendering)
                 ids |= {PROMPTS[side, kind]: part for kind, part in zip(("better", "worse"), both, strict=True)}
             return ids
 
