@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tokalign.prompts import rendering_of
+from tokalign.prompts import recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.decode.arguments import PairArguments, RoutedSamplingArguments
 from tokalign.routing.decode.generator import RoutedGenerator
@@ -57,7 +57,11 @@ def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: Gene
     own = {"threshold": pair.threshold if policy is None else None, "max_rows": arguments.max_rows}
     generator = RoutedGenerator.from_pretrained(**{**vars(pair), **own}, policy=policy)
     rendering = rendering_of(
-        sampling, generator.tokenizer, recorded=generator.prompts, of="the router's labels", folder=arguments.output_dir
+        sampling,
+        generator.tokenizer,
+        recorded=generator.prompts or recorded_beside(pair.slm, pair.llm),
+        of="the router's labels" if generator.prompts else "the models' training",
+        folder=arguments.output_dir,
     )
     manifest = run_job(
         routed_sampler(

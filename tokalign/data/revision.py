@@ -119,12 +119,21 @@ def quoted(row: Mapping[str, Any], side: str, tokenizer: PreTrainedTokenizerBase
     A text, or an answer of one message that is nothing but text, is quoted as it is, without end tokens behind it (TRL
     appends one to texts), which would end the user's turn. Anything else, such as several turns, a call of tools, or
     reasoning in a field of its own, is what the side's ids read as: the template knows how these are written.
+
+    Raises:
+        ContractError: the template writes none of it.
     """
     answer = row[side]
     if not isinstance(answer, str):
         said = {key for message in answer for key, value in message.items() if value} - {"role"}
         if len(answer) > 1 or said != {"content"} or not isinstance(answer[0]["content"], str):
-            return str(tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True)).strip()
+            written = str(tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True)).strip()
+            if not written:  # a template without tools may leave out a call
+                raise ContractError(
+                    f"Row {row.get('id')!r}: the chat template writes nothing of the messages in `{side}`; use a model "
+                    "whose template knows what they hold, or drop the row."
+                )
+            return written
         return answer[0]["content"]
     while end := next((token for token in tokenizer.all_special_tokens if answer.endswith(token)), ""):
         answer = answer.removesuffix(end)

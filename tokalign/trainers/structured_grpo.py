@@ -194,6 +194,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
     """
 
     args: StructuredGRPOConfig
+    _asked: list[dict[str, Any]] | None = None  # rows whose prompts become ids
 
     def __init__(
         self,
@@ -282,7 +283,8 @@ class StructuredGRPOTrainer(GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """TRL's ids; messages with `tools` or `chat_template_kwargs`, columns that TRL does not read here, are rendered
         by the rule that samples, scores and evaluates them."""
-        rows = [{**row, "prompt": prompt} for row, prompt in zip(self._rows, prompts, strict=True)]
+        asked = self._asked or [{}] * len(prompts)
+        rows = [{**row, "prompt": prompt} for row, prompt in zip(asked, prompts, strict=True)]
         try:
             own = any(row.get(column) is not None for row in rows for column in TEMPLATE_COLUMNS)
             if self.tools or not own or isinstance(prompts[0], str):
@@ -295,7 +297,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------- constrained decoding in eval
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows = inputs  # TRL hands on the prompts alone
+        self._asked = inputs  # TRL hands on the prompts alone
         output = super()._generate_and_score_completions(inputs)
         mode, group = self._mode_and_group()
         if mode == "eval" and self.args.constrained_eval_share > 0:
@@ -312,7 +314,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
         whole = json.dumps(self.structured.schema.schema if self.structured.schema else True)
         schemas: list[str] = [whole if row.get(column) is None else row[column] for row in chosen]
         prompts = [row["prompt"] for row in chosen]
-        self._rows = chosen
+        self._asked = chosen
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         completion_ids = self._generate_constrained(prompt_ids, schemas)
         texts: list[Any] = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

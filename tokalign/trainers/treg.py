@@ -329,7 +329,8 @@ class TRegTrainer(TokenPreferenceTrainer):
         record = (manifest_of(dataset) or {}).get(RECORD) or {}
         rendering = PromptRendering(args.prompt_format, record.get("chat_template_kwargs") or {}, record.get("date"))
 
-        def add(row: dict[str, Any]) -> dict[str, list[int]]:
+        def add(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+            row = {"id": number, **row}
             ids: dict[str, list[int]] = {}
             for side in SIDES:
                 both = revision_prompts(row, side, templates, tokenizer, rendering)
@@ -339,7 +340,9 @@ class TRegTrainer(TokenPreferenceTrainer):
         stored = isinstance(dataset, Dataset)
         with global_then_local_main_first():
             dataset = dataset.map(
-                add, **({"num_proc": args.dataset_num_proc, "desc": f"Revision prompts of {name}"} if stored else {})
+                add,
+                with_indices=True,
+                **({"num_proc": args.dataset_num_proc, "desc": f"Revision prompts of {name}"} if stored else {}),
             )
         if self._positions is None:
             return dataset

@@ -127,8 +127,8 @@ class Labelling:
         rendering = rendering_of(
             arguments,
             self.slm_tokenizer,
-            recorded=recorded_beside(self.llm.adapter, self.llm.model),
-            of="the LLM",
+            recorded=recorded_beside(arguments.slm, self.llm.adapter, self.llm.model),
+            of="the models' training",
             folder=self.folders["answers"],
         )
         limits: dict[str, Any] = {
