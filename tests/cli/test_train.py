@@ -81,6 +81,19 @@ def test_what_the_template_is_given_reaches_training_and_is_followed_by_evaluati
         main(["critical-dpo", *words({**once, "weight_side": "none"})])
 
 
+def test_messages_that_the_template_refuses_are_named(tiny_path, tmp_path):
+    tiny_tokenizer(kind="no system role").save_pretrained(tmp_path / "tiny")
+    AutoModelForCausalLM.from_pretrained(tiny_path).save_pretrained(tmp_path / "tiny")
+    asked, answer = [{"role": "user", "content": "1"}], [{"role": "assistant", "content": "2"}]
+    prompts = [asked, [{"role": "system", "content": "be brief"}, *asked]]
+    (tmp_path / "rows").mkdir()
+    rows = [{"prompt": prompt, "completion": answer} for prompt in prompts]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    names = {"model_name_or_path": tmp_path / "tiny", "dataset_name": tmp_path / "rows", "output_dir": tmp_path / "o"}
+    with pytest.raises(ContractError, match="Row 1: the chat template has no place for a system message"):
+        main(["sft", *words({key: value for key, value in {**SHORT, **names}.items() if key != "beta"})])
+
+
 def test_dpo_weighs_nothing(tiny_path, tmp_path):
     with pytest.raises(ValueError, match="critical-dpo"):
         (tmp_path / "weighted.yaml").write_text("weight_side: rejected\n")

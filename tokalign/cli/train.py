@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from tokalign.prompts import TemplateArguments, give_variables
+from tokalign.prompts import TemplateArguments, give_variables, refused_row
 from tokalign.stage.loading import load_stage
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.prompts import training_prompts
@@ -91,14 +92,17 @@ def train(
     if isinstance(script_args, TemplateArguments):  # GRPO reads its configuration, the others the rows
         train_dataset = give_variables(train_dataset, given_variables)
         eval_dataset = None if eval_dataset is None else give_variables(eval_dataset, given_variables)
-    trainer = trainer_class(
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        **{"model": model_of(model_args), **given},
-    )
+    try:
+        trainer = trainer_class(
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            **{"model": model_of(model_args), **given},
+        )
+    except TemplateError as error:
+        raise refused_row(train_dataset, renderer, error) from error
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if before_push is not None:

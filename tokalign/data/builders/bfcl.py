@@ -12,8 +12,8 @@ each that its schema takes. `StructuredReward(output_format="tool_call", referen
 The leaderboard's types are mapped at any depth ("dict" object, "float" number, "tuple" array, "any" no type), an object
 with properties takes no others, and what JSON Schema does not know ("optional") or what is wrong (a default of another
 type) is left out. `--prompt_tools inline` puts the function into the user's message; `column` writes it to the column
-`tools` instead (JSON text, OpenAI's form), which TRL's SFT and DPO trainers hand to the chat template. Not both: then
-the model would read it twice.
+`tools` instead (JSON text, OpenAI's form), which sampling, scoring, every training and evaluation hand to the chat
+template. Not both: then the model would read it twice.
 
 The source has one split; `--test_share` of it, by hash of the id, is the test. Dropped and counted in the manifest:
 rows without an answer, with several turns, functions or calls, with a schema that does not compile, and rows whose own
