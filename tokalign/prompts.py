@@ -272,12 +272,12 @@ def rendering_of(
     form = getattr(given, "prompt_format", None) or record.get("format") or prompt_format
     rendering = PromptRendering(form, variables, _date(tokenizer, record, folder, key))
     if recorded is not None:
-        now = rendering.record(tokenizer)
-        different = [key for key in ("format", "template", "chat_template_kwargs") if now[key] != record.get(key)]
+        here = rendering.record(tokenizer)
+        different = [key for key in ("format", "template", "chat_template_kwargs") if here[key] != record.get(key)]
         if different and form == "raw" == record.get("format"):
             different = []  # a template that nothing is rendered by
         if different:
-            was, is_now = ({key: _short(values.get(key)) for key in different} for values in (record, now))
+            was, is_now = ({key: _short(values.get(key)) for key in different} for values in (record, here))
             sentence = f"Prompts are rendered otherwise than those of {of} ({_listed(is_now)}, there {_listed(was)})"
             if must_agree:
                 raise ContractError(f"{sentence}; leave out --chat_template_kwargs, or use that model's tokenizer.")

@@ -3,7 +3,6 @@ the model or evaluates it asks it in the same way (`tokalign.prompts.recorded_be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tokalign.stage.manifest import manifest_of, write_manifest
 def training_prompts(
     rows: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
-    variables: Mapping[str, Any] | str | None,
+    variables: dict[str, Any] | str | None,
     *,
     of: str,
     folder: str | Path,

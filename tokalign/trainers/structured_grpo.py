@@ -291,7 +291,8 @@ class StructuredGRPOTrainer(GRPOTrainer):
                 return super()._tokenize_prompts(prompts)
         except TemplateError as error:
             raise refused_row(rows, self._tokenizer, error) from error
-        rendering = PromptRendering(chat_template_kwargs=self.chat_template_kwargs)
+        variables: Any = self.chat_template_kwargs  # typed as the text that a command line gives
+        rendering = PromptRendering(chat_template_kwargs=variables)
         return [rendering.ids(row, self._tokenizer) for row in rows], None, {}
 
     # ------------------------------------------------------------------------------------- constrained decoding in eval
