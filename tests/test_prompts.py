@@ -37,7 +37,7 @@ from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest, write_manifest
-from tokalign.trainers.prompts import training_prompts
+from tokalign.trainers.prompts import note_prompts, training_prompts
 
 DATE = "2026-02-03T04:05:06"
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -221,8 +221,13 @@ def test_a_training_is_followed_by_evaluation_and_sampling(tmp_path):
     off = {"enable_thinking": False}
     made = training_prompts(rows, tokenizer, json.dumps(off), of="rows", folder=tmp_path, resumed=False)
     assert made == PromptRendering("chat", off)
+    write_manifest(tmp_path, {"name": "DPOTrainer", "kept": 1})
+    note_prompts(tmp_path, made, tokenizer)
+    assert read_manifest(tmp_path)["kept"] == 1
     for arguments in (EvaluateArguments(problems="", output_dir=""), SamplingArguments()):
         assert rendering_of(arguments, tokenizer, recorded=recorded_beside(None, tmp_path)) == made
+    note_prompts(tmp_path, None, tokenizer)
+    assert recorded_beside(None, tmp_path) is None
     texts = Dataset.from_list([{"prompt": "x", "chosen": "y", "rejected": "z"}])
     assert training_prompts(texts, tokenizer, None, of="rows", folder=tmp_path / "t", resumed=False).format == "raw"
     ids = Dataset.from_list([{"prompt": "x", "prompt_ids": [1]}])

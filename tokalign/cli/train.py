@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from tokalign.prompts import TemplateArguments, give_variables, refused_row
 from tokalign.stage.loading import load_stage
 from tokalign.trainers.checkpoints import resume_point
-from tokalign.trainers.prompts import training_prompts
+from tokalign.trainers.prompts import note_prompts, training_prompts
 from tokalign.trainers.registry import TRAINERS
 
 
@@ -103,6 +103,7 @@ def train(
         )
     except TemplateError as error:
         raise refused_row(train_dataset, renderer, error) from error
+    note_prompts(training_args.output_dir, rendering, renderer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if before_push is not None:

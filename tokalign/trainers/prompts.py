@@ -11,9 +11,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-import tokalign
 from tokalign.prompts import RECORD, PromptRendering, TemplateArguments, rendering_of, tell_the_date
-from tokalign.stage.manifest import manifest_of, write_manifest
+from tokalign.stage.manifest import MANIFEST, manifest_of, read_manifest, write_manifest
 
 
 def training_prompts(
@@ -25,7 +24,7 @@ def training_prompts(
     folder: str | Path,
     resumed: bool,
 ) -> PromptRendering | None:
-    """The rendering of a training on `rows`, written into the manifest of its folder; None if nobody knows it.
+    """The rendering of a training on `rows`; None if nobody knows it.
 
     Pairs with ids were rendered by whoever made them, as their manifest says; all else TRL renders: messages by the
     chat template, texts as they are. A template that asks for the date is told one, from here on.
@@ -35,7 +34,7 @@ def training_prompts(
         tokenizer: renders them.
         variables: of the chat template.
         of: name of the rows, for errors.
-        folder: where the model is written.
+        folder: where the model is written, and `note_prompts` notes the rendering.
         resumed: the training goes on, so it keeps the date that its folder says.
 
     Raises:
@@ -60,7 +59,14 @@ def training_prompts(
     )
     if rendering.date is not None:
         tell_the_date(tokenizer, rendering.date)
-    if PartialState().is_main_process:
-        made_by = {"name": "training", "package_version": tokalign.__version__}
-        write_manifest(folder, {**made_by, RECORD: rendering.record(tokenizer)})
     return rendering
+
+
+def note_prompts(folder: str | Path, rendering: PromptRendering | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the rendering into the manifest beside the model, which keeps whatever else it says."""
+    if not PartialState().is_main_process:
+        return
+    before = read_manifest(folder) if (Path(folder) / MANIFEST).is_file() else {"name": "training"}
+    note = {} if rendering is None else {RECORD: rendering.record(tokenizer)}
+    if note or RECORD in before:  # of a former training into the same folder
+        write_manifest(folder, {key: value for key, value in before.items() if key != RECORD} | note)
