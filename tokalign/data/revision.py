@@ -134,7 +134,7 @@ def quoted(row: Mapping[str, Any], side: str, tokenizer: PreTrainedTokenizerBase
                     "whose template knows what they hold, or drop the row."
                 )
             return written
-        return answer[0]["content"]
+        answer = answer[0]["content"]
     while end := next((token for token in tokenizer.all_special_tokens if answer.endswith(token)), ""):
         answer = answer.removesuffix(end)
     return answer
