@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import string
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from tests.support import tiny_model, tiny_tokenizer
 from tests.trainers.preferences import as_text, preference_rows, with_signals
 from tokalign.cli.main import main
+from tokalign.internals.trl import ids_of_dpo_trainer
+from tokalign.prompts import PromptRendering
+from tokalign.stage.errors import ContractError
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import read_manifest
 
 SHORT = {"max_steps": 3, "learning_rate": 1e-2, "beta": 0.5, "report_to": "none", "use_cpu": True, "bf16": False}
 
@@ -35,6 +44,54 @@ def test_dpo_is_the_stock_trainer(tiny_path, tmp_path):
         logs = [[entry[key] for entry in t.state.log_history if key in entry] for t in (ours, stock)]
         assert logs[0] == pytest.approx(logs[1], abs=1e-6) and len(logs[0]) == 3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").num_parameters() == ours.model.num_parameters()
+
+
+def test_what_the_template_is_given_reaches_training_and_is_followed_by_evaluation(tmp_path):
+    """As a column for TRL, as a record beside the model, and from there to whoever samples from it or evaluates it."""
+    path, off = str(tmp_path / "tiny"), {"enable_thinking": False}
+    tokenizer = tiny_tokenizer(string.printable, kind="thinking")
+    tokenizer.save_pretrained(path)
+    tiny_model(len(tokenizer)).save_pretrained(path)
+    rows = as_text(preference_rows(path, 4)).add_column("id", list("abcd"))
+    (tmp_path / "text").mkdir()
+    rows.to_parquet(tmp_path / "text" / "train.parquet")
+    names = {"model_name_or_path": path, "dataset_name": tmp_path / "text", "output_dir": tmp_path / "out"}
+    once = {**SHORT, **names, "max_steps": 1, "chat_template_kwargs": json.dumps(off)}
+    trainer = main(["dpo", *words(once)])
+    stock = ids_of_dpo_trainer(rows.map(lambda row: {"chat_template_kwargs": off}), tokenizer)
+    assert trainer.train_dataset["prompt_ids"] == stock["prompt_ids"]
+    assert tokenizer.decode(stock[0]["prompt_ids"]).endswith("<think></think>")
+    record = read_manifest(tmp_path / "out")["prompts"]
+    assert record == PromptRendering("chat", off).record(tokenizer)
+    problems = [{"id": "p", "prompt": "1 + 1", "answer": "2"}]
+    Dataset.from_list(problems).to_parquet(tmp_path / "problems.parquet")
+    asked = {"model": tmp_path / "out", "max_tokens": 2}
+    given = {"problems": tmp_path / "problems.parquet", "split": "train", "output_dir": tmp_path / "eval"}
+    metrics = main(["evaluate", "answers", *words({**asked, **given})])
+    assert metrics["chat_template_kwargs"] == off and read_manifest(tmp_path / "eval")["prompts"] == record
+    given = {"dataset": tmp_path / "problems.parquet", "output_dir": tmp_path / "sampled", "num_rollouts": 1}
+    assert main(["sample", *words({**asked, **given})])["prompts"] == record
+    assert load_stage(tmp_path / "sampled")[0]["prompt_ids"] == PromptRendering("chat", off).ids(problems[0], tokenizer)
+    scored = {"model": path, "dataset": tmp_path / "text", "output_dir": tmp_path / "scored"}
+    main(["score", "likelihood", *words({**scored, "chat_template_kwargs": json.dumps(off)})])
+    assert load_stage(tmp_path / "scored")["prompt_ids"] == stock["prompt_ids"]
+    assert read_manifest(tmp_path / "scored")["prompts"] == record
+    once |= {"dataset_name": tmp_path / "scored", "chat_template_kwargs": '{"enable_thinking": true}'}
+    with pytest.raises(ContractError, match=r"Prompts are rendered otherwise than those of .*scored"):
+        main(["critical-dpo", *words({**once, "weight_side": "none"})])
+
+
+def test_messages_that_the_template_refuses_are_named(tiny_path, tmp_path):
+    tiny_tokenizer(kind="no system role").save_pretrained(tmp_path / "tiny")
+    AutoModelForCausalLM.from_pretrained(tiny_path).save_pretrained(tmp_path / "tiny")
+    asked, answer = [{"role": "user", "content": "1"}], [{"role": "assistant", "content": "2"}]
+    prompts = [asked, [{"role": "system", "content": "be brief"}, *asked]]
+    (tmp_path / "rows").mkdir()
+    rows = [{"prompt": prompt, "completion": answer} for prompt in prompts]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    names = {"model_name_or_path": tmp_path / "tiny", "dataset_name": tmp_path / "rows", "output_dir": tmp_path / "o"}
+    with pytest.raises(ContractError, match="Row 1: the chat template has no place for a system message"):
+        main(["sft", *words({key: value for key, value in {**SHORT, **names}.items() if key != "beta"})])
 
 
 def test_dpo_weighs_nothing(tiny_path, tmp_path):

@@ -296,6 +296,17 @@ def test_own_parquet_keeps_its_splits_and_takes_a_validation_share(tmp_path: Pat
     assert test.to_list()[1] == {"id": "1", "prompt": "test 1?\n", "answer": "1", "solution": "The answer is 1."}
 
 
+def test_own_rows_keep_what_the_chat_template_is_given(tmp_path: Path) -> None:
+    off, tools = {"enable_thinking": False}, [{"type": "function", "function": {"name": "add"}}]
+    rows = [
+        {"prompt": "1 + 1", "answer": "2", "chat_template_kwargs": off, "tools": tools},
+        {"prompt": "1 + 2", "answer": "3"},
+    ]
+    made = build_own(write(tmp_path / "mine.jsonl", rows), tmp_path / "out")
+    assert made["chat_template_kwargs"] == [off, None]
+    assert made["tools"] == [json.dumps(tools), None]
+
+
 def test_own_rows_with_a_schema_are_structured_problems(tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     rows = [

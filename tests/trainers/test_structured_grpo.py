@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -11,9 +12,21 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from trl import GRPOConfig
+from transformers import AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
 
-from tests.trainers.structured import KINDS, document, make_trainer, odd_length, problems, save_ledger_model, settings
+from tests.trainers.structured import (
+    KINDS,
+    document,
+    make_trainer,
+    odd_length,
+    problems,
+    save_ledger_model,
+    settings,
+    short_problems,
+)
+from tokalign.evaluation.run import prompt_ids
+from tokalign.prompts import PromptRendering
 from tokalign.rewards import StructuredReward
 from tokalign.stage.errors import ContractError
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
@@ -349,6 +362,42 @@ def test_no_rows_is_said_at_the_start(path, tmp_path) -> None:
             StructuredGRPOTrainer(model=path, args=StructuredGRPOConfig(**settings(tmp_path)), train_dataset=rows)
         with pytest.raises(ContractError, match="The evaluation dataset has no rows"):
             make_trainer(path, tmp_path, eval_dataset=rows)
+
+
+def test_a_rows_own_tools_and_variables_are_what_the_model_is_asked_with(path, tmp_path, monkeypatch) -> None:
+    """TRL's prompts where a row has none; else those of sampling and evaluation: as `bfcl --prompt_tools column`."""
+    asked = []
+
+    def single_turn(self, prompt_ids, *_):
+        asked.extend(prompt_ids)
+        raise StopIteration
+
+    monkeypatch.setattr(StructuredGRPOTrainer, "_generate_single_turn", single_turn)
+    rows = [{"id": f"p{i}", **row} for i, row in enumerate(short_problems(2))]
+    template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{{ how }}{{ messages[0].content }}"
+    tools = [json.dumps([{"name": "a"}]), json.dumps([{"name": "b"}])]
+    with_tools = [
+        {**row, "tools": one, "chat_template_kwargs": {"how": one[11]}} for row, one in zip(rows, tools, strict=True)
+    ]
+    for given in (rows, with_tools):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = template
+        trainer = StructuredGRPOTrainer(
+            model=path,
+            args=StructuredGRPOConfig(**settings(tmp_path, chat_template_kwargs={"how": "x"})),
+            train_dataset=Dataset.from_list(given),
+            processing_class=tokenizer,
+        )
+        asked.clear()
+        with contextlib.suppress(StopIteration):
+            trainer._generate_and_score_completions(given)
+        rendering = PromptRendering(chat_template_kwargs={"how": "x"})
+        assert asked == [prompt_ids(row, tokenizer, rendering) for row in given]
+        stock = GRPOTrainer._tokenize_prompts(trainer, [row["prompt"] for row in given])[0]
+        assert (asked == stock) == (given is rows)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ContractError, match=r"Row 'p0': the chat template refuses these messages \(no system role"):
+        trainer._generate_and_score_completions(rows)
 
 
 def test_a_stream_is_taken_as_it_comes(path, tmp_path) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 from trl import (
     DatasetMixtureConfig,
@@ -24,10 +25,12 @@ from trl import (
     get_quantization_config,
 )
 
+from tokalign.prompts import TemplateArguments, give_variables, refused_row
 from tokalign.stage.contract import first_row
 from tokalign.stage.errors import ContractError, OptionError
 from tokalign.stage.loading import Rows, check_made_with, check_one_tokenizer, manifest_at, open_rows
 from tokalign.trainers.checkpoints import resume_point
+from tokalign.trainers.prompts import note_prompts, training_prompts
 from tokalign.trainers.registry import TRAINERS
 
 logger = logging.get_logger(__name__)
@@ -50,6 +53,11 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
             )
         if self.streaming and self.test_split_size is not None:
             raise OptionError("--test_split_size cannot split a stream; set --streaming false or --eval_dataset_name.")
+
+
+@dataclass
+class TemplateDataArguments(DataArguments, TemplateArguments):
+    """Data, and what its chat template is given, for trainers whose configuration does not say that (GRPO's does)."""
 
 
 def train(
@@ -86,18 +94,38 @@ def train(
     if "model" in given:
         training_args.model_init_kwargs = None  # nothing is loaded
     train_dataset, eval_dataset = _datasets(script_args, training_args, tokenizer)
-    trainer = trainer_class(
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        **{"model": model_of(model_args), **given},
+    resume = resume_point(training_args)
+    renderer = given.get("processing_class") or tokenizer_of(model_args, training_args)
+    given_variables = {**vars(training_args), **vars(script_args)}.get("chat_template_kwargs")
+    rendering = training_prompts(
+        train_dataset,
+        renderer,
+        given_variables,
+        of=script_args.dataset_name or "the mixture",
+        folder=training_args.output_dir,
+        resumed=resume is not None,
     )
+    if rendering is not None and rendering.date is not None:
+        given["processing_class"] = renderer  # told the date, where TRL would load one that reads the clock
+    if isinstance(script_args, TemplateArguments):  # GRPO reads its configuration, the others the rows
+        train_dataset = give_variables(train_dataset, given_variables)
+        eval_dataset = None if eval_dataset is None else give_variables(eval_dataset, given_variables)
+    try:
+        trainer = trainer_class(
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            **{"model": model_of(model_args), **given},
+        )
+    except TemplateError as error:
+        raise refused_row(train_dataset, renderer, error) from error
     if script_args.ignore_bias_buffers:  # as TRL's scripts do; DDP reads it when it wraps the model
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, buffer in buffers if buffer.dtype == torch.bool]
-    trainer.train(resume_from_checkpoint=resume_point(training_args))
+    note_prompts(training_args.output_dir, rendering, renderer)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if before_push is not None:
         before_push(trainer)
@@ -112,11 +140,17 @@ def main_of_trainer(module: str) -> Callable[..., Any]:
     row = next(row for row in TRAINERS if module == f"tokalign.trainers.{row.module}")
     config_class, trainer_class = (getattr(import_module(module), name) for name in row.classes)
 
+    # A configuration with such a field of its own, as GRPO's, says itself what the template is given
+    own = "chat_template_kwargs" in {field.name for field in fields(config_class)}
+
     def main(script_args: DataArguments, training_args: Any, model_args: ModelConfig) -> Any:
         """Train, save, return the trainer."""
         return train(trainer_class, script_args, training_args, model_args, needs=row.data)
 
-    main.__annotations__["training_args"] = config_class
+    main.__annotations__ |= {
+        "script_args": DataArguments if own else TemplateDataArguments,
+        "training_args": config_class,
+    }
     return main
 
 
@@ -132,6 +166,17 @@ def model_of(model_args: ModelConfig) -> str:
     if model_args.model_name_or_path is None:
         raise OptionError("--model_name_or_path is required: a folder or a hub id.")
     return model_args.model_name_or_path
+
+
+def tokenizer_of(model_args: ModelConfig, training_args: Any) -> Any:
+    """The model's tokenizer, as TRL's trainers load it."""
+    return AutoTokenizer.from_pretrained(
+        model_of(model_args),
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        truncation_side="left",
+        padding_side="left",
+    )
 
 
 def _datasets(script_args: DataArguments, training_args: Any, tokenizer: Any) -> tuple[Rows, Rows | None]:

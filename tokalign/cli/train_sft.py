@@ -22,12 +22,12 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from tokalign.cli.train import DataArguments, check_given, model_of, train
+from tokalign.cli.train import TemplateDataArguments, check_given, model_of, train
 from tokalign.stage.errors import OptionError
 
 
 @dataclass
-class SFTScriptArguments(DataArguments):
+class SFTScriptArguments(TemplateDataArguments):
     """Data and start, besides TRL's script arguments."""
 
     from_scratch: bool = field(default=False, metadata={"help": "Draw fresh weights instead of loading them."})

@@ -33,8 +33,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.evaluation.run import prompt_ids
+from tokalign.evaluation.run import prompt_ids, rendering_settings
 from tokalign.generation.protocol import Completion, Engine, SamplingParams
+from tokalign.prompts import AS_CHAT, PromptRendering
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.calls import calls_match
 from tokalign.rewards.structured.content import equal, leaf_f1
@@ -72,7 +73,7 @@ def evaluate_structured(
     seed: int = 0,
     max_tokens: int = 512,
     stop: Sequence[str] = (),
-    prompt_format: str = "chat",
+    rendering: PromptRendering = AS_CHAT,
     shard_size: int = 256,
     parameters: Mapping[str, Any] | None = None,
     extra_manifest: Mapping[str, Any] | None = None,
@@ -86,7 +87,7 @@ def evaluate_structured(
         schema: JSON text of the schema of problems that have none of their own.
         constrained: decode under each problem's schema (JSON alone).
         temperature: 0 is greedy; else one sample a problem, by a seed made of `seed` and its id.
-        max_tokens, stop, prompt_format: as for `tokalign.evaluation.run.evaluate`.
+        max_tokens, stop, rendering: as for `tokalign.evaluation.run.evaluate`.
         parameters: what else determines the rows, e.g. hashes of the weights.
 
     Returns:
@@ -107,7 +108,7 @@ def evaluate_structured(
     started: list[tuple[Engine, Timing]] = []
 
     def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        prompts = [prompt_ids(row, tokenizer, prompt_format) for row in rows]
+        prompts = [prompt_ids(row, tokenizer, rendering) for row in rows]
         each = [
             SamplingParams(
                 temperature=temperature,
@@ -154,7 +155,7 @@ def evaluate_structured(
         "schema": schema,
         "max_tokens": max_tokens,
         "stop": list(stop),
-        "prompt_format": prompt_format,
+        **rendering_settings(rendering),
     }
     try:
         run_job(
@@ -165,6 +166,7 @@ def evaluate_structured(
             parameters={**settings, **(parameters or {})},
             tokenizer=tokenizer,
             shard_size=shard_size,
+            prompts=rendering.record(tokenizer),
             extra_manifest=extra_manifest,
         )
     finally:

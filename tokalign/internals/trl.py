@@ -47,8 +47,13 @@ DPO_USED = (
 )
 
 # Of GRPOTrainer, likewise.
-GRPO_OVERRIDDEN = ("_calculate_rewards", "_generate_and_score_completions", "_set_signature_columns_if_needed")
-GRPO_USED = ("_generate_single_turn", "_metrics", "_signature_columns", "_tokenize_prompts", "_tokenizer")
+GRPO_OVERRIDDEN = (
+    "_calculate_rewards",
+    "_generate_and_score_completions",
+    "_set_signature_columns_if_needed",
+    "_tokenize_prompts",
+)
+GRPO_USED = ("_generate_single_turn", "_metrics", "_signature_columns", "_tokenizer")
 
 # Of GRPOConfig: fields that may be given as JSON. Of the vLLM engine that a GRPOTrainer holds: whether it is awake.
 OTHERS_USED = ("_VALID_DICT_FIELDS", "_llm_weights_sleeping")

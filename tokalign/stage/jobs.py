@@ -78,6 +78,7 @@ def run_job(
     parameters: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     shard_size: int = 256,
+    prompts: Mapping[str, Any] | None = None,
     extra_manifest: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Apply `function` to all rows and write the stage `output_dir`.
@@ -93,6 +94,7 @@ def run_job(
             others is refused.
         tokenizer: Whose ids the rows hold; without it the input stage's tokenizer hash is passed on.
         shard_size: Input rows a shard: what a kill can lose, and the unit that processes share.
+        prompts: How the job renders prompts (`PromptRendering.record`); without it the input stage's is passed on.
         extra_manifest: Further entries for the manifest; not compared on resume.
 
     Returns:
@@ -114,7 +116,7 @@ def run_job(
             try:
                 with _full_disk_named(folder):
                     plan = _prepare(
-                        rows, folder, name, parameters, tokenizer, shard_size, extra_manifest or {}, console
+                        rows, folder, name, parameters, tokenizer, shard_size, prompts, extra_manifest or {}, console
                     )
             except (JobError, ValueError, TypeError) as error:
                 if state.num_processes == 1:
@@ -203,6 +205,7 @@ def _prepare(
     parameters: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     shard_size: int,
+    prompts: Mapping[str, Any] | None,
     extra_manifest: Mapping[str, Any],
     console: Console,
 ) -> dict[str, Any]:
@@ -228,6 +231,8 @@ def _prepare(
         "shard_size": shard_size,
         "shards": -(-len(rows) // shard_size),
     }
+    if (record := source.get("prompts") if prompts is None else dict(prompts)) is not None:
+        manifest["prompts"] = record
     if "seed" in parameters:
         manifest["seed"] = parameters["seed"]
     job = job_hash(manifest)
@@ -275,6 +280,8 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
     old, new = dict(before.get("parameters", {})), dict(now["parameters"])
     for key in ("shard_size", "tokenizer_hash"):
         old[key], new[key] = before.get(key), now[key]
+    if "prompts" in before:  # stages of earlier versions do not say how they rendered
+        old["prompts"], new["prompts"] = before["prompts"], now.get("prompts")
     absent = object()
     different = [key for key in sorted({*old, *new}) if old.get(key, absent) != new.get(key, absent)]
     if different:

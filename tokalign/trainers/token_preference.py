@@ -26,6 +26,7 @@ import trl
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -39,6 +40,7 @@ from tokalign.internals.trl import (
     pad,
     prepare_deepspeed,
 )
+from tokalign.prompts import refused_row
 from tokalign.signals.registry import REWARD_RANGE, get
 from tokalign.stage.contract import SIDES, STAGES, check_preferences, first_row
 from tokalign.stage.errors import ContractError
@@ -204,7 +206,10 @@ class TokenPreferenceTrainer(DPOTrainer):
         signal, sides = self._reads(args)
         if not columns.issuperset(IDS):
             if not sides:
-                return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+                try:
+                    return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+                except TemplateError as error:
+                    raise refused_row(dataset, self._tokenizer, error) from error
             if not columns & set(IDS):
                 raise ContractError(
                     f"The {dataset_name} dataset holds text only (columns {', '.join(sorted(columns))}), and the "
