@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
+
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.contracts.names import is_private, members, used
 from tokalign.internals import datasets, transformers, trl
@@ -30,6 +33,7 @@ LISTED = {
     *trl.GRPO_OVERRIDDEN,
     *trl.GRPO_USED,
     *trl.OTHERS_USED,
+    *trl.SCRIPTS_USED,
 }
 
 
@@ -63,3 +67,8 @@ def test_private_names_are_ours_or_listed() -> None:
                 ours |= {node.attr} if ast.unparse(node.value) == "self" else set()
     foreign = {name: str(file.relative_to(PACKAGE)) for file, tree in outside().items() for name in used(tree) - ours}
     assert not {name: file for name, file in foreign.items() if name not in LISTED}
+
+
+def test_torch_reads_what_scripts_note_on_a_model() -> None:
+    source = inspect.getsource(DistributedDataParallel.__init__)
+    assert all(f'module, "{name}"' in source or f"module.{name}" in source for name in trl.SCRIPTS_USED)

@@ -59,6 +59,10 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
 class TemplateDataArguments(DataArguments, TemplateArguments):
     """Data, and what its chat template is given, for trainers whose configuration does not say that (GRPO's does)."""
 
+    def __post_init__(self) -> None:  # TRL's classes before it do not pass the call on
+        super().__post_init__()
+        TemplateArguments.__post_init__(self)
+
 
 def train(
     trainer_class: type[Any],

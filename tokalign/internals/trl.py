@@ -58,6 +58,9 @@ GRPO_USED = ("_generate_single_turn", "_metrics", "_signature_columns", "_tokeni
 # Of GRPOConfig: fields that may be given as JSON. Of the vLLM engine that a GRPOTrainer holds: whether it is awake.
 OTHERS_USED = ("_VALID_DICT_FIELDS", "_llm_weights_sleeping")
 
+# On a model: where TRL's scripts note the buffers that torch's DistributedDataParallel is to leave alone.
+SCRIPTS_USED = ("_ddp_params_and_buffers_to_ignore",)
+
 
 def head_needs_triton() -> bool:
     """Whether DPOTrainer's fused LM head is a Triton kernel alone; from 1.16 on it has a form in torch beside it."""
