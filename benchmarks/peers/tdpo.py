@@ -2,6 +2,8 @@ r"""TDPO, token-level DPO (arXiv 2404.11999, ICML 2024): DPO with a forward-KL t
 
     python benchmarks/peers/tdpo.py --config recipes/ledger/dpo.yaml --learning_rate 3e-4 --output_dir runs/tdpo
 
+(after `make quickstart`, which makes the base model and the pairs)
+
     u = Σ_t ρ_t(y_w) − Σ_t ρ_t(y_l),     D(y) = Σ_t KL( π_ref(·|x, y_<t) ‖ π(·|x, y_<t) )
     TDPO1:  ℓ = −log σ( β u − β (D(y_l) − D(y_w)) )
     TDPO2:  ℓ = −log σ( β u − α β (D(y_l) − sg D(y_w)) )
