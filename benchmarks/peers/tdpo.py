@@ -159,9 +159,9 @@ class TDPOTrainer(TokenPreferenceTrainer):
         with self._hidden_states() as hidden:
             reference = self._reference(inputs)
             # TRL's own loss is plain DPO's; its forward and metrics are what is kept
-            _, outputs, policy = self._trl_loss(model, inputs, reference, return_outputs=return_outputs)
+            _, outputs, answer = self._trl_loss(model, inputs, reference, return_outputs=return_outputs)
         mask = inputs["completion_mask"][:, 1:].bool()
-        ratios = (policy.sum(dim=1) - reference.sum(dim=1)).chunk(2)
+        ratios = (answer.log_probs.sum(dim=1) - reference.sum(dim=1)).chunk(2)
         divergences = self._sequence_kl(hidden[1], hidden[0], mask).chunk(2)
         losses = tdpo_loss(
             *ratios, *divergences, beta=self.beta, alpha=self.args.tdpo_alpha, variant=self.args.tdpo_variant
