@@ -416,7 +416,8 @@ class TRegTrainer(TokenPreferenceTrainer):
             self._log_simpo(chosen.detach(), rejected.detach())
         if self.args.alpha > 0:
             rewards = self._token_rewards(inputs, policy, reference)
-            pairs = wpo_weights(policy, answer.log_sum_sq_probs, mask) if self.use_weighting else 1.0
+            squares = answer.log_sum_sq_probs
+            pairs = 1.0 if squares is None else wpo_weights(policy, squares, mask)  # without WPO all count alike
             loss = loss + self.args.alpha * self._regularizer(policy, margin, rewards, mask, pairs)
         return (loss, outputs) if return_outputs else loss
 
