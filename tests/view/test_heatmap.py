@@ -314,6 +314,7 @@ def test_the_table_of_signals_says_what_is_strong(signal, values, steps):
     [
         ({"rejected_contrast": [0.5]}, r"Row 1 \(id 'bad'\): `rejected_contrast` has 1 scores for 9 ids; score"),
         ({"rejected_contrast": [math.nan] * 9}, r"Row 1 \(id 'bad'\): `rejected_contrast` holds nan at position 0"),
+        ({"rejected_contrast": [0.5] * 8 + [-math.inf]}, "`rejected_contrast` holds -inf at position 8, not a finite"),
         ({"first_error": 9}, r"Row 1 \(id 'bad'\): `first_error` is 9, outside the completion's 9 tokens"),
         ({"critical_index": -2}, "`critical_index` is -2, outside"),
         ({"chosen_first_error": 12}, "`chosen_first_error` is 12, outside"),

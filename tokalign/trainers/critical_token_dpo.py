@@ -257,7 +257,7 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
         if self.args.end_token_weight is not None:
             # The last token alone, and only if it is one that ends completions: truncation may have cut that off
             last = read & ~F.pad(read[:, 1:], (0, 1))
-            ends = torch.isin(ids, torch.tensor(self._end_ids, device=ids.device))
+            ends = torch.isin(ids, torch.tensor(self._end_ids, dtype=ids.dtype, device=ids.device))
             weights = torch.where(last & ends, self.args.end_token_weight, weights)
         return weights
 
