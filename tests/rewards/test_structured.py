@@ -196,6 +196,38 @@ def test_length_is_a_bonus_for_the_flawless():
 
 
 @pytest.mark.parametrize(
+    ("output_format", "text"),
+    [
+        ("json", GOOD + " " * 400),
+        ("json", "\n" * 400 + GOOD),
+        ("json", GOOD.replace(": ", ":" + " " * 400)),
+        ("json", f"```json\n{' ' * 400}{GOOD}\n```"),
+        ("json", GOOD.replace("soup", "\\u0073\\u006f\\u0075\\u0070")),
+        ("yaml", f"name: soup\nservings: 4\n# {'so ' * 200}"),
+        ("xml", f"<r><!-- {'so ' * 200} --><name>soup</name><servings>4</servings></r>"),
+        ("json", "<think>" + "so " * 200 + "</think>" + GOOD),
+    ],
+)
+def test_what_says_nothing_earns_no_length(output_format, text):
+    """White space, comments, escapes and reasoning count as written, never as said."""
+    options = {"output_format": output_format, "reasoning_end": "</think>" if "</think>" in text else None}
+    least = StructuredReward(SCHEMA, min_length=len(GOOD) + 1, **options).score(text)
+    assert least["length"] == 0 and least["schema"] == 1
+    assert StructuredReward(SCHEMA, min_length=len(GOOD), **options).score(text)["length"] == 1
+    most = StructuredReward(SCHEMA, max_length=len(text) - 1, **options).score(text)
+    assert most["length"] == (1 if "</think>" in text else 0)  # reasoning is not part of the answer
+
+
+def test_the_length_of_a_parsed_call_is_that_of_its_document():
+    call = {"name": "f", "arguments": {"x": 1}}
+    message = [{"content": "", "tool_calls": [{"function": call}]}]
+    size = len(json.dumps(call))
+    for bounds, length in (((size, size), 1), ((size + 1, None), 0), ((None, size - 1), 0)):
+        reward = StructuredReward(output_format="tool_call", min_length=bounds[0], max_length=bounds[1])
+        assert reward.score(message)["length"] == length
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         (GOOD, None),
@@ -248,6 +280,11 @@ def test_tool_calls_with_allowed_values():
     assert reward.score('{"name": "f", "arguments": {"x": 3}}', json.dumps(reference))["correctness"] == 0.5
     message = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]
     assert reward.score(message, reference)["total"] == 4.5
+    both = StructuredReward({"type": "array", "items": schema}, output_format="tool_call", references="allowed")
+    two = [reference, {"name": "f", "arguments": {"x": [3]}}]
+    for text, correctness in (("31", 1), ("13", 1), ("11", 0.75), ("3", 0.5)):
+        calls = [{"name": "f", "arguments": {"x": int(x)}} for x in text]
+        assert both.score(json.dumps(calls), json.dumps(two))["correctness"] == correctness
 
 
 def test_references_in_the_output_format():

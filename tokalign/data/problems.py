@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,10 +132,9 @@ def _split_of(file: Path) -> str | None:
 def read_files(files: list[Path]) -> Dataset:
     """The rows of a split's files, which are all of one kind."""
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
-    if kind == "json":
-        for file in files:  # `load_dataset` names neither the line nor, for a row that is not an object, the file
-            for _ in read_lines(file):
-                pass
+    # `load_dataset` names neither the line nor, for a row that is not an object, the file, and no reason for no row
+    if kind == "json" and not sum(1 for file in files for _ in read_lines(file)):
+        raise ContractError(f"{' and '.join(map(str, files))} holds no row; check --source.")
     return load_dataset(kind, data_files=[str(file) for file in files], split="train")
 
 
@@ -244,8 +244,9 @@ def build_problems(
             shard_size=4096,
         )
         manifests[split] = manifest
-        part = next(iter(sorted((Path(args.output_dir) / split).glob("*.parquet"))))
-        columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
+        for part in sorted((Path(args.output_dir) / split).glob("*.parquet"))[:1]:
+            columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
+    refuse_nothing(manifests, args.source)
     if not process_state().is_main_process:
         return manifests
     write_dataset_card(
@@ -259,6 +260,17 @@ def build_problems(
         notes=notes,
     )
     return manifests
+
+
+def refuse_nothing(manifests: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Raise `ContractError` if a builder kept no row of any split: an empty stage would fail later and elsewhere."""
+    if any(manifest["rows"] for manifest in manifests.values()):
+        return
+    reasons = Counter[str]()
+    for manifest in manifests.values():
+        reasons.update(manifest.get("dropped", {}))
+    why = ", ".join(f"{count} because of {reason!r}" for reason, count in reasons.most_common()) or "there was none"
+    raise ContractError(f"No row of {source} was kept ({why}); check the source and the options that say what is read.")
 
 
 def _with_validation(

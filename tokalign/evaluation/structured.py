@@ -14,7 +14,8 @@ Figures, each with its count and 95 % interval, of one completion a problem, gre
 | `total` | the reward |
 | `truncated` | met `max_tokens` |
 
-With references of allowed values (tool calls) `content_f1` is their agreement and `exact_match` whether it is 1.
+With references of allowed values (tool calls) `content_f1` is their agreement and `exact_match` the Berkeley
+Function-Calling Leaderboard's AST accuracy (`tokalign.rewards.structured.calls`).
 
 Time is measured around the engine's calls, after a first call of one token that also compiles the first grammar. It is
 kept beside the rows, which stay the same however fast they were made.
@@ -35,8 +36,9 @@ from transformers import PreTrainedTokenizerBase
 from tokalign.evaluation.run import prompt_ids
 from tokalign.generation.protocol import Completion, Engine, SamplingParams
 from tokalign.rewards import StructuredReward
+from tokalign.rewards.structured.calls import calls_match
 from tokalign.rewards.structured.content import equal, leaf_f1
-from tokalign.rewards.structured.documents.reading import decode_json
+from tokalign.rewards.structured.documents.json import decode_json
 from tokalign.rewards.structured.grading import TooManyValues
 from tokalign.rewards.structured.reward import COMPONENTS
 from tokalign.rewards.structured.schemas import SchemaError, compile_text
@@ -187,7 +189,7 @@ def judge(reward: StructuredReward, text: str, reference: str | None, schema: st
         if not document.whole:
             content, exact = 0.0, False
         elif reward.references == "allowed":
-            content, exact = scores["correctness"], scores["correctness"] == 1.0
+            content, exact = scores["correctness"], calls_match(document.value, decode_json(reference))
         else:
             right = decode_json(reference)
             content, exact = leaf_f1(document.value, right), equal(document.value, right)

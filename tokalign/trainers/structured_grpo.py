@@ -136,7 +136,7 @@ class StructuredGRPOConfig(GRPOConfig):
     text_match: str = field(
         default="exact", metadata={"help": "How strings are compared.", "choices": ["exact", "tokens"]}
     )
-    min_length: int | None = field(default=None, metadata={"help": "Fewest characters of the component length."})
+    min_length: int | None = field(default=None, metadata={"help": "Fewest characters of the document as JSON."})
     max_length: int | None = field(default=None, metadata={"help": "Most characters of the component length."})
     reasoning_end: str | None = field(default=None, metadata={"help": "Only what follows this text is judged."})
     max_completion_bytes: int = field(default=1 << 18, metadata={"help": "A longer completion is worth nothing."})

@@ -30,14 +30,17 @@ be invalid, correctness compares typed values instead of words, the length term 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
 from tokalign.rewards.structured import rl_struct
-from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement, equal
+from tokalign.rewards.structured.calls import allowed_agreement, is_allowed_reference
+from tokalign.rewards.structured.content import TextMatch, agreement, equal
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
-from tokalign.rewards.structured.documents.reading import check_limits, decode_json, read_document, text_of
+from tokalign.rewards.structured.documents.json import check_limits, decode_json
+from tokalign.rewards.structured.documents.reading import answer_of, read_document
 from tokalign.rewards.structured.grading import Grade, TooManyValues
 from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
 
@@ -66,10 +69,12 @@ class StructuredReward:
         preset: "rl-struct" is the paper's literal reward, with its weights; it is easily gamed.
         fence: whether the document stands in a Markdown fence: "optional" (either way is fine), "never", "required".
         references: "value" compares with the reference as a document; "allowed" takes lists of allowed values for
-            each argument of a tool call (`tokalign.rewards.structured.content.allowed_agreement`).
+            each argument of a tool call, or of several in any order (`tokalign.rewards.structured.calls`).
         text_match: "exact", or "tokens" to compare strings by the F1 over their words.
-        min_length, max_length: bounds in characters; the component length is off without them.
-        reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>".
+        min_length, max_length: bounds in characters, the lower one of the document written as JSON on one line, the
+            upper one of the text as it is; the component length is off without them.
+        reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>"; of a message whose
+            reasoning a chat parser has taken out, its content.
         schema_column, reference_column: dataset columns.
         limits: most bytes, depth and values of a completion.
         name: name of the reward and prefix of its metrics.
@@ -156,7 +161,8 @@ class StructuredReward:
     def _components(self, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
         if self.preset is not None:
             bounds = (self.min_length, self.max_length)
-            return self._total(rl_struct.components(completion, reference, schema.schema, bounds, self.limits))
+            text = answer_of(completion, self.reasoning_end) or ""
+            return self._total(rl_struct.components(text, reference, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)
@@ -182,7 +188,7 @@ class StructuredReward:
                 "validity": 1.0,
                 "schema": 0.5 * grade.full + 0.5 * perfect,
                 "correctness": self._correctness(document.value, reference),
-                "length": self._length(completion, perfect),
+                "length": self._length(completion, document, perfect),
                 "_reason": None if perfect else lambda: self._fault(document, schema, grade),
             }
         )
@@ -218,11 +224,15 @@ class StructuredReward:
             return allowed_agreement(value, reference)
         return agreement(value, reference, text_match=self.text_match)
 
-    def _length(self, completion: Source, perfect: bool) -> float | None:
+    def _length(self, completion: Source, document: Document, perfect: bool) -> float | None:
         if self.min_length is None and self.max_length is None:
             return None
-        length = len(text_of(completion))
-        within = (self.min_length or 0) <= length and (self.max_length is None or length <= self.max_length)
+        # What is too short is judged by the document alone, or white space and comments would fill it up; what is too
+        # long by all that was written, or they would be free. A message's parsed tool calls stand in no text.
+        said = len(json.dumps(document.value, ensure_ascii=False))
+        text = answer_of(completion, self.reasoning_end)
+        written = len(text) if text else said
+        within = (self.min_length or 0) <= said and (self.max_length is None or written <= self.max_length)
         return 1.0 if perfect and within else 0.0
 
     def _of_nothing(self, reason: Any, reference: Any) -> dict[str, Any]:
@@ -275,10 +285,10 @@ class StructuredReward:
                 if document is MISSING:
                     raise ValueError(f"is not JSON ({str(error)[:200]}); give the right document as JSON") from None
                 reference = document
-        if self.references == "allowed" and not _is_allowed_reference(reference):
+        if self.references == "allowed" and not is_allowed_reference(reference):
             raise ValueError(
-                'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}}; give it so, or set '
-                "references to 'value'"
+                'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}} or a list of such calls; '
+                "give it so, or set references to 'value'"
             )
         return reference
 
@@ -397,12 +407,3 @@ def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) 
     if not any(weights.values()):
         raise ValueError("All components are off; give at least one a positive weight.")
     return {name: float(weights[name]) for name in COMPONENTS if weights.get(name)}
-
-
-def _is_allowed_reference(reference: Any) -> bool:
-    return (
-        isinstance(reference, dict)
-        and reference.keys() == {"name", "arguments"}
-        and isinstance(reference["arguments"], dict)
-        and all(isinstance(values, list) for values in reference["arguments"].values())
-    )

@@ -16,8 +16,9 @@ import json
 from typing import Any
 
 from tokalign.rewards.structured.content import token_f1
-from tokalign.rewards.structured.documents.document import MISSING, Fault, Limits, Source
-from tokalign.rewards.structured.documents.reading import check_limits, text_of, unreadable
+from tokalign.rewards.structured.documents.document import MISSING, Fault, Limits, Source, unreadable
+from tokalign.rewards.structured.documents.json import check_limits
+from tokalign.rewards.structured.documents.reading import text_of
 
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "correctness": 0.5, "length": 0.1}
 
