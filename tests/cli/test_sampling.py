@@ -146,6 +146,23 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, monkeypatch, tiny_path, 
     assert "dropped: prompt longer than max_prompt_length" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "p0"}, "Row 3 of .*: `id` 'p0' occurs twice, first in row 0"),
+        ({"prompt": None}, "Row 3 of .*: `prompt`"),
+    ],
+)
+def test_what_cannot_be_sampled_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, tiny_path, change, message):
+    rows = [{"id": f"p{k}", "prompt": f"{k}+1", "answer": "2"} for k in range(5)]
+    Dataset.from_list([row | change if k == 3 else row for k, row in enumerate(rows)]).to_json(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(sample_rollouts, "load_engine", None)
+    arguments = sample_rollouts.SampleArguments(dataset=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ContractError, match=message):
+        sample_rollouts.main(arguments, SamplingArguments(), EngineArguments(model=tiny_path))
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompt_formats(tiny_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -14,8 +15,10 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from tests.data.test_builders import DATA, needs_data, write
+from tests.support import tiny_tokenizer
 from tokalign.data.builders import bfcl, cooking, gsm8k, gsm8k_json
 from tokalign.data.builders import problems as own
+from tokalign.prompts import PromptRendering
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.calls import calls_match
 from tokalign.stage.errors import ContractError
@@ -309,6 +312,8 @@ def test_bfcl_prompts_hold_the_function_or_the_column_does(tmp_path: Path) -> No
     column = build_bfcl(tmp_path / "column", pairs, prompt_tools="column", call_format="json")[0]
     assert column["prompt"] == [{"role": "user", "content": "Do s_0."}]
     assert json.loads(column["tools"]) == [{"type": "function", "function": function}]
+    tokenizer = tiny_tokenizer(string.printable, kind="tools")  # as sampled, scored, trained on and evaluated
+    assert tokenizer.decode(PromptRendering().ids(column, tokenizer)).count('"f.g"') == 1
     assert column["completion"][0]["content"] == '{"name": "f.g", "arguments": {"a": 1}}'
     own = build_bfcl(tmp_path / "own", pairs, instruction="Call it.")[0]
     assert own["prompt"][0]["content"].split("\n")[:2] == ["Do s_0.", "Call it."]

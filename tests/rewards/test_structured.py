@@ -20,6 +20,7 @@ from tokalign.rewards.structured.content import equal
 from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import WEIGHTS
 from tokalign.rewards.structured.schemas import SchemaError
+from tokalign.stage.errors import ContractError
 
 weightings = st.fixed_dictionaries({}, optional={name: st.floats(0.01, 5) for name in COMPONENTS[1:]})
 
@@ -377,17 +378,18 @@ def test_an_invalid_schema_fails_at_start_up():
 )
 def test_a_bad_row_is_named(columns, message):
     reward = StructuredReward()
+    both = {"schema": [json.dumps(SCHEMA)] * 2, **columns}
     with pytest.raises(ValueError, match=message):
-        reward(completions=[GOOD, GOOD], id=["r0", "r1"], **columns)
+        reward(completions=[GOOD, GOOD], id=["r0", "r1"], **both)
     with pytest.raises(ValueError, match=message.replace("'r1'", "1")):
-        reward(completions=[GOOD, GOOD], **columns)
+        reward(completions=[GOOD, GOOD], **both)
     row = {"schema": None, "reference": None} | {k.replace("answer", "reference"): v[1] for k, v in columns.items()}
     with pytest.raises(ValueError, match=message.partition(": `")[2].partition("`: ")[2].rstrip("$")):
         reward.check_row(**row)
 
 
 def test_a_bad_reference_of_allowed_values_is_named():
-    reward = StructuredReward(output_format="tool_call", references="allowed")
+    reward = StructuredReward({}, output_format="tool_call", references="allowed")
     for answer in ('{"name": "f"}', '{"name": "f", "arguments": {"x": 1}}', "[]"):
         with pytest.raises(ValueError, match=r"Row 0: `answer`: is not of the form .* set references to 'value'$"):
             reward(completions=["x"], answer=[answer])
@@ -447,12 +449,42 @@ def test_only_active_components_are_logged():
     )
     reward(completions=TEXTS, log_extra=log.log_extra, log_metric=log.log_metric)
     assert set(log.metrics) == {"recipe/structure"}  # no reference, no bounds
-    assert set(log.extra) == {"structure", "correctness", "reason"} and log.extra["correctness"] == [None] * 3
+    assert set(log.extra) == {
+        "recipe/structure",
+        "recipe/correctness",
+        "recipe/reason",
+    }  # beside other rewards' columns
+    assert log.extra["recipe/correctness"] == [None] * 3
 
 
 def test_other_columns_can_be_read():
     reward = StructuredReward(schema_column="form", reference_column="gold")
     assert reward(completions=[GOOD], form=[json.dumps(SCHEMA)], gold=[GOOD], answer=["not read"]) == [4.5]
+
+
+@pytest.mark.parametrize("preset", [None, "rl-struct"])
+def test_a_batch_without_its_schema_is_refused(preset):
+    """Where an integer `a` is required, `{"b": "x"}` is worth nothing, and without the schema it would be worth 3.5."""
+    wrong, rows = '{"b": "x"}', ['{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}']
+    assert StructuredReward(preset=preset)(completions=[wrong], schema=rows)[0] < StructuredReward({})([], [wrong])[0]
+    absent = "^The batch has no column `schema` and no schema is given for all rows; set `schema` .*_columns` false"
+    for function in (StructuredReward(preset=preset), *StructuredReward(preset=preset).component_rewards()):
+        with pytest.raises(ContractError, match=absent):
+            function(completions=[wrong], shema=rows)
+    with pytest.raises(ValueError, match=r"^Row 'r1': `schema`: is missing; give it a JSON Schema, or drop the row"):
+        StructuredReward(preset=preset)(completions=[wrong] * 2, schema=[*rows, None], id=["r0", "r1"])
+    with pytest.raises(ContractError, match=r"^The batch has no column `shema`; set `schema_column`"):
+        StructuredReward(SCHEMA, preset=preset, schema_column="shema")(completions=[wrong], schema=rows)
+    assert StructuredReward(SCHEMA, preset=preset)(completions=[], log_extra=None) == []  # a process without rows
+
+
+def test_a_named_reference_column_must_be_there():
+    with pytest.raises(ContractError, match=r"^The batch has no column `anwser`; set `reference_column` to the column"):
+        StructuredReward(SCHEMA, reference_column="anwser")(completions=[GOOD], answer=[GOOD])
+    alone = StructuredReward(SCHEMA, reference_column="anwser", weights={"structure": 1})  # it compares with none
+    assert alone(completions=[GOOD]) == [1.0]
+    with pytest.warns(UserWarning, match="Rows have no column `answer`: the component correctness is off"):
+        assert StructuredReward(SCHEMA)(completions=[GOOD]) == [3.5]
 
 
 def test_components_share_one_reading(monkeypatch):
@@ -543,6 +575,10 @@ def test_trains_in_trls_grpo(tiny_path, tmp_path):
         disable_tqdm=True,
     )
     reward = StructuredReward(max_length=64)
+    args.remove_unused_columns = True  # TRL's trainer then drops whatever a reward reads
+    with pytest.raises(ContractError, match=r"The batch has no column `schema`.* leave `remove_unused_columns` false"):
+        GRPOTrainer(tiny_path, reward_funcs=reward, args=args, train_dataset=Dataset.from_list(rows)).train()
+    args.remove_unused_columns = False
     trainer = GRPOTrainer(tiny_path, reward_funcs=reward, args=args, train_dataset=Dataset.from_list(rows))
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

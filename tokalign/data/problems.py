@@ -80,7 +80,8 @@ def open_source(source: str, config: str | None = None) -> dict[str, Dataset]:
             f"read ({type(error).__name__}); check --source."
         ) from error
     assert all(isinstance(part, DatasetDict) for part in parts)
-    return {split: concatenate_datasets([part[split] for part in parts if split in part]) for split in parts[0]}
+    names = dict.fromkeys(str(split) for part in parts for split in part)
+    return {split: concatenate_datasets([part[split] for part in parts if split in part]) for split in names}
 
 
 # The words in a file's name that say its split, as `datasets.load_dataset` reads them.
@@ -95,16 +96,22 @@ def source_files(source: str) -> dict[str, list[Path]]:
     """The files of a local source by split; nothing where `source` is neither a file nor a folder with such files.
 
     A single file may have any name, and is "train" if the name says no split. In a folder the files are splits whose
-    names say so; others, such as a set of examples beside the data, are left alone and named on screen. A folder's
-    `.parquet` files are taken where it has no `.jsonl` ones.
+    names say so; others, such as a set of examples beside the data, are left alone and named on screen.
 
     Raises:
-        ContractError: several files, and no name says a split.
+        ContractError: files of both kinds, or several files, and no name says a split.
     """
     path = Path(source)
     if path.is_file():
         return {_split_of(path) or "train": [path]}
-    files = sorted(path.glob("*.jsonl")) or sorted(path.glob("*.parquet"))
+    files = sorted(path.glob("*.jsonl"))
+    if parquet := sorted(path.glob("*.parquet")):
+        if files:
+            raise ContractError(
+                f"{source} holds .jsonl and .parquet files, such as {files[0].name} and {parquet[0].name}; keep one "
+                "kind in it, or give one file as --source."
+            )
+        files = parquet
     if len(files) == 1:
         return {_split_of(files[0]) or "train": files}
     splits: dict[str, list[Path]] = {}

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from tokalign.generation.protocol import Engine, SamplingParams
-from tokalign.prompts import render_prompt
+from tokalign.prompts import AS_CHAT, PromptRendering
 from tokalign.stage.jobs import Dropped
 from tokalign.stage.seeds import problem_seed
 
@@ -23,7 +25,8 @@ def sampler(
     extract: Extract,
     match: Match,
     seed: int = 0,
-    prompt_format: str = "chat",
+    rendering: PromptRendering = AS_CHAT,
+    renderer: PreTrainedTokenizerBase | None = None,
     max_prompt_length: int | None = None,
 ) -> Callable[[list[dict]], list[list[dict] | Dropped]]:
     """The job's function: problems in, for each its rollouts or why it was dropped.
@@ -32,7 +35,8 @@ def sampler(
         extract, match: read the final answer out of a completion, and compare it with the problem's reference
             (`tokalign.rewards.extract_answer`, `answers_match`).
         params: of every problem; each gets its own seed from `seed` and its id.
-        prompt_format: as in `render_prompt`.
+        rendering: how prompts become ids.
+        renderer: tokenizer whose chat template renders them, where it is not the engine's.
         max_prompt_length: longer prompts are dropped; None is what the model can hold.
     """
     tokenizer = engine.tokenizer
@@ -41,7 +45,7 @@ def sampler(
         limit -= 1  # room for one token at least
 
     def sample(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Dropped]:
-        prompts = [render_prompt(problem["prompt"], tokenizer, prompt_format) for problem in problems]
+        prompts = [rendering.ids(problem, renderer or tokenizer) for problem in problems]
         kept = [i for i, ids in enumerate(prompts) if limit is None or len(ids) <= limit]
         each = [replace(params, seed=problem_seed(seed, problems[i]["id"], "rollouts")) for i in kept]
         items: list[list[dict[str, Any]] | Dropped] = [Dropped(TOO_LONG) for _ in problems]

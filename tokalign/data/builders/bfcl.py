@@ -23,8 +23,8 @@ leaderboard asks for them. Where an allowed value breaks the declared type, null
 `schema` allows that type, or any value of the type; the function that the model reads stays as declared.
 
 `--prompt_tools inline` puts the functions into the user's message; `column` writes them to the column `tools` instead
-(JSON text, OpenAI's form), which TRL's SFT and DPO trainers hand to the chat template. Not both: then the model would
-read them twice.
+(JSON text, OpenAI's form), which sampling, scoring, every training and evaluation hand to the chat template. Not both:
+then the model would read them twice.
 
 `irrelevance` and `live_irrelevance` (right without any call) and `live_relevance` (right with any) are refused: the
 leaderboard publishes no call for them, so there is no document that a completion could agree with. The categories of

@@ -22,7 +22,8 @@ structure is on, every row of the table but the first ranks below every answer, 
 above 0. Whichever components are on, a fault raises none of them, as long as the reference fits the schema. Where the
 schema has alternatives (`anyOf`, `oneOf`), a completion is judged by the one that it fits best, so a change is a fault
 only if it is one under that alternative, both before and after the change. An empty list is right where the schema asks
-for no items; `minItems` or a reference makes it cost.
+for no items; `minItems` or a reference makes it cost. An empty document is an answer where the reference is empty, or
+where the schema allows no other. A valid document without invented keys has full marks, whatever words the schema uses.
 
 Deviations from the paper: structure is judged on parsed keys and types instead of substrings, a fence is no reason to
 be invalid, correctness compares typed values instead of words, the length term is a bonus instead of a malus.
@@ -31,9 +32,12 @@ be invalid, correctness compares typed values instead of words, the length term 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
+
+import pydantic_core
 
 from tokalign.rewards.structured import rl_struct
 from tokalign.rewards.structured.calls import allowed_agreement, is_allowed_reference
@@ -43,11 +47,19 @@ from tokalign.rewards.structured.documents.json import check_limits, decode_json
 from tokalign.rewards.structured.documents.reading import answer_of, read_document
 from tokalign.rewards.structured.grading import Grade, TooManyValues
 from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
+from tokalign.stage.errors import ContractError
 
 COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}
+NAME, SCHEMA_COLUMN, REFERENCE_COLUMN = "structured", "schema", "answer"
 FLOOR = 0.1  # structure of the least answer; what is not an answer stays below it
 _KEPT = 1024  # parsed references
+# how an object may become JSON: Pydantic's own way, by alias, and by the two options that a model's configuration has
+_KINDS: tuple[dict[str, Any], ...] = (
+    {"by_alias": False, "inf_nan_mode": "strings"},
+    {"by_alias": True},
+    {"by_alias": False, "timedelta_mode": "float", "bytes_mode": "base64"},
+)
 _PERFECT = Grade(1.0, 1.0, True)
 _NOTHING = Grade(0.0, 0.0, False)
 
@@ -75,9 +87,10 @@ class StructuredReward:
             upper one of the text as it is; the component length is off without them.
         reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>"; of a message whose
             reasoning a chat parser has taken out, its content.
-        schema_column, reference_column: dataset columns.
+        schema_column, reference_column: dataset columns. One of another name than the default must be there.
         limits: most bytes, depth and values of a completion.
-        name: name of the reward and prefix of its metrics.
+        name: name of the reward and prefix of its metrics, and of its columns in the table of completions if it is
+            another than the default: so several rewards lie beside one another.
 
     Attributes:
         last_scores: what the last `score_batch` gave.
@@ -100,10 +113,10 @@ class StructuredReward:
         min_length: int | None = None,
         max_length: int | None = None,
         reasoning_end: str | None = None,
-        schema_column: str = "schema",
-        reference_column: str = "answer",
+        schema_column: str = SCHEMA_COLUMN,
+        reference_column: str = REFERENCE_COLUMN,
         limits: Limits | None = None,
-        name: str = "structured",
+        name: str = NAME,
     ):
         for option, value, known in (
             ("output_format", output_format, FORMATS),
@@ -143,7 +156,8 @@ class StructuredReward:
 
         Args:
             completion: text, or messages.
-            reference: right document, as an object or as text in the output format or in JSON; None if unknown.
+            reference: right document, as text in JSON or in the output format, or as an object: of JSON's types, a
+                Pydantic model or dataclass, or its `model_dump()`; None if unknown.
             schema: of this row; None is the constructor's.
 
         Returns:
@@ -162,7 +176,8 @@ class StructuredReward:
         if self.preset is not None:
             bounds = (self.min_length, self.max_length)
             text = answer_of(completion, self.reasoning_end) or ""
-            return self._total(rl_struct.components(text, reference, schema.schema, bounds, self.limits))
+            first = _forms(reference)[0]
+            return self._total(rl_struct.components(text, first, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)
@@ -206,11 +221,13 @@ class StructuredReward:
     def _grade(self, value: Any, reference: Any, schema: CompiledSchema) -> tuple[Grade, bool]:
         """Grade, and whether the document is valid without an invented key."""
         if not value and type(value) in (dict, list):
-            # right only where the reference is empty too: else the cheapest of all answers would be worth something
-            right = value == reference and schema.is_valid(value)
+            # right only where the reference is empty too, or where the schema allows nothing else: else the cheapest of
+            # all answers would be worth something
+            right = (value in _forms(reference) or schema.only_empty) and schema.is_valid(value)
             return (_PERFECT, True) if right else (_NOTHING, False)
         perfect = schema.is_perfect(value)
-        if perfect and ((not schema.shape.options and schema.shape.required) or isinstance(value, list)):
+        asked = schema.shape.allowed is not None and (schema.shape.required or isinstance(value, list))
+        if perfect and asked and not schema.shape.options:
             return _PERFECT, True  # required keys or items, all of them right: surely an attempt
         grade = schema.grade(value, max_values=self.limits.max_values)
         if perfect is None:
@@ -222,6 +239,8 @@ class StructuredReward:
             return None
         if self.references == "allowed":
             return allowed_agreement(value, reference)
+        if type(reference) is tuple:
+            return max([agreement(value, form, text_match=self.text_match) for form in reference])
         return agreement(value, reference, text_match=self.text_match)
 
     def _length(self, completion: Source, document: Document, perfect: bool) -> float | None:
@@ -285,6 +304,8 @@ class StructuredReward:
                 if document is MISSING:
                     raise ValueError(f"is not JSON ({str(error)[:200]}); give the right document as JSON") from None
                 reference = document
+        else:
+            reference = _plain(reference, NO_SCHEMA if self.references == "allowed" else schema)
         if self.references == "allowed" and not is_allowed_reference(reference):
             raise ValueError(
                 'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}} or a list of such calls; '
@@ -295,6 +316,32 @@ class StructuredReward:
     def check_row(self, schema: Any = None, reference: Any = None) -> None:
         """Raise what scoring a row of the dataset would raise for its schema or reference."""
         self._reference(reference, self._compiled(schema))
+
+    def check_columns(self, names: Collection[str], what: str) -> None:
+        """Raise where rows lack a column without which this reward would judge something else than it was asked to.
+
+        Args:
+            names: columns of the rows.
+            what: what to call the rows, e.g. "The training dataset".
+
+        Raises:
+            ContractError: naming the column and the remedy.
+        """
+        # A column that the caller named must be there; one of the default name only where nothing stands in for it
+        if self.schema_column not in names and (self.schema is None or self.schema_column != SCHEMA_COLUMN):
+            otherwise = " and no schema is given for all rows; set `schema` to a JSON Schema file, or"
+            raise ContractError(
+                f"{what} has no column `{self.schema_column}`{otherwise if self.schema is None else '; set'} "
+                "`schema_column` to the column that holds them, and leave `remove_unused_columns` false."
+            )
+        if self.reference_column in names or "correctness" not in self.active:
+            return
+        if self.reference_column != REFERENCE_COLUMN:
+            raise ContractError(
+                f"{what} has no column `{self.reference_column}`; set `reference_column` to the column that holds the "
+                "right documents, or leave the component correctness out of the weights."
+            )
+        warnings.warn(f"Rows have no column `{REFERENCE_COLUMN}`: the component correctness is off.", stacklevel=1)
 
     # -------------------------------------------------------------------------------------------------------- a batch
 
@@ -316,7 +363,13 @@ class StructuredReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[dict[str, Any]]:
-        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch."""
+        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch.
+
+        Raises:
+            ContractError, SchemaError, ValueError: a column that is missing, a bad schema or reference, with its row.
+        """
+        if completions:
+            self.check_columns(columns, "The batch")
         schemas = columns.get(self.schema_column) or [None] * len(completions)
         references = columns.get(self.reference_column) or [None] * len(completions)
         rows: list[dict[str, Any]] = []
@@ -324,6 +377,8 @@ class StructuredReward:
         for index, completion in enumerate(completions):
             schema, reference = schemas[index], references[index]
             try:
+                if schema is None and self.schema is None:
+                    raise SchemaError("is missing; give it a JSON Schema, or drop the row")
                 compiled = self._compiled(schema)
                 parsed = self._reference(reference, compiled)
             except ValueError as error:
@@ -336,14 +391,15 @@ class StructuredReward:
                 reasons.append(reason() if callable(reason) else reason)
             rows.append(row)
         self.last_scores = rows
+        prefix = "" if self.__name__ == NAME else f"{self.__name__}/"
         for component in self.active:
             values = [row[component] for row in rows if row[component] is not None]
             if log_metric is not None and values:
                 log_metric(f"{self.__name__}/{component}", sum(values) / len(values))
             if log_extra is not None:
-                log_extra(component, [row[component] for row in rows])
+                log_extra(f"{prefix}{component}", [row[component] for row in rows])
         if log_extra is not None:
-            log_extra("reason", reasons)
+            log_extra(f"{prefix}reason", reasons)
         return rows
 
     def score_shared(self, component: str, completions: Sequence[Any], **columns: Any) -> list[dict[str, Any]]:
@@ -407,3 +463,29 @@ def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) 
     if not any(weights.values()):
         raise ValueError("All components are off; give at least one a positive weight.")
     return {name: float(weights[name]) for name in COMPONENTS if weights.get(name)}
+
+
+def _forms(reference: Any) -> tuple[Any, ...]:
+    """The forms that a parsed reference has: several where the JSON of an object depends on its model, else one."""
+    return reference if type(reference) is tuple else (reference,)
+
+
+def _plain(reference: Any, schema: CompiledSchema) -> Any:
+    """An object of any kind (a Pydantic model, a dataclass, dates within) as JSON's types; see `_forms`.
+
+    Raises ValueError where it has no JSON, or none that fits the schema.
+    """
+    try:
+        plain = pydantic_core.to_jsonable_python(reference, **_KINDS[0])
+        if plain == reference:
+            return plain
+        forms = [plain, *(pydantic_core.to_jsonable_python(reference, **kind) for kind in _KINDS[1:])]
+    except ValueError as error:
+        raise ValueError(f"cannot be read as JSON ({str(error)[:200]}); give the right document as JSON") from None
+    # What was not JSON has its form from the model that it is a dump of. That is not known here, so each form that fits
+    # the schema is right.
+    fitting = [form for index, form in enumerate(forms) if form not in forms[:index] and schema.is_valid(form)]
+    if not fitting:
+        reason = schema.first_error(plain)
+        raise ValueError(f"as JSON does not fit the schema ({reason}); give the right document as JSON")
+    return tuple(fitting) if len(fitting) > 1 else fitting[0]
