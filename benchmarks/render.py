@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ PAGES = ("critical_token_dpo", "treg", "structured_grpo", "routing", "compositio
 MARK = re.compile(r"<!-- (table|number): (.+?) -->.*?<!-- end -->", re.DOTALL)
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
 NOT_RUN = "*not run*"
+ANY, SHARE, GAIN = (-math.inf, math.inf), (0.0, 1.0), (-1.0, 1.0)  # what a figure can be
 
 Run = dict[str, Any]  # name, command, date, seconds, machine, versions, results
 Entry = Mapping[str, Any]  # a figure over seeds: mean, ci95, p (experiments/common.py: `over_seeds`)
@@ -45,15 +47,27 @@ Tables = dict[str, Table | str]
 
 
 def percent(entry: Entry, sign: str = "", digits: int = 1) -> str:
-    """A share over seeds in per cent, with its interval where there is one."""
-    return number(entry, digits, sign, scale=100)
+    """A share over seeds, or with `sign` "+" a gain in one, in per cent, with its interval where there is one."""
+    return number(entry, digits, sign, scale=100, within=GAIN if sign else SHARE)
 
 
-def number(entry: Entry, digits: int = 2, sign: str = "", *, scale: float = 1) -> str:
+def number(
+    entry: Entry, digits: int = 2, sign: str = "", *, scale: float = 1, within: tuple[float, float] = ANY
+) -> str:
     """A figure over seeds times `scale`, with its interval where there is one; `sign` "+" shows that of gains."""
     mean = f"{scale * entry['mean']:{sign}.{digits}f}"
-    low, high = entry["ci95"]
+    low, high = interval(entry, within)
     return mean if low is None else f"{mean} ({scale * low:{sign}.{digits}f} – {scale * high:{sign}.{digits}f})"
+
+
+def interval(entry: Entry, within: tuple[float, float]) -> tuple[float | None, float | None]:
+    """An entry's interval, as much of it as lies `within` what the figure can be.
+
+    Student's t does not know that a share lies in [0, 1]. What is cut off holds no share, so the interval that is left
+    covers the true one exactly as often.
+    """
+    low, high = entry["ci95"]
+    return (None, None) if low is None else (max(low, within[0]), min(high, within[1]))
 
 
 def slashed(values: Iterable[float], sign: str = "") -> str:
@@ -99,9 +113,9 @@ def claim(
 
 
 def error_bars(axis: Any, entries: Mapping[str, Entry], *, scale: float = 100) -> None:
-    """A point with its interval for every name, from top to bottom."""
+    """A point with its interval for every name, from top to bottom, of figures that are shares."""
     names = list(entries)
-    bounds = [[e["mean"] if bound is None else bound for bound in e["ci95"]] for e in entries.values()]
+    bounds = [[e["mean"] if end is None else end for end in interval(e, SHARE)] for e in entries.values()]
     means = [entry["mean"] for entry in entries.values()]
     lengths = [[scale * abs(mean - pair[i]) for mean, pair in zip(means, bounds, strict=True)] for i in (0, 1)]
     axis.errorbar([scale * mean for mean in means], names, xerr=lengths, fmt="o", capsize=4)

@@ -10,6 +10,7 @@ from tokalign.losses import (
     pair_weight,
     sequence_rewards,
     token_reward_regularizer,
+    wpo_weights,
 )
 
 
@@ -66,6 +67,21 @@ def test_sequence_rewards_are_dpos_and_simpos(simpo):
             tokens = [t for t in range(policy.size(2)) if mask[side, pair, t]]
             total = sum(policy[side, pair, t].item() - compared[side, pair, t].item() for t in tokens)
             assert rewards[pair].item() == pytest.approx(0.3 * total / (len(tokens) if simpo else 1), rel=1e-10)
+
+
+def test_wpo_weights_are_the_papers():
+    """w = exp(mean over tokens of log π(y_t) − log Σ_v π(v)²), both sides multiplied, and no gradient."""
+    policy, _, squares, mask = _batch(4)
+    logps = policy.flatten(0, 1).requires_grad_()
+    weights = wpo_weights(logps, squares.flatten(0, 1), mask.flatten(0, 1))
+    assert not weights.requires_grad
+    for pair in range(policy.size(1)):
+        product = 1.0
+        for side in range(2):
+            tokens = [t for t in range(policy.size(2)) if mask[side, pair, t]]
+            terms = [policy[side, pair, t].item() - squares[side, pair, t].item() for t in tokens]
+            product *= math.exp(sum(terms) / len(terms))
+        assert weights[pair].item() == pytest.approx(product, rel=1e-10)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

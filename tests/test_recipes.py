@@ -176,7 +176,7 @@ def test_recipes_hold_the_settings_of_the_paper() -> None:
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 4,
             "max_length": 1500,
-            "beta": 1.0,
+            "beta": 0.1,
         }
     expected["critical_dpo"] |= {"weight_side": "rejected", "aggregation": "sequence"}
     expected["dpo"]["weight_side"] = expected["rpo"]["weight_side"] = "none"
@@ -184,6 +184,19 @@ def test_recipes_hold_the_settings_of_the_paper() -> None:
     expected["sample_rollouts"] = {"num_rollouts": 64}
     for method, settings in expected.items():
         assert settings.items() <= of(method).items(), method
+
+
+def test_released_recipes_hold_the_settings_of_the_released_code() -> None:
+    """configs/train_config.py, train/train_cdpo.py and train/train_sft.py of chenzhiling9954/Critical-Tokens-Matter."""
+    sft = {"learning_rate": 3e-4, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "per_device_train_batch_size": 6}
+    sft |= {"warmup_steps": 100, "lr_scheduler_type": "cosine", "num_train_epochs": 1, "max_length": 1024}
+    dpo = {"learning_rate": 4e-5, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "num_train_epochs": 3}
+    dpo |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "warmup_steps": 0.1, "max_length": 1500}
+    dpo |= {"weight_decay": 0.01, "beta": 0.1, "aggregation": "position", "end_token_weight": 1.0}
+    for method, settings in (("positive_sft", sft), ("negative_sft", sft), ("critical_dpo", dpo)):
+        path = ROOT / "recipes" / "llama-3-8b-released" / f"{method}.yaml"
+        assert settings.items() <= yaml.safe_load(path.read_text()).items(), method
+    assert "lr_scheduler_type" not in yaml.safe_load(path.read_text())  # the default, which falls to 0 in a line
 
 
 @pytest.mark.parametrize(("model", "base"), TREG_MODELS.items())

@@ -26,10 +26,12 @@ def critical_token_dpo_position_loss(
 
     Chosen position t is compared with rejected position t, and the mean runs over *all* T positions:
 
-        ℓ = (1/T) Σ_t −log σ( β w_t ρ_t(y⁺) − β w_t ρ_t(y⁻) ),     w_t = 1 − s_t on a weighted side, else 1
+        ℓ = (1/T) Σ_t −log σ( β w_t ρ_t(y⁺) − β w_t ρ_t(y⁻) )
 
-    A position outside both completions (prompt, padding) has ρ = 0 on both sides and contributes log 2, so the loss
-    and its gradient shrink as prompts and padding grow; this is the released behaviour, kept as it is.
+    Its weights are w_t = 1 − s_t of the rejected tokens, 1 of the end token, and on the chosen side 1, or s_t where
+    both sides are weighted. A position outside both completions (prompt, padding) has ρ = 0 on both sides and
+    contributes log 2, so the loss and its gradient shrink as prompts and padding grow; this is the released behaviour,
+    kept as it is.
 
     Args:
         chosen_logratios, rejected_logratios (`torch.Tensor` of shape `(B, T)`):
@@ -132,3 +134,26 @@ def pair_weight(margin: torch.Tensor, sequence_weight: str) -> torch.Tensor:
     if sequence_weight == "static":
         return torch.ones_like(margin)
     raise ValueError(f"sequence_weight must be 'gradient' or 'static', got {sequence_weight!r}.")
+
+
+def wpo_weights(logps: torch.Tensor, log_sum_sq_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """WPO's weight of a pair (arXiv 2406.11827, Eq. 2), as TRL multiplies it into the base loss; no gradient.
+
+    How likely the policy itself would write both completions, by token and against its own spread:
+
+        w(x, y) = exp( (1/|y|) Σ_t ( log π(y_t) − log Σ_v π(v)² ) ),     and a pair's is w(x, y_w) · w(x, y_l)
+
+    Args:
+        logps (`torch.Tensor` of shape `(2B, T)`):
+            log π of the tokens, the chosen half first. Values where the mask is 0 are ignored.
+        log_sum_sq_probs (`torch.Tensor` of shape `(2B, T)`):
+            log Σ_v π(v)² at the same positions.
+        mask (`torch.Tensor` of shape `(2B, T)`):
+            1 on completion tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    aligned = (logps - log_sum_sq_probs).detach().masked_fill(mask == 0, 0.0)
+    chosen, rejected = (aligned.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).exp().chunk(2)
+    return chosen * rejected

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.ledger_stages import LedgerStages
-from benchmarks.render import Table, Tables, error_bars, number, percent, read_json, slashed
+from benchmarks.render import SHARE, Table, Tables, error_bars, number, percent, read_json, slashed
 from tokalign.statistics import over_seeds, paired
 
 GRID_SEED = 1000
@@ -246,7 +246,7 @@ DETECTION = {"auroc": "AUROC", "hit1": "hit@1"}
 
 def detection_row(name: str, entry: Mapping[str, Any]) -> list[str]:
     """How well a signal finds the token looked for."""
-    return [name, *(number(entry[key], 3) for key in DETECTION)]
+    return [name, *(number(entry[key], 3, within=SHARE) for key in DETECTION)]
 
 
 def detection_figure(by_target: Mapping[str, Mapping[str, Any]], height: float) -> Figure:

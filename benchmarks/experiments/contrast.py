@@ -44,7 +44,7 @@ class ContrastBenchmarkArguments:
     layers: int = field(default=4, metadata={"help": "Layers."})
     heads: int = field(default=8, metadata={"help": "Attention heads."})
     short_rows: int = field(default=32, metadata={"help": "Rows of the short workload."})
-    short_length: int = field(default=64, metadata={"help": "Longest short row; rows are 50-100 % of it."})
+    short_length: int = field(default=64, metadata={"help": "Longest short row; rows are at least half of it."})
     long_rows: int = field(default=6, metadata={"help": "Rows of the long workload."})
     long_length: int = field(default=512, metadata={"help": "Longest long row."})
     prompt_share: float = field(default=0.4, metadata={"help": "Share of a row that is its prompt."})

@@ -21,7 +21,7 @@ from trl import TrlParser
 from benchmarks.experiments import common
 from benchmarks.experiments.common import Comparison, ComparisonArguments, ComparisonSeed, Method
 from benchmarks.ledger_stages import TDPO, logp_curve, trained_model
-from benchmarks.render import CLAIM, Tables, claim, gaps, number, percent, read_json, save
+from benchmarks.render import CLAIM, SHARE, Tables, claim, gaps, interval, number, percent, read_json, save
 from tokalign.stage.loading import load_stage
 
 OURS = "critical-token DPO"
@@ -261,7 +261,7 @@ def figures(results: dict[str, Any]) -> dict[str, Figure]:
         entries = [by_k[str(k)] for k in steps]
         (line,) = axis.plot(steps, [100 * e["mean"] for e in entries], marker="o", label=f"{kind} the critical token")
         if entries[0]["ci95"][0] is not None:
-            low, high = ([100 * min(1, max(0, e["ci95"][i])) for e in entries] for i in (0, 1))
+            low, high = zip(*([100 * end for end in interval(e, SHARE)] for e in entries), strict=True)
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
     axis.set(xscale="log", xticks=steps, xticklabels=steps, xlabel="k", ylabel="pass@k, per cent", ylim=(-2, 102))
     axis.legend()

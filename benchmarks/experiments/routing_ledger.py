@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from trl import TrlParser
 
 from benchmarks.ledger_stages import MAX_TOKENS, LedgerStages, trained_model
-from benchmarks.render import CLAIM, Tables, claim, number, percent, read_json, save, write_json
+from benchmarks.render import CLAIM, SHARE, Tables, claim, number, percent, read_json, save, write_json
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
@@ -358,7 +358,9 @@ def label_tables(labels: Mapping[str, Any]) -> Tables:
 
 def router_tables(results: Mapping[str, Any]) -> Tables:
     keys = {"auroc": "AUROC", "auprc": "AUPRC", "recall at 0.05": "recall at 5 %", "recall at 0.12": "recall at 12 %"}
-    rows = [[name, *(number(entry[key], 3) for key in keys)] for name, entry in results["routers"].items()]
+    rows = [
+        [name, *(number(entry[key], 3, within=SHARE) for key in keys)] for name, entry in results["routers"].items()
+    ]
     claims = []
     for d in results["router_differences"]:
         for key in ("auroc", "auprc"):
@@ -389,7 +391,8 @@ def cost_tables(results: Mapping[str, Any]) -> Tables:
     for rate, share in results["recovered"].items():
         accuracy = percent(results["frontier"][NEURAL][rate]["accuracy"])
         costs = (number(saved[key][rate]) for key in ("activated_parameters", "full_cost"))
-        rows.append([f"{100 * float(rate):g} %", accuracy, percent(below[rate], "+"), percent(share), *costs])
+        way = number(share, 1, scale=100)  # no share: a routed pair may answer better than the LLM
+        rows.append([f"{100 * float(rate):g} %", accuracy, percent(below[rate], "+"), way, *costs])
     rate = min(below, key=lambda rate: abs(float(rate) - PAPER_RATE))
     at, level = f"at {100 * float(rate):g} % LLM tokens", PAPER_R2R[0] - PAPER_LLM[0]
     less = f"{PAPER_LLM[1] / PAPER_R2R[1]:.1f}"

@@ -2,6 +2,8 @@ r"""TDPO, token-level DPO (arXiv 2404.11999, ICML 2024): DPO with a forward-KL t
 
     python benchmarks/peers/tdpo.py --config recipes/ledger/dpo.yaml --learning_rate 3e-4 --output_dir runs/tdpo
 
+(after `make quickstart`, which makes the base model and the pairs)
+
     u = Σ_t ρ_t(y_w) − Σ_t ρ_t(y_l),     D(y) = Σ_t KL( π_ref(·|x, y_<t) ‖ π(·|x, y_<t) )
     TDPO1:  ℓ = −log σ( β u − β (D(y_l) − D(y_w)) )
     TDPO2:  ℓ = −log σ( β u − α β (D(y_l) − sg D(y_w)) )
@@ -156,9 +158,9 @@ class TDPOTrainer(TokenPreferenceTrainer):
         with self._hidden_states() as hidden:
             reference = self._reference(inputs)
             # TRL's own loss is plain DPO's; its forward and metrics are what is kept
-            _, outputs, policy = self._trl_loss(model, inputs, reference, return_outputs=return_outputs)
+            _, outputs, answer = self._trl_loss(model, inputs, reference, return_outputs=return_outputs)
         mask = inputs["completion_mask"][:, 1:].bool()
-        ratios = (policy.sum(dim=1) - reference.sum(dim=1)).chunk(2)
+        ratios = (answer.log_probs.sum(dim=1) - reference.sum(dim=1)).chunk(2)
         divergences = self._sequence_kl(hidden[1], hidden[0], mask).chunk(2)
         losses = tdpo_loss(
             *ratios, *divergences, beta=self.beta, alpha=self.args.tdpo_alpha, variant=self.args.tdpo_variant

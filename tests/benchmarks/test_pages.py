@@ -6,13 +6,25 @@ import importlib
 import json
 import re
 import shutil
+import warnings
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import render
-from benchmarks.experiments.common import ComparisonArguments, difference, grid_table, over_seeds, paired, summary
-from benchmarks.render import PAGES, ROOT, claim, error_bars, fill, markdown, number, percent, verdict
+from benchmarks.experiments.common import (
+    DETECTION,
+    ComparisonArguments,
+    detection_row,
+    difference,
+    grid_table,
+    over_seeds,
+    paired,
+    summary,
+)
+from benchmarks.render import PAGES, ROOT, SHARE, claim, error_bars, fill, interval, markdown, number, percent, verdict
 from benchmarks.suite import EXPERIMENTS, without_paths
 
 RESULTS = ROOT / "docs" / "results"
@@ -31,6 +43,16 @@ def test_one_seed_has_no_interval_and_equal_seeds_no_spread() -> None:
     assert over_seeds([0.4]) == {"mean": 0.4, "ci95": [None, None], "seeds": 1, "values": [0.4], "p": None}
     assert over_seeds([0.0, 0.0])["p"] == 1.0 and over_seeds([0.0, 0.0])["ci95"] == [0.0, 0.0]
     assert over_seeds([0.5, 0.5])["p"] == 0.0
+
+
+def test_what_rounding_leaves_of_equal_seeds_is_no_difference() -> None:
+    """0.1 + 0.2 is not 0.3 to a computer: three such seeds gave an interval above 0, and scipy a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        equal = paired([0.1 + 0.2] * 3, [0.3] * 3)
+        assert equal["values"] == [0.0] * 3 and equal["p"] == 1.0 and verdict(equal) == "cannot be told here"
+        apart = paired([0.3, 0.4, 0.5], [0.2, 0.3, 0.4])
+    assert apart["ci95"] == [pytest.approx(0.1)] * 2 and apart["p"] == 0.0 and verdict(apart) == "holds"
 
 
 def test_paired_is_the_paired_test() -> None:
@@ -83,6 +105,23 @@ def test_figures_are_printed_with_their_intervals() -> None:
     assert percent(entry) == "57.6 (55.2 – 60.0)" and number(entry, 3, "+") == "+0.576 (+0.552 – +0.600)"
     assert percent({"mean": 0.5, "ci95": [None, None]}) == "50.0"
     assert markdown((["a"], [["x|y"]])) == "| a |\n| --- |\n| x\\|y |"
+
+
+@settings(deadline=None, max_examples=100)
+@given(right=st.lists(st.integers(0, 60), min_size=2, max_size=6), true=st.floats(0, 1))
+def test_intervals_of_shares_hold_the_same_shares_and_nothing_else(right: list[int], true: float) -> None:
+    entry = over_seeds([count / 60 for count in right])
+    low, high = interval(entry, SHARE)
+    assert 0 <= low <= high <= 1
+    assert (low <= true <= high) == (entry["ci95"][0] <= true <= entry["ci95"][1])  # so it is covered as often
+
+
+def test_no_share_on_a_page_lies_outside_its_range() -> None:
+    entry = over_seeds([0.0, 0.02, 0.24])
+    assert entry["ci95"][0] < 0 and percent(entry).startswith("8.7 (0.0 – ") and "(-" in number(entry)
+    assert percent({"mean": 0.998, "ci95": [0.992, 1.003]}) == "99.8 (99.2 – 100.0)"
+    detection = {key: {"mean": 0.04, "ci95": [-0.002, 0.082]} for key in DETECTION}
+    assert detection_row("random", detection)[1] == "0.040 (0.000 – 0.082)"
 
 
 def test_error_bars_end_where_the_intervals_do() -> None:

@@ -9,9 +9,15 @@ from inspect import get_annotations, signature
 
 import pytest
 
+from tests.cli.commands import ROOT, load_file
 from tokalign.cli.help import overview, verb_help
-from tokalign.cli.main import GROUPS, VERBS, Verb
+from tokalign.cli.main import GROUPS, VERBS, Verb, main_of, parser_of
 
+BENCHMARKS = sorted(
+    p
+    for p in (ROOT / "benchmarks").glob("**/*.py")
+    if "_dataclasses()" in p.read_text() or "_and_config()" in p.read_text()
+)
 LEAVES = [leaf for verb in VERBS.values() for leaf in (verb.parts or (verb,))]
 
 
@@ -42,3 +48,19 @@ def test_the_overview_fits_a_screen() -> None:
     lines = overview(GROUPS).splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("verb", LEAVES, ids=lambda verb: verb.module)
+def test_the_full_help_of_a_verb_is_printed(verb: Verb) -> None:
+    text = parser_of(main_of(verb.module)).format_help()  # argparse fails here at a % in any help text
+    assert all(f"--{name}" in text for name in own_fields(verb.module))
+
+
+def test_the_help_of_a_benchmark_is_printed() -> None:
+    assert len(BENCHMARKS) > 10
+    for file in BENCHMARKS:
+        if file.parent.name == "peers":
+            module = load_file(file)
+        else:
+            module = import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        assert "usage:" in parser_of(module.main).format_help(), file

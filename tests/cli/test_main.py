@@ -43,6 +43,7 @@ def test_recipes_are_listed_and_copied_once(tmp_path, capsys, monkeypatch):
     listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "/" in line.split(" ")[0]}
     assert set(listed) >= {"ledger/sft", "llama-3-8b/critical_dpo", "accelerate_configs/zero3"}
     assert "8 x 80 GB; 11 minutes" in listed["llama-3-8b/critical_dpo"]
+    assert not [name for name, line in listed.items() if "; " not in line and "accelerate_configs" not in name]
     copy = main(["recipes", "llama-3-8b/critical_dpo", "--output_dir", str(tmp_path)])
     assert copy == tmp_path / "critical_dpo.yaml"
     assert copy.read_bytes() == (ROOT / "recipes" / "llama-3-8b" / "critical_dpo.yaml").read_bytes()

@@ -143,6 +143,11 @@ def token_logps(model, ids: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
+def released_weight(side: str, token: int, score: float, end: int) -> float:
+    """A token's weight in the released code: the end token counts in full; a chosen one by its score, not by 1 − it."""
+    return 1.0 if token == end else score if side == "chosen" else 1.0 - score
+
+
 def plain_loop(
     trainer, reference, rows, *, sides=("rejected",), max_length=None, mode="keep_start", sft=0.0
 ) -> torch.Tensor:
@@ -158,6 +163,8 @@ def plain_loop(
             for t in range(1, len(ids)):
                 if flags[t]:
                     weight = WEIGHT[trainer.args.signal](scores[t]) if side in sides else 1.0
+                    if side in sides and trainer.args.end_token_weight is not None:
+                        weight = released_weight(side, ids[t], scores[t], trainer._tokenizer.eos_token_id)
                     margin = margin + sign * trainer.beta * weight * (policy[t - 1] - frozen[t - 1])
                     if side == "chosen":
                         nll, tokens = nll - policy[t - 1], tokens + 1

@@ -176,6 +176,10 @@ def test_collator_without_weights(tiny_path, tmp_path, rows):
         ({"aggregation": "position", "loss_type": "ipo"}, "replaces the 'sigmoid' loss"),
         ({"aggregation": "position", "ld_alpha": 0.5}, "no sequence log-ratio"),
         ({"use_weighting": True, "loss_type": ["sigmoid", "sft"], "weight_side": "both"}, "scales the NLL"),
+        ({"chosen_weight": "score"}, "`chosen_weight` must be"),
+        ({"chosen_weight": "complement"}, "does not weight"),
+        ({"end_token_weight": 2.0}, r"must lie in \[0, 1\]"),
+        ({"end_token_weight": 1.0, "weight_side": "none"}, "a side must be weighted"),
     ],
 )
 def test_settings_that_contradict_each_other(tmp_path, options, message):

@@ -21,6 +21,7 @@ from tests.trainers.preferences import (
     make_trainer,
     plain_loop,
     preference_rows,
+    released_weight,
     settings,
     truncate,
     with_signals,
@@ -137,6 +138,10 @@ def test_ids_are_never_made_again_from_text(tiny_path, tmp_path, rows):
         (True, ("rejected",), {"signal": "token_reward"}),
         (True, ("rejected",), {"signal": "implicit_reward", "sft": 0.7}),
         (False, ("rejected",), {"signal": "rollout_accuracy"}),
+        (False, ("rejected",), {"end_token_weight": 1.0}),
+        (True, ("chosen", "rejected"), {"end_token_weight": 1.0, "chosen_weight": "complement", "sft": 0.7}),
+        # truncation cuts some end tokens off, and what is then the last token keeps its own weight
+        (False, ("rejected",), {"end_token_weight": 1.0, "max_length": 21}),
     ],
 )
 def test_loss_and_gradient_are_the_equations(tiny_path, tmp_path, rows, lora, sides, changes):
@@ -171,9 +176,18 @@ def test_loss_and_gradient_are_the_equations(tiny_path, tmp_path, rows, lora, si
     assert max(gradient.abs().max() for gradient in wanted.values()) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("weight_side", "weights"),
+    [
+        ("rejected", {"end_token_weight": 1.0}),
+        ("both", {"end_token_weight": 1.0, "chosen_weight": "complement"}),
+        ("rejected", {}),
+        ("both", {}),
+        ("none", {}),
+    ],
+)
 @pytest.mark.parametrize("precompute", [False, True])
-@pytest.mark.parametrize("weight_side", ["rejected", "both", "none"])
-def test_position_aggregation_is_the_released_form(tiny_path, tmp_path, rows, precompute, weight_side):
+def test_position_aggregation_is_the_released_form(tiny_path, tmp_path, rows, precompute, weight_side, weights):
     trainer = make_trainer(
         tiny_path,
         tmp_path,
@@ -185,6 +199,7 @@ def test_position_aggregation_is_the_released_form(tiny_path, tmp_path, rows, pr
         loss_type=["sigmoid", "sft"],
         loss_weights=[2.0, 0.5],
         precompute_ref_log_probs=precompute,
+        **weights,
     )
     batch = first_batch(trainer)
     got = trainer.compute_loss(trainer.model, batch)
@@ -205,6 +220,9 @@ def test_position_aggregation_is_the_released_form(tiny_path, tmp_path, rows, pr
                 if batch["completion_mask"][row, t]:
                     weighted = weight_side in (side, "both")
                     weight = 1 - scores[side][t] if weighted else 1.0
+                    if weighted and weights:
+                        token = batch["input_ids"][row, t].item()
+                        weight = released_weight(side, token, scores[side][t], trainer._tokenizer.eos_token_id)
                     ratio = logits["policy"][row, t - 1] - logits["reference"][row, t - 1]
                     margin += sign * trainer.beta * weight * ratio.item()
                     if side == "chosen":

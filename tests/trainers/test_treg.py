@@ -223,6 +223,24 @@ def test_loss_and_gradient_are_the_equation(tiny_path, tmp_path, rows, lora, cha
     check(trainer, tiny_path, rows, lambda row, side: [0.5 - WEIGHT[signal](v) for v in row[f"{side}_{signal}"]])
 
 
+@pytest.mark.parametrize("sequence_weight", ["gradient", "static"])
+def test_wpo_weights_the_regulariser_of_a_pair_as_its_base_loss(tiny_path, tmp_path, rows, sequence_weight):
+    """WPO says how much a pair counts: of one pair, both terms and the gradient are scaled by the same number."""
+    seen = {}
+    for alpha in (0.0, 0.25):
+        for wpo in (False, True):
+            options = {"alpha": alpha, "sequence_weight": sequence_weight, "use_weighting": wpo}
+            trainer = make(tiny_path, tmp_path, rows[:1], moved=True, **options)
+            trainer.model.train()
+            loss = trainer.compute_loss(trainer.model, first_batch(trainer, 1))
+            loss.backward()
+            seen[alpha, wpo] = [loss.detach(), *gradients(trainer.model).values()]
+    factor = seen[0.0, True][0] / seen[0.0, False][0]  # TRL's weight of this pair
+    assert abs(factor - 1) > 0.01
+    for plain, weighted in zip(seen[0.25, False], seen[0.25, True], strict=True):
+        assert torch.allclose(factor * plain, weighted, atol=1e-6, rtol=1e-3)
+
+
 def test_stored_rewards_are_read_as_they_are(tiny_path, tmp_path, rows):
     trainer = make(tiny_path, tmp_path, rows)
     batch = first_batch(trainer)

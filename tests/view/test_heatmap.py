@@ -216,6 +216,49 @@ def test_line_breaks_controls_and_empty_pieces_are_visible(byte_tokenizer):
     assert '<i class="part"></i>' in html
 
 
+def test_a_mark_stands_on_the_line_that_its_token_begins_on(byte_tokenizer):
+    """A browser places it at the first box in the token; a box with a line break in it ends a line lower."""
+    assert heatmap._marked_piece_markup("\n") == '<b><i class="nl"></i></b>\n'
+    assert (
+        heatmap._marked_piece_markup("<.\n\n 7")
+        == '<b>&lt;.<i class="nl"></i></b>\n<b><i class="nl"></i></b>\n<b> 7</b>'
+    )
+    assert heatmap._marked_piece_markup("") == '<b><i class="part"></i></b>'
+    ids = byte_tokenizer("a\nb")["input_ids"]
+    row = {"id": "a", "rejected_ids": ids, "rejected_contrast": [0.5] * len(ids), "first_error": 1}
+    html = token_heatmap([row], byte_tokenizer)
+    assert '<b><i class="nl"></i></b>\n</span>' in html and html.count("<b><") == 1
+    assert "".join(t["text"] for t in Page(html).tokens) == "a\nb"
+
+
+def _steps(values: list[float], name: str = "logprob") -> tuple[list[str], str]:
+    row = {"id": "a", "chosen_ids": [10] * len(values), f"chosen_{name}": values}
+    html = token_heatmap([row], tiny_tokenizer())
+    return [t["class"].split()[1] for t in Page(html).tokens], html
+
+
+@pytest.mark.parametrize("bad", [[-1e4], [-1e4, 5e3], [-1e30, -1e4]])
+def test_a_bad_outlier_does_not_blank_the_page(bad):
+    sound = [-0.05 * i for i in range(80)]
+    alone, html = _steps(sound)
+    assert len(set(alone)) == 11 and "beyond" not in html
+    beside, html = _steps([*sound, *bad])
+    assert beside[:80] == alone
+    assert f"{len(bad)} of {80 + len(bad)} values beyond, to " in html and "≤ -3.95" in html  # the legend says so
+    assert "logprob -1e+04" in html  # and the token its own value
+
+
+@pytest.mark.parametrize("values", [[0.0] * 30 + [2.0, 2.5], [0.01 * i for i in range(50)] + [2.0], [0.0, 5.0]])
+def test_values_that_are_few_or_not_so_far_keep_the_whole_scale(values):
+    assert heatmap._ends(values) == (min(values), max(values))
+
+
+def test_values_outside_a_known_range_are_counted_in_the_legend():
+    steps, html = _steps([0.5, 1.5, -3.0, 0.0], "contrast")
+    assert steps == ["s5", "s0", "s10", "s10"]
+    assert "≤ 0 <" in html and "≥ 1" in html and "2 of 4 values beyond, to -3 and 1.5" in html
+
+
 def test_fragment_is_part_of_the_page():
     rows = [_row(tiny_tokenizer())]
     fragment = token_heatmap(rows, tiny_tokenizer(), fragment=True)
@@ -271,6 +314,7 @@ def test_the_table_of_signals_says_what_is_strong(signal, values, steps):
     [
         ({"rejected_contrast": [0.5]}, r"Row 1 \(id 'bad'\): `rejected_contrast` has 1 scores for 9 ids; score"),
         ({"rejected_contrast": [math.nan] * 9}, r"Row 1 \(id 'bad'\): `rejected_contrast` holds nan at position 0"),
+        ({"rejected_contrast": [0.5] * 8 + [-math.inf]}, "`rejected_contrast` holds -inf at position 8, not a finite"),
         ({"first_error": 9}, r"Row 1 \(id 'bad'\): `first_error` is 9, outside the completion's 9 tokens"),
         ({"critical_index": -2}, "`critical_index` is -2, outside"),
         ({"chosen_first_error": 12}, "`chosen_first_error` is 12, outside"),

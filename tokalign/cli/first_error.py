@@ -1,7 +1,7 @@
 r"""Mark the true first wrong token of ledger solutions: adds `first_error` (index in `rejected_ids`, −1: none).
 
-    tokalign score first-error --dataset runs/scored --problems runs/world/train --tokenizer runs/base \
-        --output_dir runs/marked
+    tokalign score first-error --dataset runs/quickstart/scored --problems runs/quickstart/world/train \
+        --tokenizer runs/quickstart/base --output_dir runs/first_errors
 
 Only a world that knows its ground truth can have this column; `tokalign compare` judges token signals by it.
 """

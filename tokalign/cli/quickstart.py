@@ -16,16 +16,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Tiny models gain nothing from an accelerator, and every laptop shall see the same numbers.
+# Tiny models gain nothing from an accelerator, and laptops with one kind of CPU shall see the same numbers.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or its two threads hinder each other on a busy machine
 
 import torch
 import transformers
@@ -33,7 +35,7 @@ import trl
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from tokalign.cli.ledger_models import trained_model
+from tokalign.cli.ledger_models import THREADS, trained_model
 from tokalign.cli.stages import Stages, console
 from tokalign.evaluation.run import compare_runs
 from tokalign.stage.manifest import read_manifest
@@ -64,6 +66,7 @@ class QuickstartArguments:
 
 def main(args: QuickstartArguments) -> dict[str, Any]:
     """Run or resume every stage; returns what `metrics.json` holds."""
+    torch.set_num_threads(THREADS)  # not as many as there are cores: the figures would be others on each machine
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages(out)
@@ -72,7 +75,7 @@ def main(args: QuickstartArguments) -> dict[str, Any]:
 
     sizes = ("--train", args.train_problems, "--validation", 1, "--test", args.test_problems, "--sft", 1)
     stages.run("problems", "data ledger", "--output_dir", world, *sizes, *seed)
-    base = Path(args.base) if args.base else base_model(stages)
+    base = Path(args.base) if args.base else base_model(stages, out / "base")
     model = ("--model", base)
 
     sampling = ("--dataset", world / "train", "--num_rollouts", args.rollouts, *tokens, *seed)
@@ -109,15 +112,15 @@ def main(args: QuickstartArguments) -> dict[str, Any]:
     return finish(args, stages, out, base)
 
 
-def base_model(stages: Stages) -> Path:
-    """The weak base model from the cache, trained first where the cache does not have it."""
+def base_model(stages: Stages, folder: Path) -> Path:
+    """The weak base model, copied from the cache to where recipes/ledger/ expects it, and trained first if need be."""
     console.rule("[bold]base model[/bold]", align="left")
-    started = time.perf_counter()
-    base = trained_model("ledger-slm")
-    if "base model" not in stages.done:
-        stages.finish("base model", str(base), time.perf_counter() - started)
-    console.print(f"[dim]{base}[/dim]", highlight=False, soft_wrap=True)
-    return base
+    if "base model" not in stages.done or not folder.exists():
+        started = time.perf_counter()
+        shutil.copytree(trained_model("ledger-slm"), folder, dirs_exist_ok=True)
+        stages.finish("base model", str(folder), time.perf_counter() - started)
+    console.print(f"[dim]{folder}[/dim]", highlight=False, soft_wrap=True)
+    return folder
 
 
 def finish(args: QuickstartArguments, stages: Stages, out: Path, base: Path) -> dict[str, Any]:

@@ -15,18 +15,24 @@ What the weights do to the rest, each decided here (see docs/critical_token_dpo.
 - the `sft` term (RPO) is the plain NLL of the chosen completion, whatever the weights;
 - WPO (`use_weighting`) weights a pair by the unweighted log-probabilities;
 - `ipo` and `sigmoid_norm` divide by the number of tokens, not by the sum of the weights.
+
+The released code computes something else than its paper's equation; `aggregation`, `chosen_weight` and
+`end_token_weight` reproduce it (recipes/llama-3-8b-released/).
 """
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
+from tokalign.generation.vocabulary import end_ids
 from tokalign.losses import critical_token_dpo_position_loss
 from tokalign.stage.errors import ContractError
 from tokalign.stage.manifest import manifest_of
@@ -44,8 +50,8 @@ class CriticalTokenDPOConfig(DPOConfig):
     Configuration class for the [`CriticalTokenDPOTrainer`].
 
     This class includes only the parameters that are specific to critical-token DPO. For the others, please refer to
-    the [`~trl.DPOConfig`] documentation; its `beta` is the paper's γ (1.0 in the paper's text, 0.1 in its released
-    configuration and here).
+    the [`~trl.DPOConfig`] documentation; its `beta` is the paper's γ: 0.1, as in the released configuration and in
+    TRL, where the paper's text says 1.0.
 
     Parameters:
         > Parameters that control the token weights
@@ -61,6 +67,12 @@ class CriticalTokenDPOConfig(DPOConfig):
             How positions become a loss. Possible values are: `"sequence"` (the paper: one logistic function of the
             two weighted sums) and `"position"` (the released code: a logistic function at each position and the mean
             over all of them, prompt and padding included; only with the loss types `"sigmoid"` and `"sft"`).
+        chosen_weight (`str`, *optional*, defaults to `"same"`):
+            Weights of the chosen side, where `weight_side` weights it. Possible values are: `"same"` (w_t, by the rule
+            of the rejected side: 1 − s_t of `contrast`) and `"complement"` (1 − w_t, so s_t: the released code).
+        end_token_weight (`float`, *optional*):
+            Weight of the token that ends a completion, on the weighted sides. If `None`, it has its signal's as any
+            other token; 1 in the released code, which scores no end token.
         estimate_beta (`float`, *optional*):
             β of the contrastive estimate that made the scores. Not used in training: recorded from the manifest of
             the dataset, so that it is saved with the arguments. Setting it to another value than the data's is an
@@ -88,6 +100,17 @@ class CriticalTokenDPOConfig(DPOConfig):
             "choices": ["sequence", "position"],
         },
     )
+    chosen_weight: str = field(
+        default="same",
+        metadata={
+            "help": "Weights of the chosen side: 'same' rule as the rejected one, or its 'complement' (released code).",
+            "choices": ["same", "complement"],
+        },
+    )
+    end_token_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of a completion's end token, 1 in the released code; unset: the signal's."},
+    )
     estimate_beta: float | None = field(
         default=None,
         metadata={"help": "Beta of the contrastive estimate, recorded from the dataset's manifest."},
@@ -99,6 +122,18 @@ class CriticalTokenDPOConfig(DPOConfig):
             raise ValueError(f"`weight_side` must be one of {list(WEIGHTED)}, got {self.weight_side!r}.")
         if self.aggregation not in ("sequence", "position"):
             raise ValueError(f"`aggregation` must be 'sequence' or 'position', got {self.aggregation!r}.")
+        if self.chosen_weight not in ("same", "complement"):
+            raise ValueError(f"`chosen_weight` must be 'same' or 'complement', got {self.chosen_weight!r}.")
+        if self.chosen_weight == "complement" and "chosen" not in WEIGHTED[self.weight_side]:
+            raise ValueError(
+                f"`chosen_weight='complement'` is of a side that `weight_side={self.weight_side!r}` does not weight; "
+                "set `weight_side` to 'both' or 'chosen', or leave `chosen_weight` out."
+            )
+        if self.end_token_weight is not None and not (WEIGHTED[self.weight_side] and 0 <= self.end_token_weight <= 1):
+            raise ValueError(
+                f"`end_token_weight` is {self.end_token_weight} and `weight_side` {self.weight_side!r}; it must lie in "
+                "[0, 1], and a side must be weighted."
+            )
         if self.aggregation == "position":
             if sorted(self.loss_type) not in (["sigmoid"], ["sft", "sigmoid"]):
                 raise ValueError(
@@ -172,6 +207,8 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
 
     def _finish_init(self) -> None:
         self._seen = (0.0, 1.0, 0.0)  # tokens, smallest and largest weight since training began
+        model = self.accelerator.unwrap_model(self.model)
+        self._end_ids = sorted(end_ids(getattr(model, "generation_config", None), self._tokenizer))
         if self.args.aggregation == "position":  # a loss of ours, in the place of TRL's
             self._position_weight = self._take_over("sigmoid")
 
@@ -192,9 +229,9 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
     # -------------------------------------------------------------------------------------------------------- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights, reference = self._token_signal(inputs, elsewhere=1.0), self._reference(inputs)
-        loss, outputs, policy = self._trl_loss(model, inputs, reference, weights, return_outputs)
-        mask = inputs["completion_mask"][:, 1:]
+        weights, reference = self._token_weights(inputs), self._reference(inputs)
+        loss, outputs, answer = self._trl_loss(model, inputs, reference, weights, return_outputs)
+        policy, mask = answer.log_probs, inputs["completion_mask"][:, 1:]
         if weights is not None:
             # What TRL made of weighted log-probs and should not have: RPO's NLL, and the curves of the log-probs
             weights = weights.to(policy.device)
@@ -207,6 +244,22 @@ class CriticalTokenDPOTrainer(TokenPreferenceTrainer):
             losses = critical_token_dpo_position_loss(*ratios, *masks, *factors, beta=self.beta)
             loss = loss + self._position_weight * losses.mean()
         return (loss, outputs) if return_outputs else loss
+
+    def _token_weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """w_t (2B, L − 1) beside the predicted tokens, 1 where none is read; None if no side is weighted."""
+        weights = self._token_signal(inputs, elsewhere=1.0)
+        if weights is None:
+            return None
+        read, ids = self._read_tokens(inputs), inputs["input_ids"][:, 1:]
+        if self.args.chosen_weight == "complement":
+            chosen = torch.arange(len(read), device=read.device)[:, None] < len(read) // 2
+            weights = torch.where(read & chosen, 1.0 - weights, weights)
+        if self.args.end_token_weight is not None:
+            # The last token alone, and only if it is one that ends completions: truncation may have cut that off
+            last = read & ~F.pad(read[:, 1:], (0, 1))
+            ends = torch.isin(ids, torch.tensor(self._end_ids, dtype=ids.dtype, device=ids.device))
+            weights = torch.where(last & ends, self.args.end_token_weight, weights)
+        return weights
 
     def _sft_correction(self, policy: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | float:
         """Plain NLL of the chosen completions minus the weighted one that TRL's `sft` term has computed."""

@@ -414,7 +414,7 @@ class TokenPreferenceTrainer(DPOTrainer):
         reference: torch.Tensor | None,
         weights: torch.Tensor | None = None,
         return_outputs: bool = False,
-    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Any, _StandIn]:
         """What `DPOTrainer` computes and logs where a token's log-prob counts by its weight.
 
         Args:
@@ -422,7 +422,7 @@ class TokenPreferenceTrainer(DPOTrainer):
             weights: (2B, L − 1) factors of policy and reference alike; None is 1.
 
         Returns:
-            The loss, the outputs (None unless asked for) and the policy's unweighted log-probs (2B, L − 1).
+            The loss, the outputs (None unless asked for) and what the policy returned.
         """
         batch = trl_inputs(inputs)
         mask = batch["completion_mask"][:, 1:]
@@ -438,7 +438,7 @@ class TokenPreferenceTrainer(DPOTrainer):
             result = DPOTrainer.compute_loss(self, stand_in, batch, return_outputs)
         finally:
             self.precompute_ref_logps = before
-        return *(result if return_outputs else (result, None)), stand_in.log_probs
+        return *(result if return_outputs else (result, None)), stand_in
 
     def _take_over(self, loss_type: str) -> float:
         """Take one of TRL's losses out of its sum, for a method's own in its place; returns the weight of that."""
@@ -490,7 +490,12 @@ class TokenPreferenceTrainer(DPOTrainer):
 
 
 class _StandIn:
-    """What TRL calls in a model's place: keeps the per-token log-probs and hands them on, times their weights."""
+    """What TRL calls in a model's place: keeps the per-token log-probs and hands them on, times their weights.
+
+    Attributes:
+        log_probs: (2B, L − 1) of the predicted tokens, unweighted.
+        log_sum_sq_probs: (2B, L − 1) log Σ_v π(v)², which WPO compares with; None without `use_weighting`.
+    """
 
     def __init__(self, model: Any, length: int, weights: torch.Tensor | None = None):
         self.model, self.length, self.weights = model, length, weights
@@ -501,12 +506,14 @@ class _StandIn:
         if full is None:  # an ordinary forward, for `compute_metrics`
             return output
         self.log_probs = full[:, -self.length :]  # prompt-learning PEFT puts virtual tokens first
+        squares = getattr(output, "log_sum_sq_probs", None)
+        self.log_sum_sq_probs = None if squares is None else squares[:, -self.length :]
         if self.weights is not None:
             weights = F.pad(self.weights.to(full.device), (full.size(1) - self.length, 0), value=1.0)
             output.log_probs = full * weights
-            if getattr(output, "log_sum_sq_probs", None) is not None:
+            if squares is not None:
                 # WPO subtracts this from the log-probs it is given: the unweighted ones are what it should see
-                output.log_sum_sq_probs = output.log_sum_sq_probs + (weights - 1.0) * full.detach()
+                output.log_sum_sq_probs = squares + (weights - 1.0) * full.detach()
         return output
 
 

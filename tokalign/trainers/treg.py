@@ -22,7 +22,9 @@ Choices of ours, where the paper leaves one:
 - with SimPO the regulariser is divided by the number of tokens, as SimPO's sequence reward is, and w holds its margin
   γ, as SimPO's gradient does; `regularizer_reduction: sum` is the sum over tokens that DPO has;
 - DPO's implicit reward becomes a token reward by the same map as contrastive prompting, σ(log π − log π_ref) − 0.5;
-- w uses DPO's implicit rewards whatever TRL loss type the base is.
+- w uses DPO's implicit rewards whatever TRL loss type the base is;
+- WPO (`use_weighting`) says how much a pair counts, so its weight multiplies the pair's regulariser as it does the
+  pair's base loss: α keeps its meaning, and w stays the factor of the base loss's own gradient.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from trl import DPOConfig
 
 from tokalign.data.revision import load_templates, revision_prompts, templates_hash
 from tokalign.internals.trl import global_then_local_main_first, pad
-from tokalign.losses import pair_weight, sequence_rewards, token_reward_regularizer
+from tokalign.losses import pair_weight, sequence_rewards, token_reward_regularizer, wpo_weights
 from tokalign.prompts import RECORD, PromptRendering
 from tokalign.signals.prompting import token_reward
 from tokalign.stage.errors import ContractError
@@ -416,8 +418,8 @@ class TRegTrainer(TokenPreferenceTrainer):
         reference = self._reference(inputs) if self._compares else None
         # SimPO compares with no reference, even where DPO's implicit reward is what its tokens are rewarded by
         compared = None if simpo else reference
-        loss, outputs, policy = self._trl_loss(model, inputs, compared, return_outputs=return_outputs)
-        mask = inputs["completion_mask"][:, 1:]
+        loss, outputs, answer = self._trl_loss(model, inputs, compared, return_outputs=return_outputs)
+        policy, mask = answer.log_probs, inputs["completion_mask"][:, 1:]
         # One margin for SimPO's loss and for w, so that w is the factor of the loss's own gradient
         chosen, rejected = sequence_rewards(policy, mask, compared, beta=self.beta).chunk(2)
         margin = chosen - rejected - (self.args.simpo_gamma if simpo else 0.0)
@@ -426,7 +428,9 @@ class TRegTrainer(TokenPreferenceTrainer):
             self._log_simpo(chosen.detach(), rejected.detach())
         if self.args.alpha > 0:
             rewards = self._token_rewards(inputs, policy, reference)
-            loss = loss + self.args.alpha * self._regularizer(policy, margin, rewards, mask)
+            squares = answer.log_sum_sq_probs
+            pairs = 1.0 if squares is None else wpo_weights(policy, squares, mask)  # without WPO all count alike
+            loss = loss + self.args.alpha * self._regularizer(policy, margin, rewards, mask, pairs)
         return (loss, outputs) if return_outputs else loss
 
     def _token_rewards(
@@ -440,13 +444,18 @@ class TRegTrainer(TokenPreferenceTrainer):
         return self._ask_reference(self.ref_model or self.model, inputs) if stored is None else stored
 
     def _regularizer(
-        self, policy: torch.Tensor, margin: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
+        self,
+        policy: torch.Tensor,
+        margin: torch.Tensor,
+        rewards: torch.Tensor,
+        mask: torch.Tensor,
+        pairs: torch.Tensor | float,
     ) -> torch.Tensor:
-        """Mean over pairs of w ( L_reg(x, y_w) + L_reg(x, y_l) ), and what it logs."""
+        """Mean over pairs of w ( L_reg(x, y_w) + L_reg(x, y_l) ), each times its own of `pairs`, and what it logs."""
         rewards = rewards.to(policy.device).masked_fill(mask == 0, 0.0)
         weight = pair_weight(margin, self.args.sequence_weight)
         sides = token_reward_regularizer(policy, mask, rewards, beta=self.beta, reduction=self.args.reduction).chunk(2)
-        regularizer = weight * (sides[0] + sides[1])
+        regularizer = pairs * weight * (sides[0] + sides[1])
         metrics = self._metrics[self._mode()]
         for name, values in (("treg/regularizer", regularizer), ("treg/sequence_weight", weight)):
             metrics[name].append(self.accelerator.gather(values.detach()).mean().item())

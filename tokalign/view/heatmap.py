@@ -27,6 +27,7 @@ from tokalign.stage.errors import ContractError
 UNDECODED = "\ufffd"  # what decoders put where bytes are not (yet) a character
 MAX_PENDING = 32  # tokens that may wait for a character to be complete; one character needs at most 4
 STEPS = 10  # colour steps of a scale
+FAR = 4  # an end of a scale further off the other values than so many times their spread would leave them 2 of 10 steps
 # Shown in place of characters that HTML cannot hold, that would be invisible, or that reorder the text around them.
 _CONTROL = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
 _CONTROL |= {code: "\u2421" for code in (0x7F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -45,7 +46,7 @@ class Scale:
     """How a signal's numbers become colour.
 
     Attributes:
-        low, high: values at the ends; None takes them from the rows shown.
+        low, high: values at the ends; None takes them from the rows shown, but for a few far outliers (`_ends`).
         strong: "low" colours small values (critical tokens have a low contrastive score), "high" large ones, and
             "both" goes from one hue below 0 over none at 0 to another hue above.
         meaning: what a strong colour says, for the legend.
@@ -161,10 +162,11 @@ def token_heatmap(
             )
     blocks = [_read_row(row, start + i, tokenizer, names, sides, extract) for i, row in enumerate(shown)]
     tokens = [token for block in blocks for side in block["sides"] for token in side["tokens"]]
-    fitted = []
+    fitted, legends = [], []
     for i, name in enumerate(names):
         values = [token["values"][i] for token in tokens if token["values"][i] is not None]
         fitted.append(_fit(name, values, scales or {}))
+        legends.append(_legend(name, fitted[-1], values))
     for token in tokens:
         token["steps"] = [_step(value, scale) for value, scale in zip(token["values"], fitted, strict=True)]
         token["title"] = _title(token, names)
@@ -172,7 +174,7 @@ def token_heatmap(
     return template.render(
         title=title,
         rows=blocks,
-        legends=[_legend(name, scale) for name, scale in zip(names, fitted, strict=True)],
+        legends=legends,
         first=start,
         last=start + len(blocks) - 1,
         total=len(rows),
@@ -190,6 +192,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["piece"] = _piece_markup
+    environment.filters["marked_piece"] = _marked_piece_markup
     return environment
 
 
@@ -198,6 +201,18 @@ def _piece_markup(piece: str) -> Markup:
     if not piece:
         return Markup('<i class="part"></i>')
     return escape(piece.translate(_CONTROL)).replace("\n", Markup('<i class="nl"></i>\n'))
+
+
+def _marked_piece_markup(piece: str) -> Markup:
+    """A token's text with each of its lines in a box of its own, so that its mark stands on the line it begins on.
+
+    A box that goes on after a line break has its place, to a browser, where its last line ends.
+    """
+    *broken, rest = piece.split("\n")
+    boxes = [Markup('<b>{}<i class="nl"></i></b>\n').format(_piece_markup(line) if line else "") for line in broken]
+    if rest or not broken:
+        boxes.append(Markup("<b>{}</b>").format(_piece_markup(rest)))
+    return Markup("").join(boxes)
 
 
 def _find_signals(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> list[str]:
@@ -318,7 +333,7 @@ def _prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
 def _fit(name: str, values: Sequence[float], given: Mapping[str, Scale]) -> Scale:
     """The signal's scale with both ends set, from the values shown where the scale leaves one open."""
-    least, most = min(values, default=0.0), max(values, default=1.0)
+    least, most = _ends(values)
     scale = given.get(name) or scale_of(name, least, most)
     low = least if scale.low is None else scale.low
     high = most if scale.high is None else scale.high
@@ -326,6 +341,22 @@ def _fit(name: str, values: Sequence[float], given: Mapping[str, Scale]) -> Scal
         high = max(abs(low), abs(high))
         low = -high
     return Scale(low, high, scale.strong, scale.meaning)
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest and largest of some values, without those at an end, at most one and 2 %, that lie far off the rest.
+
+    One score of −10,000 among log-probs of −0.1 to −9 would make all of these one colour.
+    """
+    if not values:
+        return 0.0, 1.0
+    ordered, cut = sorted(values), 1 + len(values) // 50
+    least, most = ordered[0], ordered[-1]
+    if len(ordered) <= 2 * cut or ordered[cut] == ordered[-1 - cut]:  # no rest, or one value: outliers are all there is
+        return least, most
+    low, high = ordered[cut], ordered[-1 - cut]
+    far = FAR * (high - low)
+    return next(v for v in ordered if low - v <= far), next(v for v in reversed(ordered) if v - high <= far)
 
 
 def _step(value: float | None, scale: Scale) -> str:
@@ -351,7 +382,10 @@ def _title(token: Mapping[str, Any], names: Sequence[str]) -> str:
     return " · ".join(parts).translate(_CONTROL)
 
 
-def _legend(name: str, scale: Scale) -> dict[str, Any]:
+def _legend(name: str, scale: Scale, values: Sequence[float]) -> dict[str, Any]:
+    low, high = scale.low or 0.0, scale.high or 0.0
+    below, above = [v for v in values if v < low], [v for v in values if v > high]
+    farthest = [format(end, ".3g") for end in ([min(below)] if below else []) + ([max(above)] if above else [])]
     steps = [f"s{i}" for i in range(STEPS + 1)]
     if scale.strong == "low":
         steps.reverse()
@@ -359,8 +393,11 @@ def _legend(name: str, scale: Scale) -> dict[str, Any]:
         steps = [f"s{i}" for i in range(STEPS, 0, -2)] + ["s0"] + [f"p{i}" for i in range(2, STEPS + 1, 2)]
     return {
         "name": name,
-        "low": format(scale.low, ".3g"),
-        "high": format(scale.high, ".3g"),
+        "low": f"{'≤ ' if below else ''}{low:.3g}",
+        "high": f"{'≥ ' if above else ''}{high:.3g}",
+        "beyond": f"{len(below) + len(above)} of {len(values)} values beyond, to {' and '.join(farthest)}"
+        if farthest
+        else "",
         "meaning": scale.meaning,
         "steps": steps,
     }
