@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from tokalign.signals.job import PairsArguments, load_pairs
 from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import allowance
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.processes import process_state
@@ -35,7 +36,9 @@ def main(arguments: Arguments) -> None:
     """Copy the stage with one more column."""
     process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
+    rows = load_pairs(
+        arguments.dataset, arguments.split, tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
+    )
     problems = load_stage(arguments.problems, stage="problems")
     if "ledger" not in problems.column_names:
         raise ContractError(f"{arguments.problems} has no column `ledger`; build it with `tokalign data ledger`.")
@@ -59,4 +62,5 @@ def main(arguments: Arguments) -> None:
         parameters={"rendering": arguments.rendering, "split": arguments.split},
         tokenizer=tokenizer,
         shard_size=arguments.shard_size,
+        extra_manifest=allowance(arguments.allow_other_tokenizer),
     )

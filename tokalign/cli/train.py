@@ -14,7 +14,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from tokalign.stage.contract import TEXT_ROWS, check_sft, reader_of
+from tokalign.stage.hashes import ALLOW_OTHER_TOKENIZER
 from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import note_beside_model
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.registry import TRAINERS
 
@@ -65,7 +68,7 @@ def train(
     eval_dataset = None
     if training_args.eval_strategy != "no":
         name = script_args.eval_dataset_name or script_args.dataset_name
-        eval_dataset = _load(name, script_args.dataset_test_split, script_args)
+        eval_dataset = _load(name, script_args.dataset_test_split, script_args, tokenizer)
     trainer = trainer_class(
         args=training_args,
         train_dataset=_load(script_args.dataset_name, script_args.dataset_train_split, script_args, tokenizer),
@@ -76,6 +79,9 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.save_model(training_args.output_dir)
+    if tokenizer is not None and training_args.should_save:
+        name, allowed = trainer_class.__name__, _allows(script_args)
+        note_beside_model(training_args.output_dir, name, trainer.train_dataset, allowed=allowed)
     if before_push is not None:
         before_push(trainer)
     if training_args.push_to_hub:
@@ -109,5 +115,27 @@ def _load(name: str, split: str, script_args: DataArguments, tokenizer: Any = No
     if Path(name).is_file():
         split = "train"  # a file is one split, whatever it is used for
     if Path(name).exists() or not (script_args.dataset_config or script_args.dataset_streaming):
-        return load_stage(name, split=split, tokenizer=tokenizer)
-    return load_dataset(name, script_args.dataset_config, split=split, streaming=script_args.dataset_streaming)
+        dataset = load_stage(name, split=split, tokenizer=tokenizer, allow_other_tokenizer=_allows(script_args))
+    else:
+        dataset = load_dataset(name, script_args.dataset_config, split=split, streaming=script_args.dataset_streaming)
+    return dataset if tokenizer is None else _with_checked_ids(dataset, tokenizer, script_args)
+
+
+def _with_checked_ids(dataset: Dataset | IterableDataset, tokenizer: Any, script_args: DataArguments) -> Any:
+    """Rows whose `input_ids` TRL will train on as they are, once they are known to be this tokenizer's."""
+    if "input_ids" not in next(iter(dataset), {}):
+        return dataset
+    reader, text_rows = reader_of(dataset, tokenizer), 0 if _allows(script_args) else TEXT_ROWS
+    if isinstance(dataset, Dataset):
+        check_sft(dataset, reader, text_rows=text_rows)
+        return dataset
+
+    def check(batch: dict[str, list]) -> dict[str, list]:
+        check_sft(Dataset.from_dict(batch), reader, text_rows=text_rows)
+        return batch
+
+    return dataset.map(check, batched=True, batch_size=64)
+
+
+def _allows(script_args: DataArguments) -> bool:
+    return getattr(script_args, ALLOW_OTHER_TOKENIZER, False)

@@ -21,6 +21,10 @@ from tokalign.cli.train import DataArguments, model_of, train
 class SFTScriptArguments(DataArguments):
     """Data and start, besides TRL's script arguments."""
 
+    allow_other_tokenizer: bool = field(
+        default=False,
+        metadata={"help": "Train on ids that another tokenizer has made; it is noted beside the model."},
+    )
     from_scratch: bool = field(default=False, metadata={"help": "Draw fresh weights instead of loading them."})
 
 

@@ -272,7 +272,9 @@ class Arguments(ScoreArguments):
 def main(arguments: Arguments) -> None:
     process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
+    rows = load_pairs(
+        arguments.dataset, arguments.split, tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
+    )
     scorer = ContrastiveScorer(
         arguments.model,
         tokenizer,

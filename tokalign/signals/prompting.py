@@ -153,7 +153,9 @@ def main(arguments: Arguments) -> None:
     process_state()
     templates = load_templates(arguments.templates)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    rows = load_pairs(arguments.dataset, arguments.split, tokenizer)
+    rows = load_pairs(
+        arguments.dataset, arguments.split, tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
+    )
 
     def revisions(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
         text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]

@@ -12,9 +12,9 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.internals.datasets import DatasetGenerationError, DatasetNotFoundError, loadable
-from tokalign.stage.contract import SignalRow, check_columns, remedy_for
+from tokalign.stage.contract import SignalRow, check_columns, check_tokenizer, remedy_for
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import is_hub_id, tokenizer_hash
+from tokalign.stage.hashes import is_hub_id
 from tokalign.stage.manifest import MANIFEST, read_manifest
 from tokalign.stage.shards import CHECKED, job_hash, page_problem, shard_name, shard_problem
 
@@ -26,6 +26,7 @@ def load_stage(
     stage: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     signals: Sequence[str | SignalRow] = (),
+    allow_other_tokenizer: bool = False,
 ) -> Dataset:
     """Open a stage: a folder written by a job, any folder of parquet files, one file, or a dataset on the hub.
 
@@ -37,8 +38,9 @@ def load_stage(
         path_or_id: Folder, `.jsonl`, `.json` or `.parquet` file, or hub id.
         split: Split to open.
         stage: one of `STAGES`: its columns must be there.
-        tokenizer: Must be the one that made the ids, by the manifest's `tokenizer_hash`.
+        tokenizer: Must be the one that made the ids, by the manifest's `tokenizer_hash` and `added_tokens`.
         signals: Names, or rows of the table of signals; each needs a `chosen_<signal>` or `rejected_<signal>` column.
+        allow_other_tokenizer: Only warn of another tokenizer's ids: for those that mean the same all the same.
 
     Returns:
         The dataset; `manifest_of(dataset)` gives the manifest, if there is one.
@@ -65,13 +67,8 @@ def load_stage(
             ) from error
     check_columns(dataset, str(path_or_id), stage, signals)
     if manifest is not None:
-        made_with = manifest.get("tokenizer_hash")
-        if tokenizer is not None and made_with is not None and made_with != tokenizer_hash(tokenizer):
-            raise ContractError(
-                f"The ids in {path_or_id} were made with another tokenizer (hash {str(made_with)[:12]}, not "
-                f"{tokenizer_hash(tokenizer)[:12]}); use the tokenizer of the model that made this stage, or "
-                "rerun the stage with this model."
-            )
+        if tokenizer is not None:
+            check_tokenizer(manifest, tokenizer, str(path_or_id), allow=allow_other_tokenizer)
         dataset.info.description = json.dumps(manifest, ensure_ascii=False)
     return dataset
 

@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
-from trl import DPOConfig
 
 from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
 from tokalign.internals.trl import global_then_local_main_first, pad
@@ -47,6 +46,7 @@ from tokalign.trainers.token_preference import (
     REVISION,
     SIDES,
     DataCollatorForTokenSignals,
+    TokenPreferenceConfig,
     TokenPreferenceTrainer,
     drop_rows,
 )
@@ -57,7 +57,7 @@ PROMPTS = {(side, kind): f"{side}_{kind}_prompt_ids" for kind in ("better", "wor
 
 
 @dataclass
-class TRegConfig(DPOConfig):
+class TRegConfig(TokenPreferenceConfig):
     r"""
     Configuration class for the [`TRegTrainer`].
 
