@@ -276,6 +276,46 @@ HOSTILE = [
     '{"answer": ' + "[" * 10**4,
     '{"answer": "' + "9" * 15_000 + '"}',
     "{" * 300 + "1" + "}" * 300,
+    "<answer>" * 10**5,
+    "<answer></answer>" * 10**5,
+    "<think>" * 10**5,
+    "<think></think>" * 10**5,
+    "\\boxed{1}, " * 10**5,
+    "\\boxed{" * 10**4 + "}" * 10**4,
+    "\\boxed{8" + "\\," * 9_000 + "x}",
+    "8" + "\\," * 10**5 + "x",
+    "8" + "~" * 10**5 + "x",
+    "8" + "\\,000" * 10**5 + ".5",
+    "√(" * 10**5 + ")" * 10**5,
+    "\\sqrt(" * 300,
+    "∛" * 10**5,
+    "½" * 10**5,
+    "x" + "⁻" * 10**5,
+    "ﷺ" * 10**5,
+    "x**" * 10**5,
+    "1e9**1e9",
+    "2**(999*999*999)",
+    "i**(9**(9**9))",
+    "(1+i)^{999}" * 18,
+    "0." + "18" * 900 + "...",
+    "0." + "1" * 10**5 + "...",
+    "0.1" * 10**5 + "...",
+    "0.\\overline{" * 10**5,
+    "x<" * 10**5,
+    "x<1 or " * 10**5,
+    "x<1 and " * 200,
+    "\\{x|" * 400,
+    "\\mathbb{R}\\setminus\\{" + "8," * 90 + "8\\}",
+    "1:" * 10**5,
+    "8:" * 900 + "8",
+    "(x," * 10**5 + "x)=",
+    "x=8," * 400,
+    "{1\\over" * 10**5,
+    "(\\begin{array}{" * 10**4,
+    "(B) " * 10**5,
+    "Option " * 10**5,
+    "#### Final answer\n" * 10**5,
+    "The answer is 2 hours and " * 10**4,
 ]
 
 
@@ -345,6 +385,17 @@ def test_every_gsm8k_ground_truth_is_extracted_and_matches_only_itself() -> None
         assert form.kind == "number"
         # numbers match exactly when their values are equal, so distinct values are distinct answers
         assert values.setdefault(form.value, truth.replace(",", "")) == truth.replace(",", "")
+
+
+@needs_data
+def test_every_published_label_of_the_gsm8k_example_solutions_is_reproduced() -> None:
+    checked = 0
+    for row in rows("gsm8k/example_model_solutions.jsonl"):
+        truth = extract_answer(row["ground_truth"])
+        for solution in (value for value in row.values() if isinstance(value, dict)):
+            assert answers_match(extract_answer(solution["solution"]), truth) == solution["is_correct"], solution
+            checked += 1
+    assert checked == 5276
 
 
 # Pairs of MATH-500 answers that are written differently and mean the same.

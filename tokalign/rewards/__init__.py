@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 from tokalign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from tokalign.rewards.answers.matching import answers_match, extract_answer
+    from tokalign.rewards.answers.extraction import extract_answer
+    from tokalign.rewards.answers.matching import answers_match
     from tokalign.rewards.structured.reward import StructuredReward
 
 __all__ = ["StructuredReward", "answers_match", "extract_answer"]
 _HOMES = {
-    "answers.matching": ("answers_match", "extract_answer"),
+    "answers.extraction": ("extract_answer",),
+    "answers.matching": ("answers_match",),
     "structured.reward": ("StructuredReward",),
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

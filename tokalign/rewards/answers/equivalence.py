@@ -137,18 +137,24 @@ def _serve() -> None:
     @lru_cache(maxsize=4096)
     def expression(latex: str) -> Any:
         trees = parse(f"${latex}$", extraction, fallback_mode="no_fallback", parsing_timeout=ALARM_SECONDS)
-        return trees[0] if trees else None
+        return timeout(ALARM_SECONDS)(complex_tree)(trees[0]) if trees else None
+
+    def complex_tree(tree: Any) -> Any:
+        # The library reads i as a variable, and gives a text with a lone i, as in "6 + 9 i", other symbols than "6+9i".
+        names = {s: sympy.I if s.name == "i" else sympy.Symbol(s.name, real=True) for s in tree.free_symbols}
+        names = {old: new for old, new in names.items() if old != new}
+        return tree.xreplace(names) if names else tree
 
     @lru_cache(maxsize=4096)
     def sample(latex: str) -> Any:
-        """Value at one fixed random point of its variables, or None where there is no such number."""
+        """Real and imaginary part at one fixed random point of its variables, or None where there is no such number."""
         tree = expression(latex)
         if not isinstance(tree, sympy.Expr):
             return None
         names = sorted(tree.free_symbols, key=str)
         point = {name: sympy.Rational(random.Random(str(name)).randint(10**6, 10**7), 10**6 + 3) for name in names}
-        value = tree.subs(point).doit().evalf(30)
-        return value if value.is_Number and value.is_finite else None
+        parts = tree.subs(point).doit().evalf(30).as_real_imag()
+        return parts if all(part.is_Number and part.is_finite for part in parts) else None
 
     def differ_numerically(first: str, second: str) -> bool:
         # math-verify falls back on absolute tolerances (1e-20 π = 2e-20 π, √2 = 1.414214); a relative one
@@ -156,7 +162,8 @@ def _serve() -> None:
         a, b = sample(first), sample(second)
         if a is None or b is None:
             return False
-        return bool(abs(a - b) > max(abs(a), abs(b)) * sympy.Float("1e-20"))
+        size = max(abs(part) for part in (*a, *b))
+        return any(abs(x - y) > size * sympy.Float("1e-20") for x, y in zip(a, b, strict=True))
 
     def equal(prediction: str, reference: str) -> bool:
         predicted, expected = expression(prediction), expression(reference)

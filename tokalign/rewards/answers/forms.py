@@ -1,205 +1,59 @@
 """Normal forms of maths answers: what `answers_match` compares and `extract_answer` prints.
 
 A form is a number (an exact rational), digits in a base, a word, or a list, tuple, interval, union or matrix
-of further forms; what is none of these is an expression and keeps its LaTeX. Everything here is linear in
-the text, up to the caps below.
+of further forms; what is none of these is an expression and keeps its LaTeX. `notation.py` has spelled the
+text plainly before. Everything here is linear in the text, up to the caps below.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
+from math import gcd, lcm
+
+from tokalign.rewards.answers.notation import plain_notation
+from tokalign.rewards.answers.quantities import UNIT_NAMES, UNITS, Form, read_number, read_unit
 
 ANSWER_CAP = 2_000  # a longer answer that is not a number matches only the same text
-DIGITS_CAP = 1_000  # a number with more digits is compared as text (Python refuses int() beyond 4,300)
 LIST_CAP = 64  # elements of a list, tuple or matrix
 DEPTH_CAP = 8  # brackets in brackets
 
-# -------------------------------------------------------------------------------------------------------
-# vocabulary
-
-UNIT_NAMES = {
-    "%": "% percent percents percentage pct",
-    "dollar": "$ dollar dollars usd buck bucks",
-    "cent": "cent cents ¢",
-    "euro": "€ euro euros",
-    "pound": "£",
-    "degree": "° degree degrees deg",
-    "mm": "mm millimeter millimeters millimetre millimetres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "m": "m meter meters metre metres",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "inch": "in inch inches",
-    "foot": "ft foot feet",
-    "yard": "yd yard yards",
-    "mile": "mi mile miles",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms",
-    "mg": "mg milligram milligrams",
-    "ounce": "oz ounce ounces",
-    "lb": "lb lbs",
-    "litre": "l liter liters litre litres",
-    "ml": "ml milliliter milliliters millilitre millilitres",
-    "second": "s sec secs second seconds",
-    "minute": "min mins minute minutes",
-    "hour": "h hr hrs hour hours",
-    "mph": "mph",
-}
-_UNITS = {spelling: unit for unit, spellings in UNIT_NAMES.items() for spelling in spellings.split()}
-_MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NOT_UNITS = set("sqrt sin cos tan cot sec csc log exp over plus minus times divided frac cdot sum half".split())
-
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("−–‐‑", "-"),
-        **dict.fromkeys("\u00a0\u2009\u202f\t\r\n", " "),
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": "/",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "∪": r"\cup ",
-        "±": r"\pm ",
-        "°": r"^\circ",
-        "²": "^2",
-        "³": "^3",
-        "％": "%",
-    }
-)
-# Every pattern is linear: no quantifier inside a quantifier over the same characters, no unbounded look-
-# ahead.
-_REWRITES = [
-    (re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})"), ""),  # LaTeX thousands separators are never list commas
-    (re.compile(r"\\(?:left|right|displaystyle|textstyle|bigl|bigr|Bigl|Bigr)(?![A-Za-z])"), ""),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf)\s?\{([^{}]{0,200})\}"), r" \1 "),
-    (re.compile(r"\\!"), ""),
-    (re.compile(r"\\(?:[,;: ]|quad|qquad)|~"), " "),
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"\^\s?\{\s?\\circ\s?\}|\^\s?\\circ(?![A-Za-z])|\\degree(?![A-Za-z])"), "°"),
-    (re.compile(r"\\infin(?![A-Za-z])|(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])"), r"\\infty "),
-    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
-    (re.compile(r"(?<![A-Za-z\\])sqrt\s?\(([^()]{0,200})\)"), r"\\sqrt{\1}"),
-    (re.compile(r"(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])"), ","),
-    (re.compile(r"\s++"), " "),
-]
 _INFIX_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # spaces that separate neither words nor numbers
-
-# ----------------------------------------------------------------------------------------------------------
-# numbers
-
-_SIGN_AND_CURRENCY = re.compile(r"([+-]?) ?([$£€]?) ?([+-]?) ?")
-_MIXED = re.compile(r"(\d++)(?: (\d++) ?/ ?(\d++)| ?\\frac ?\{(\d++)\} ?\{(\d++)\})")
-_FRACTION = re.compile(r"\\frac ?(?:\{ ?([+-]?)(\d++) ?\}|()(\d)) ?(?:\{ ?(\d++) ?\}|(\d))")
-_SLASH = re.compile(r"(\d{1,3}(?:,\d{3})++(?!\d)|\d++) ?/ ?(\d++)(?![.\d])")
-_DECIMAL = re.compile(r"(\d{1,3}(?:,\d{3})++(?!\d)|\d++)(\.\d*+)?|(\.\d++)")
-_POWER_OF_TEN = re.compile(
-    r"(?:[eE]([+-]?\d{1,3})|(?: ?\\times ?| ?\\cdot ?| ?x ?| ?\* ?)10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|(\d)))(?![\d.])"
-)
-_EXPONENT = re.compile(r" ?\^ ?(?:\{(\d)\}|(\d))$")
-
-
-@dataclass(frozen=True)
-class Form:
-    """Normal form of an answer."""
-
-    kind: str  # number, digits, base, word, list, union, one of () [] (] [), matrix, expression
-    value: Fraction | str = ""  # the number or the text, empty where there are parts
-    parts: tuple[Form, ...] = ()
-    unit: str = ""
-    name: str = ""  # the x of "x = 3"
-    text: str = ""  # for the symbolic library
-
-
-def _unit(text: str) -> tuple[str, int] | None:
-    """Unit and multiplier that follow a number ("" if none), None if the rest of the text is not a unit."""
-    spaced, text = text.startswith(" "), text.strip().rstrip(".").rstrip()
-    if not text:
-        return "", 1
-    power = ""
-    if exponent := _EXPONENT.search(text[-8:]):
-        power = "^" + (exponent[1] or exponent[2])
-        text = text[: len(text) - len(exponent[0])]
-    words = text.lower().split(" ")
-    if len(words) > 1 and words[0] in ("square", "cubic"):
-        power, words = "^2" if words[0] == "square" else "^3", words[1:]
-    multiple = _MULTIPLES.get(words[0], 1)
-    if multiple > 1:
-        words = words[1:]
-    if not words:
-        return "", multiple
-    if len(words) == 1 and words[0] in _UNITS:
-        known = _UNITS[words[0]]
-        # "5m" and "3x" are products; "5 m", "5%", "5cm" are quantities
-        return (known + power, multiple) if spaced or len(words[0]) > 1 or not words[0].isalpha() else None
-    letters = all(word.replace("-", "").replace("'", "").replace("/", "").isalpha() for word in words)
-    if not spaced or len(words) > 20 or not letters or _NOT_UNITS & set(words):
-        return None
-    if len(words) == 1 and len(words[0]) < 3:
-        return None
-    return " ".join(word.removesuffix("s") for word in words) + power, multiple
-
-
-def _rational(integer: str, decimals: str = "", denominator: str = "1") -> Fraction | str | None:
-    """The exact value, or its canonical digits when there are too many of them; None for a zero denominator."""
-    integer, decimals = integer.replace(",", "").lstrip("0"), decimals.lstrip(".").rstrip("0")
-    denominator = denominator.lstrip("0")
-    if not denominator:
-        return None
-    if len(integer) + len(decimals) + len(denominator) > DIGITS_CAP:
-        return f"{integer}.{decimals}/{denominator}"
-    return Fraction(int((integer + decimals) or "0"), int(denominator) * 10 ** len(decimals))
-
-
-def _number(text: str) -> Form | None:
-    """Read `text`, all of it, as one number with an optional currency, power of ten and unit."""
-    # The sign stands before the currency or behind it (-$5, $-5); with both there is no number.
-    head = _SIGN_AND_CURRENCY.match(text)
-    assert head is not None  # every part is optional
-    start, negative = head.end(), "-" in (head[1], head[3])
-    if head[1] and head[3]:
-        return None
-    value: Fraction | str | None
-    # From the longest reading to the shortest: "1 3/4" begins with the number 1, and "6/8" with the number 6.
-    if match := _MIXED.match(text, start):
-        value = _rational(match[2] or match[4], "", match[3] or match[5])
-        whole = _rational(match[1])
-        value = value + whole if isinstance(value, Fraction) and isinstance(whole, Fraction) else None
-    elif match := _FRACTION.match(text, start):
-        value = _rational(match[2] or match[4], "", match[5] or match[6])
-        negative ^= match[1] == "-"
-    elif match := _SLASH.match(text, start):
-        value = _rational(match[1], "", match[2])
-    elif match := _DECIMAL.match(text, start):
-        value = _rational(match[1] or "", match[2] or match[3] or "")
-    else:
-        return None
-    end = match.end()
-    if isinstance(value, Fraction) and (power := _POWER_OF_TEN.match(text, end)):
-        value *= Fraction(10) ** int(power[1] or power[2] or power[3])
-        end = power.end()
-    # All of the text must have been read: "5 apples" is a quantity, "5 + x" is none.
-    unit = _unit(text[end:]) if len(text) - end <= 200 else None
-    if value is None or unit is None:
-        return None
-    name = unit[0] or {"$": "dollar", "£": "pound", "€": "euro"}.get(head[2], "")
-    if isinstance(value, str):
-        return Form("digits", "-" + value if negative else value, unit=name) if unit[1] == 1 else None
-    return Form("number", (-value if negative else value) * unit[1], unit=name)
-
-
-# -----------------------------------------------------------------------------------------------------
-# normal forms
-
 _BASE = re.compile(r"([0-9A-F]{1,200}) ?_ ?\{? ?(\d{1,2}) ?\}?|([0-9A-F]{1,200}) (?:in )?base (\d{1,2})")
-_WORD = re.compile(r"[A-Za-z]++(?:[ '-]{1,2}[A-Za-z]++)*+\.?")
+_WORD = re.compile(r"[^\W\d_]++(?:[ '-]{1,2}[^\W\d_]++)*+\.?")
 _CHOICE = re.compile(r"\(? ?([A-Z]) ?\)?\.?")
+_SUBSCRIPT = r"(?:_\{?[A-Za-z0-9]{1,9}\}?)?"
+_GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi|omega)(?![a-z]) ?"
+_VARIABLE = rf"(?:[A-Za-z]|{_GREEK}){_SUBSCRIPT}"
+_NAME = re.compile(rf"{_VARIABLE}(?: ?\([a-z]\))?")
 _ASSIGNMENT = re.compile(
-    r"([A-Za-z](?:_\{?[A-Za-z0-9]{1,9}\}?)?(?: ?\([a-z]\))?) ?(?:=|\\in(?![a-z])|∈) ?(?=\S)([^=<>]++)"
+    rf"({_NAME.pattern}|\( ?{_VARIABLE}(?: ?, ?{_VARIABLE}){{1,5}} ?\)) ?(?:=|\\in(?![a-z])) ?(?=\S)([^=<>]++)"
 )
-_MATRIX = re.compile(r"\\begin ?\{([pbvB]?matrix)\}(.*)\\end ?\{\1\}", re.DOTALL)
+_REVERSED = re.compile(rf"([^=<>]++)= ?({_NAME.pattern})")  # "3 = x"
+_ORDER = re.compile(r"<|>|\\leq |\\geq |\\neq ")
+_FLIPPED = {"<": ">", ">": "<", r"\leq ": r"\geq ", r"\geq ": r"\leq ", r"\neq ": r"\neq "}
+_TERM = r"(0|[1-9]\d{0,19}(?:\.\d{1,19})?)"  # no leading zero: 5:05 is a time
+_RATIO = re.compile(rf"{_TERM}(?: ?(?::|\\colon) ?{_TERM}){{1,9}}")
+_REAL_NUMBERS = (
+    r"(?:\\mathbb ?(?:\{ ?R ?\}|R)|\\R|\\Reals|(?i:(?:the )?(?:set of )?(?:all )?(?:the )?real(?:s| numbers)))"
+)
+_REALS = re.compile(rf"{_REAL_NUMBERS}(?: ?(?:\\setminus|\\backslash|-|\\) ?\\\{{(.{{1,200}})\\\}})?")
+_NOTHING = re.compile(r"\\emptyset|\\\{ ?\\\}|(?i:no solutions?|(?:the )?empty set)")
+_SET_BUILDER = re.compile(rf"\\\{{ ?({_VARIABLE}) ?(?:\\in ?{_REAL_NUMBERS} ?)?(?:\||:|\\mid|\\vert) ?(.*)\\\}}")
+_MATRIX = re.compile(
+    r"([(\[|]?) ?\\begin ?\{(?:(array)\} ?\{[^{}]{0,40}|([pbvB]?matrix))\}(.*)\\end ?\{(?:array|\3)\} ?([)\]|]?)",
+    re.DOTALL,
+)
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_INFINITIES = (r"\infty", r"-\infty")
+_INFINITE = tuple(Form("expression", end, text=end) for end in _INFINITIES)
+
+_START = re.compile(r"\A(?:\s|\\[,;:! ]|\\q?quad(?![A-Za-z])|~)++")
+_END = re.compile(r"(?<!\\)(?:\s|\\[,;:! ]|\\q?quad|[~.,;:!]|\\\Z)++\Z")
+_END_CAP = 40  # characters in which a pattern may look for the end
 
 
 def unwrap(text: str) -> str:
@@ -207,13 +61,15 @@ def unwrap(text: str) -> str:
     # Wrappers stand in each other in any order (`**$\\boxed{7}$.**`), so peel until nothing changes.
     for _ in range(DEPTH_CAP):
         before = text
-        # An exclamation mark at the end may be a factorial, which is no punctuation.
-        text = text.strip().strip("*`").rstrip(".,;:!").strip() if "!" not in text[-2:] else text.strip()
+        text = _START.sub("", text.strip()).strip("*`")
+        # An exclamation mark at the end may be a factorial, which is no punctuation; `\!` is a space.
+        if "!" not in text[-2:] or text.endswith("\\!"):
+            text = text[:-_END_CAP] + _END.sub("", text[-_END_CAP:])
         for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$")):
             if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
                 text = text[len(opening) : -len(closing)]
                 break
-        if (box := re.match(r"\\f?boxed ?(?=\{)|\\fbox ?(?=\{)", text)) and _spans(text[box.end() :]):
+        if (box := re.match(r"\\(?:f?boxed|fbox|underline) ?(?=\{)", text)) and _spans(text[box.end() :]):
             text = text[box.end() :]
         if text.startswith("{") and _spans(text):
             text = text[1:-1]
@@ -278,14 +134,23 @@ def _form(text: str, depth: int = 0) -> Form:
     # The order decides what an ambiguous text is. Numbers first, for a comma or slash in one separates nothing; then
     # what a single pattern tells; structure last, because it reads its parts by this same function.
     text = unwrap(text)
-    if form := _number(text):
+    if form := read_number(text):
         return form
     if len(text) > ANSWER_CAP:
         return Form("text", " ".join(text.split()))
     if match := _BASE.fullmatch(text):
         return Form("base", f"{(match[1] or match[3]).lstrip('0')}_{int(match[2] or match[4])}")
+    if _RATIO.fullmatch(text) and (form := _ratio(text)):
+        return form
     if match := _CHOICE.fullmatch(text):
         return Form("word", match[1])
+    if _NOTHING.fullmatch(text):
+        return Form("word", r"\emptyset")
+    if match := _REALS.fullmatch(text):
+        left_out = [read_number(part) for part in _split(match[1] or "", (",",)) if part.strip()]
+        points = [point for point in left_out if point and point.kind == "number"]
+        if len(points) == len(left_out) <= LIST_CAP:
+            return _all_but(points)
     if sum(map(str.isalpha, text)) > 2 and _WORD.fullmatch(text):
         return Form("word", re.sub(r"[ '-]", "", text).casefold())
     if depth < DEPTH_CAP and (form := _composite(text, depth)):
@@ -297,24 +162,35 @@ def _composite(text: str, depth: int) -> Form | None:
     """A form with parts, or None. Every branch looks at the outermost structure only and reads the parts again."""
     # The name first: in "x = (1, 2)" it belongs to the whole. Then a matrix, whose cells may hold commas. Then the
     # separators that bind least, so that "(1, 2), (3, 4)" is a list of two pairs and not one long pair.
-    if match := _ASSIGNMENT.fullmatch(text):
-        inner = _form(match[2], depth + 1)
+    if match := _ASSIGNMENT.fullmatch(text) or _REVERSED.fullmatch(text):
+        name, value = match.groups() if match.re is _ASSIGNMENT else reversed(match.groups())
+        inner = _form(value, depth + 1)
         if not inner.name:
-            return replace(inner, name=match[1].replace(" ", ""))
-    if match := _MATRIX.fullmatch(text):
-        rows = [_split(row, ("&",)) for row in _rows(match[2]) if row.strip()]
+            return replace(inner, name=name.replace(" ", ""))
+    if match := _SET_BUILDER.fullmatch(text):
+        inner = _form(match[2], depth + 1)
+        return inner if inner.parts and _names(inner) == {match[1].replace(" ", "")} else None
+    if (match := _MATRIX.fullmatch(text)) and (match[3] or match[1]) and bool(match[1]) == bool(match[5]):
+        rows = [_split(row, ("&",)) for row in _rows(match[4]) if row.strip()]
         cells = _elements([cell for row in rows for cell in row], depth, flatten=False)
         if cells and len({len(row) for row in rows}) == 1:
-            kind = "determinant" if match[1] == "vmatrix" else "matrix"
+            kind = "determinant" if match[3] == "vmatrix" or match[1] == "|" else "matrix"
             return Form(f"{kind} of {len(rows)} rows", parts=cells)
         return None
     if len(parts := _split(text, (r"\cup",))) > 1:
         forms = _elements(parts, depth, flatten=False)
         return Form("union", parts=forms) if forms else None
+    if len(parts := _split(text, (r"\land",))) > 1:
+        forms = _elements(parts, depth, flatten=False)
+        return (_between(*forms) if len(forms) == 2 else None) or Form("list", parts=forms) if forms else None
     if len(parts := _split(text, (",", ";"))) > 1:
         parts = [part for part in parts if part.strip()]  # "1, 2, and 3" leaves an empty one
         forms = _elements(parts, depth, flatten=True)
-        return Form("list", parts=forms) if forms else None
+        # Inequalities of one variable side by side are the pieces of one set.
+        pieces = forms and all(form.text and form.parts for form in forms) and len({form.name for form in forms}) == 1
+        return Form("union" if pieces else "list", parts=forms) if forms else None
+    if form := _inequality(text, depth):
+        return form
     if text.startswith(r"\{") and text.endswith(r"\}") and len(text) > 4:
         forms = _elements(_split(text[2:-2], (",", ";")), depth, flatten=True)
         return Form("list", parts=forms) if forms else None
@@ -331,13 +207,79 @@ def _composite(text: str, depth: int) -> Form | None:
     return None
 
 
+def _ratio(text: str) -> Form | None:
+    """`6:4` as 3/2, and `2:4:6` as 1:2:3 in smallest whole numbers."""
+    terms = [Fraction(term.strip()) for term in re.split(r":|\\colon", text)]
+    if len(terms) == 2:
+        return Form("ratio", terms[0] / terms[1]) if terms[1] else None
+    scale = Fraction(lcm(*(term.denominator for term in terms)), gcd(*(term.numerator for term in terms)) or 1)
+    return Form("ratio", ":".join(str(term * scale) for term in terms))
+
+
+def _names(form: Form) -> set[str]:
+    return {form.name} if form.name else {part.name for part in form.parts}
+
+
+def _all_but(points: list[Form], name: str = "", text: str = "") -> Form:
+    """The real numbers without some: the intervals between them."""
+    ends = [_INFINITE[1], *sorted(points, key=lambda point: point.value), _INFINITE[0]]
+    intervals = tuple(Form("()", parts=pair, name=name) for pair in pairwise(ends))
+    return Form("union", parts=intervals, text=text) if points else intervals[0]
+
+
+def _inequality(text: str, depth: int) -> Form | None:
+    r"""`x > 5`, `1 \leq x < 3`, `x \neq 2`, between a variable and constants, as the interval or union that it says."""
+    signs = _ORDER.findall(text)
+    sides = [side.strip() for side in _ORDER.split(text)]
+    if not 1 <= len(signs) <= 2:
+        return None
+    # Turn it so that the variable stands on the left of one sign, or between two that read upwards.
+    turned = _NAME.fullmatch(sides[0]) is None if len(signs) == 1 else signs[0] in (">", r"\geq ")
+    if turned:
+        sides, signs = sides[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+    name, *bounds = sides if len(signs) == 1 else (sides[1], sides[0], sides[2])
+    if not _NAME.fullmatch(name) or not all(_is_constant(bound) for bound in bounds):
+        return None
+    ends = [_form(bound, depth + 1) for bound in bounds]
+    name = name.replace(" ", "")
+    if len(signs) == 2:
+        return _interval(ends, signs, name, text) if {*signs} <= {"<", r"\leq "} else None
+    if signs == [r"\neq "]:
+        return _all_but(ends, name, text) if ends[0].kind == "number" else None
+    if signs[0] in ("<", r"\leq "):
+        return _interval([_INFINITE[1], *ends], ["<", *signs], name, text)
+    return _interval([*ends, _INFINITE[0]], [_FLIPPED[signs[0]], "<"], name, text)
+
+
+def _is_constant(text: str) -> bool:
+    return bool(text) and (read_number(text) is not None or not re.search(r"[^\W\d_]", _COMMAND.sub("", text)))
+
+
+def _interval(ends: list[Form], signs: list[str], name: str, text: str) -> Form:
+    closed = [sign == r"\leq " and end.value not in _INFINITIES for sign, end in zip(signs, ends, strict=True)]
+    return Form("(["[closed[0]] + ")]"[closed[1]], parts=tuple(ends), name=name, text=text)
+
+
+def _between(first: Form, second: Form) -> Form | None:
+    r"""What two inequalities leave together, "x > 1 and x \leq 3": the interval from one to the other."""
+    lower, upper = (first, second) if first.parts[-1:] == _INFINITE[:1] else (second, first)
+    if not (lower.text and upper.text and lower.name == upper.name):
+        return None
+    if lower.parts[1:] != _INFINITE[:1] or upper.parts[:1] != _INFINITE[1:]:
+        return None
+    ends = (lower.parts[0], upper.parts[1])
+    if any(end.kind != "number" for end in ends) or ends[0].value >= ends[1].value:  # type: ignore[operator]
+        return None
+    return Form(lower.kind[0] + upper.kind[1], parts=ends, name=lower.name, text=f"{lower.text} \\land {upper.text}")
+
+
 def _expression(text: str) -> Form:
     unit = ""
     if text.endswith(("°", "%")):
-        text, unit = text[:-1].rstrip(), _UNITS[text[-1]]
+        text, unit = text[:-1].rstrip(), UNITS[text[-1]]
     else:
         rest, _, last = text.rpartition(" ")
-        named = _unit(" " + last) if rest and last[:1].isalpha() else None
+        named = read_unit(" " + last) if rest and last[:1].isalpha() else None
         if named and named[0].split("^")[0] in UNIT_NAMES and len(last.split("^")[0]) > 1:
             text, unit = rest, named[0]
     return Form("expression", _INFIX_SPACE.sub("", text), unit=unit, text=text)
@@ -349,23 +291,7 @@ def read_form(answer: str) -> Form:
 
 
 def _read(answer: str) -> Form:
-    text = answer.translate(_CHARACTERS)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return _form(text)
+    return _form(plain_notation(answer))
 
 
 _cached_form = lru_cache(maxsize=8_192)(_read)  # a reference is read once for all of its rollouts
-
-
-def plain_number(form: Form, *, fraction: bool) -> str:
-    """A number form without currency, separators, unit and trailing zeros; `-3/4` if `fraction`, else `-0.75`."""
-    value = form.value
-    assert isinstance(value, Fraction)
-    places = 0
-    while 10**places % value.denominator and places <= DIGITS_CAP and not fraction:
-        places += 1
-    if value.denominator == 1 or 10**places % value.denominator:
-        return str(value)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"

@@ -1,152 +1,27 @@
-"""Final answers: finding one in a completion (`extract_answer`) and comparing two (`answers_match`).
+"""Whether two final answers are the same (`answers_match`).
 
 An answer is read into a normal form first: a number (an exact rational), a word, or a list, tuple, interval,
 union or matrix of further answers. Two forms of different shape never match, so `(1,2)`, `1,2` and `12` stay
 apart whatever a symbolic library makes of them. Only what is left, expressions with symbols or roots, goes
-to math-verify (`equivalence.py`). Conventions and bounds: `docs/answers.md`. Data: GSM8K (Cobbe et al.
-2021, arXiv 2110.14168), MATH (Hendrycks et al. 2021, arXiv 2103.03874).
+to math-verify (`equivalence.py`). Conventions and bounds: `docs/answers.md`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 
 from tokalign.rewards.answers.equivalence import equivalent
-from tokalign.rewards.answers.forms import Form, plain_number, read_form, unwrap
+from tokalign.rewards.answers.forms import read_form, unwrap
+from tokalign.rewards.answers.notation import plain_notation
+from tokalign.rewards.answers.quantities import VAGUE_UNITS, Form
 
-TEXT_CAP = 20_000  # characters, from the end of a completion, in which an answer is looked for
 EXPRESSION_CAP = 200  # characters that go to the symbolic library
 MATCH_SECONDS = 15.0  # all symbolic comparisons of one `answers_match`
-
-# -------------------------------------------------------------------------------------------------------
-# extraction
-
-_BOX_TOKENS = re.compile(r"(\\f?box(?:ed)?\s?\{)|\\.|[{}]", re.DOTALL)
-_PHRASE = re.compile(
-    r"(?i:\banswers?\b[*_]{0,2}(?:[ \t]{0,4}(?:is|are|[:=])[*_]{0,2}){1,2}|^[ \t>*]{0,8}A[ \t]?:[*_]{0,2})",
-    re.MULTILINE,
-)
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-_LEADING_NUMBER = re.compile(  # followed by prose, not by more of an expression or of a list
-    r"[ \t]*+(-? ?[$£€]? ?-?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++|/\d++)?+ ?%?)"
-    r"[ ,;:(*]{1,4}(?!(?:and|sqrt|sin|cos|tan|cot|sec|csc|log|exp|plus|minus|times|over)(?![a-z]))[A-Za-z]{3}"
-)
-_INLINE_MATH = re.compile(r"\s{0,9}(?:\$([^$\n]{1,2000})\$|\\\((.{1,2000}?)\\\))")
-_NUMBER_IN_TEXT = re.compile(r"(?<![\d.,A-Za-z])-?[$£€]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++|/\d++)?+")
-
-
-def _tidy(content: str) -> str | None:
-    content = " ".join(content.split())
-    form = read_form(content)
-    if form.kind == "number" and not form.name:
-        return plain_number(form, fraction="/" in content or "frac" in content)
-    return unwrap(content) or None
-
-
-def _last_marked(text: str) -> str | None:
-    """After the last `####`: a number on any line, anything else on the last line only (elsewhere it is a heading)."""
-    text = text.rstrip("#* \t\n")
-    end = len(text)
-    for _ in range(1000):  # headings may follow the answer; nobody writes a thousand
-        start = text.rfind("####", 0, end)
-        if start < 0:
-            return None
-        line, newline, _ = text[start + 4 : end].partition("\n")
-        line, last_line = line.strip("# \t"), end == len(text) and not newline
-        if phrases := list(_PHRASE.finditer(line)):
-            line = line[phrases[-1].end() :]
-        if line.strip() and (last_line or read_form(line).kind in ("number", "digits")):
-            return line
-        end = start
-    return None
-
-
-def _last_boxed(text: str) -> str | None:
-    """Content of the last complete box, braces nested to any depth; one pass over the text."""
-    # A stack rather than a pattern: boxes hold braces of any depth, and a completion may leave some open.
-    open_braces: list[int] = []  # start of the content for a box, -1 for any other brace
-    best: tuple[int, int] | None = None
-    for token in _BOX_TOKENS.finditer(text):
-        if token[1]:
-            open_braces.append(token.end())
-        elif token[0] == "{":
-            open_braces.append(-1)
-        elif token[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start >= 0 and (best is None or start > best[0]):
-                best = start, token.start()
-    return None if best is None else text[best[0] : best[1]]
-
-
-def _last_phrase(text: str) -> str | None:
-    """What follows the last "answer is", "answer:" or line-initial "A:", up to the end of the sentence."""
-    ends = [phrase.end() for phrase in _PHRASE.finditer(text)]
-    if not ends:
-        return None
-    content = text[ends[-1] :].lstrip(" \t\n*_")
-    if math := _INLINE_MATH.match(content):
-        return math[1] or math[2]
-    if end := _SENTENCE_END.search(content):
-        content = content[: end.start()]
-    # People write the sum before its result; the result is the answer, unless the left side names an unknown.
-    left, equals, right = content.rpartition("=")  # "3 + 4 = 7"
-    if equals and not any(map(str.isalpha, left)) and read_form(right).kind == "number":
-        return right
-    if read_form(content).kind in ("expression", "list") and (number := _LEADING_NUMBER.match(content)):
-        return number[1]  # "18, because …"
-    return content
-
-
-def _json_answer(text: str) -> str | None:
-    """The `answer` of a completion that is one JSON object, bare or in a code fence."""
-    text = text.strip()
-    if text.startswith("```") and text.endswith("```"):
-        text = text[3:-3].removeprefix("json").strip()
-    if not (text.startswith("{") and text.endswith("}")):
-        return None
-    try:
-        # numbers stay text: exact, and of any length
-        document = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    answer = document.get("answer")
-    if isinstance(answer, list) and all(isinstance(element, str) for element in answer):
-        answer = ", ".join(answer)
-    return answer if isinstance(answer, str) else None
-
-
-def extract_answer(text: str, *, last_number: bool = False) -> str | None:
-    r"""The final answer that a completion states, or None.
-
-    Args:
-        text: a completion or a worked solution; only its last `TEXT_CAP` characters are looked at.
-        last_number: with nothing else found, take the last number of the text (the field's lenient
-        convention).
-
-    In this order: the `answer` of a completion that is a JSON object; the last `#### …`; the last complete
-    `\boxed{…}`; the last "answer is …", "answer: …" or line that starts with "A:". Returns a number without
-    currency, separators, unit and trailing zeros ("$1,234.50" is "1234.5", "6/8" is "3/4"), any other answer
-    as written without its delimiters. Linear in the text.
-    """
-    if len(text) <= TEXT_CAP and (answer := _json_answer(text)) is not None:
-        return _tidy(answer)
-    text = text[-TEXT_CAP:]
-    # From the most deliberate mark to the least. The last one counts: a solution may box steps on its way.
-    for find in (_last_marked, _last_boxed, _last_phrase):
-        if (content := find(text)) is not None and (answer := _tidy(content)) is not None:
-            return answer
-    if last_number and (numbers := _NUMBER_IN_TEXT.findall(text)):
-        return _tidy(numbers[-1])
-    return None
-
-
-# -------------------------------------------------------------------------------------------------------
-# comparison
 
 _DECIMAL_IN_EXPRESSION = re.compile(r"(?<![\d.])(\d{0,20})\.(\d{1,20})(?![\d.])")
 _REFUSED = re.compile(
@@ -184,23 +59,57 @@ def _plain(value: Fraction) -> str:
     return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
+def _equation(form: Form) -> str | None:
+    """The text of an equation between variables, such as "y = 2x + 3"; "2x = 4" only leaves the value of x to find."""
+    if form.kind != "expression" or form.unit:
+        return None
+    text = f"{form.name}={form.text}" if form.name else form.text
+    letters = {letter for letter in _COMMAND.sub(" ", text) if letter.isalpha()} - {"e", "i"}
+    return text if len(letters) > 1 and text.count("=") == _relations(text) == 1 else None
+
+
+def _units_differ(first: str, second: str) -> bool:
+    vague = second in VAGUE_UNITS.get(first, ()) or first in VAGUE_UNITS.get(second, ())
+    return bool(first and second and first != second and not vague)
+
+
+def _in_order_of_names(form: Form, names: str) -> tuple[Form, ...]:
+    """`x = 1, y = 2` in the order of "(x,y)", or of the alphabet where no names are given; () for another list."""
+    by_name = {part.name: replace(part, name="") for part in form.parts if part.name}
+    order = names.strip("()").split(",") if names else sorted(by_name)
+    if len(by_name) < max(2, len(form.parts)) or set(order) != set(by_name):
+        return ()
+    return tuple(by_name[name] for name in order)
+
+
 def _same(prediction: Form, reference: Form, deadline: float) -> bool:
-    if prediction.name and reference.name and prediction.name != reference.name:
+    if prediction.name != reference.name:
+        equations = _equation(prediction), _equation(reference)
+        if equations[0] and equations[1] and time.monotonic() <= deadline:
+            return _symbolically_equal(*equations)
+        if prediction.name and reference.name:
+            return False
+    if _units_differ(prediction.unit, reference.unit):
         return False
-    if prediction.unit and reference.unit and prediction.unit != reference.unit:
-        return False
+    if {prediction.kind, reference.kind} == {"list", "()"}:
+        named, pair = (prediction, reference) if prediction.kind == "list" else (reference, prediction)
+        ordered = _in_order_of_names(named, pair.name)
+        return len(ordered) == len(pair.parts) and _same_in_order(ordered, pair.parts, deadline)
     # Shape before content: (1, 2), the list 1, 2 and the number 12 stay apart, whatever the library makes of them.
     if prediction.parts or reference.parts:
-        if prediction.kind != reference.kind or len(prediction.parts) != len(reference.parts):
-            return False
-        compare = _same_in_any_order if prediction.kind in ("list", "union") else _same_in_order
-        return compare(prediction.parts, reference.parts, deadline)
-    if prediction.kind == reference.kind and prediction.value == reference.value:
+        if prediction.kind == reference.kind and len(prediction.parts) == len(reference.parts):
+            compare = _same_in_any_order if prediction.kind in ("list", "union") else _same_in_order
+            return compare(prediction.parts, reference.parts, deadline)
+        if not (prediction.text and reference.text):
+            return False  # an inequality that is not solved goes on, to the library
+    elif prediction.value == reference.value and (
+        prediction.kind == reference.kind or {prediction.kind, reference.kind} == {"ratio", "number"}
+    ):
         return True
     if _relations(prediction.text) != _relations(reference.text):
         return False  # the library would read the 0 of "x + y = 0" as its value
-    kinds = {prediction.kind, reference.kind}
-    if kinds not in ({"expression"}, {"expression", "number"}) or time.monotonic() > deadline:
+    kinds = {form.kind for form in (prediction, reference) if not form.parts}
+    if "expression" not in kinds or kinds - {"expression", "number"} or time.monotonic() > deadline:
         return False
     sides = [_plain(f.value) if isinstance(f.value, Fraction) else f.text for f in (prediction, reference)]
     return _symbolically_equal(*sides)
@@ -226,6 +135,43 @@ def _same_in_any_order(prediction: Sequence[Form], reference: Sequence[Form], de
     return True
 
 
+# A letter of a multiple choice, alone or before the text of its option: "b", "Option B", "(B) 18", "E: some text".
+_OPTION = re.compile(r"(?i:(option|choice|answer)[ _])?(?:\( ?([A-Ja-j]) ?\)|([A-Ja-j]))([.):]?)(?: (.*)|$)", re.DOTALL)
+_MATH_LETTER = re.compile(r"\$ ?(\(?[A-J]\)?) ?\$")
+# Text that does not name an option: another option's letter, more of an expression, or a remark on the letter.
+_NOT_AN_OPTION = re.compile(
+    r"-(?: |$)|[+*/^=<>,;&|]|(?:is|are|was|or|and|nor|not|but)(?![a-z])|"
+    r".{0,200}?(?:\( ?[A-Ja-j] ?\)|(?<![A-Za-z])(?:[A-J](?:[.):]|$)|[a-j]\)))",
+    re.DOTALL,
+)
+
+
+@lru_cache(maxsize=8_192)
+def _option(answer: str) -> tuple[str, str] | None:
+    """The letter of an answer to a multiple choice and the text behind it."""
+    if len(answer) > EXPRESSION_CAP or not (
+        match := _OPTION.fullmatch(unwrap(_MATH_LETTER.sub(r"\1", plain_notation(answer))))
+    ):
+        return None
+    word, bracketed, bare, mark, rest = match.groups(default="")
+    # Alone, e and i are numbers. Before a text the letter has to be set off: "a 5" is none.
+    if (bare in ("e", "i") and not (word or mark)) or (rest and not (bracketed or mark)):
+        return None
+    return None if rest and _NOT_AN_OPTION.match(rest) else ((bracketed or bare).upper(), rest)
+
+
+def _same_option(prediction: str, reference: str, deadline: float) -> bool:
+    """Whether both choose one letter; where only one side has a letter, whether its text is the other answer."""
+    chosen, expected = _option(prediction), _option(reference)
+    if chosen is None and expected is None:
+        return False
+    letter, text = chosen or ("", prediction)
+    other_letter, other_text = expected or ("", reference)
+    if letter and other_letter and (letter != other_letter or not text or not other_text):
+        return letter == other_letter
+    return bool(text and other_text) and _same(read_form(text), read_form(other_text), deadline)
+
+
 def answers_match(prediction: str | None, reference: str | Sequence[str] | None) -> bool:
     """Whether a final answer is right.
 
@@ -237,8 +183,9 @@ def answers_match(prediction: str | None, reference: str | Sequence[str] | None)
     Numbers compare exactly, as rationals: 18.50 = 18.5 = 37/2, and 0.333 ≠ 1/3. A unit counts only where
     both sides name one (`50%` matches `50`, not `0.5`; `5 cm` does not match `5 m`). Lists and sets match in
     any order, tuples, intervals and matrices element by element with the same brackets. Other expressions
-    match when math-verify proves them equal within its time; running out of time is no match. Symmetric,
-    safe in threads, never evaluates code, bounded on any input.
+    match when math-verify proves them equal within its time; running out of time is no match. An inequality
+    matches its interval, and a letter A to J matches in either case, with or without its option's text.
+    Symmetric, safe in threads, never evaluates code, bounded on any input.
     """
     if prediction is None or reference is None:
         return False
@@ -246,4 +193,5 @@ def answers_match(prediction: str | None, reference: str | Sequence[str] | None)
         return any(answers_match(prediction, accepted) for accepted in reference)
     if not prediction.strip() or not reference.strip():
         return False
-    return _same(read_form(prediction), read_form(reference), time.monotonic() + MATCH_SECONDS)
+    deadline = time.monotonic() + MATCH_SECONDS
+    return _same(read_form(prediction), read_form(reference), deadline) or _same_option(prediction, reference, deadline)
