@@ -73,10 +73,10 @@ class IdReader:
     def wrong_end(self, ids: Sequence[int]) -> str | None:
         """The special token at the end of a completion that ends no answer of this model; None if it is in order."""
         last = ids[-1]
-        return self.tokenizer.convert_ids_to_tokens(last) if last in self._special and last not in self._ends else None
+        return str(self.tokenizer.convert_ids_to_tokens(last)) if last in self._special - self._ends else None
 
     def _decode(self, ids: Sequence[int], special: bool = False) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=not special)).strip()  # typed for batches too
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special)).strip()  # typed for batches too
 
     def _without_end(self, ids: Sequence[int]) -> Sequence[int]:
         last = len(ids)

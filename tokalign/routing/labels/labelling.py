@@ -127,7 +127,7 @@ class Labelling:
             "max_prompt_length": arguments.max_prompt_length,
         }
 
-        def answer(rows: list[Row]) -> list[Row | Dropped]:
+        def answer(rows: list[Row]) -> list[Row | Kept | Dropped]:
             sample = sampler(
                 self.engine,
                 params,
@@ -334,7 +334,7 @@ def split_indices(ids: Sequence[Any], calibration_share: float, test_share: floa
     return parts
 
 
-def finished_answer(item: list[Row] | Kept | Dropped) -> Row | Dropped:
+def finished_answer(item: list[Row] | Kept | Dropped) -> Row | Kept | Dropped:
     """The one greedy rollout of a problem, if labels can be made of it."""
     if not isinstance(item, list):  # never `Kept`, of one rollout
         return item
