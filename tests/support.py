@@ -20,11 +20,32 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unk|>"]
 
 
+# What templates of real families do, on the same special tokens
+TEMPLATES = {
+    "plain": CHAT_TEMPLATE,
+    "system": "<|system|>Be good.<|end|>" + CHAT_TEMPLATE,
+    "tools": "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] or '' }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "no system role": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no such role') }}{% endif %}"
+    + CHAT_TEMPLATE,
+    # A prompt without thinking ends with an empty thought, which the conversation writes before the last answer
+    "thinking": "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}",
+    # The prompt ends with an empty thought, which the conversation leaves out
+    "thought left out": CHAT_TEMPLATE.replace("<|assistant|>{% endif", "<|assistant|><think></think>{% endif"),
+    "dated": "<|system|>{{ strftime_now('%d %b %Y %H:%M:%S') }}<|end|>" + CHAT_TEMPLATE,
+}
+
+
 ALPHABET = string.ascii_letters + string.digits + " .,:;?!#$+-*/=()<>'\"\n"
 
 
-def tiny_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
-    """Character-level tokenizer that decodes to exactly the text it encoded, with a chat template."""
+def tiny_tokenizer(alphabet: str = ALPHABET, *, kind: str = "plain") -> PreTrainedTokenizerFast:
+    """Character-level tokenizer that decodes to exactly the text it encoded, with a chat template of `TEMPLATES`."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS + list(dict.fromkeys(alphabet)))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -36,7 +57,7 @@ def tiny_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
         unk_token="<|unk|>",
         additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = TEMPLATES[kind]
     return tokenizer
 
 

@@ -25,11 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser
 
-from tokalign.stage.loading import load_stage
+from tokalign.cli.train import DataArguments, train
 from tokalign.stage.processes import end_processes
-from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.token_preference import TokenPreferenceConfig, TokenPreferenceTrainer
 
 CHUNK = 1024  # completion tokens whose logits exist at once
@@ -196,12 +195,9 @@ def _causal_lm(model: Any) -> Any:
 
 
 @dataclass
-class TDPOScriptArguments(ScriptArguments):
-    """TRL's script arguments and two of recipes/critical_dpo.py, so that DPO's YAML files serve both."""
+class TDPOScriptArguments(DataArguments):
+    """Data as our trainings take it, and one option of recipes/critical_dpo.py, so that DPO's YAML files serve both."""
 
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Folder or hub id to evaluate on, where it is not `dataset_name`."}
-    )
     weight_side: str = field(
         default="none", metadata={"help": "Only 'none': TDPO weights no tokens.", "choices": ["none"]}
     )
@@ -209,31 +205,10 @@ class TDPOScriptArguments(ScriptArguments):
 
 def main(script_args: TDPOScriptArguments, training_args: TDPOConfig, model_args: ModelConfig) -> TDPOTrainer:
     """Train, save to `training_args.output_dir`, return the trainer."""
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
     if script_args.weight_side != "none":
         raise ValueError(f"`weight_side` is {script_args.weight_side!r}, but TDPO weights no tokens; set 'none'.")
-    if script_args.dataset_name is None:
-        raise ValueError("`dataset_name` is required: a folder of pairs or a dataset on the hub.")
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        name = script_args.eval_dataset_name or script_args.dataset_name
-        eval_dataset = load_stage(name, split=script_args.dataset_test_split)
-    trainer = TDPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=load_stage(script_args.dataset_name, split=script_args.dataset_train_split),
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=resume_point(training_args))
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.end_training()
+    needs = "a folder of pairs or a dataset on the hub"
+    trainer = train(TDPOTrainer, script_args, training_args, model_args, needs=needs)
     end_processes()
     return trainer
 

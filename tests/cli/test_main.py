@@ -64,6 +64,9 @@ def test_a_config_is_the_local_file_or_else_the_shipped_one(tmp_path, monkeypatc
         with_shipped_config(["--config", "recipes/ledger/soup.yaml"])
 
 
+NOWHERE = ["--model_name_or_path", "m", "--dataset_name", "no/such/folder"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -72,7 +75,7 @@ def test_a_config_is_the_local_file_or_else_the_shipped_one(tmp_path, monkeypatc
         (["recipes", "--config", "soup.yaml"], "soup.yaml"),
         (["dpo", "--accelerate_config", "soup"], "zero3"),
         (["critical-dpo", "--output_dir", "x", "--bf16", "false"], "--dataset_name is required"),
-        (["dpo", "--dataset_name", "no/such/folder", "--output_dir", "x", "--bf16", "false"], "does not exist"),
+        (["dpo", *NOWHERE, "--output_dir", "x", "--bf16", "false"], "does not exist"),
     ],
 )
 def test_the_console_says_what_is_wrong_and_python_raises_it(words, sentence, tmp_path, monkeypatch):

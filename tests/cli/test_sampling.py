@@ -119,7 +119,8 @@ def test_a_rollout_with_an_id_of_no_token_is_dropped_and_counted(tmp_path, monke
 
     manifest = sample(tmp_path, monkeypatch, tiny_path, TEXTS, Padded)
     reason = "a completion holds an id that the tokenizer does not know"
-    assert manifest["dropped"] == {reason: 3 * 7} and manifest["rows"] == 60 - 3 * 7  # in each of three shards
+    assert manifest["dropped"] == {reason: 3} and manifest["left_out"] == {reason: 3 * 7}  # in each of three shards
+    assert manifest["rows"] == 60 - 3 * 7
     rollouts = load_stage(tmp_path / "rollouts")
     assert rollouts["id"].count("p0") == 5 and "p1" not in rollouts["id"]
 
@@ -236,6 +237,23 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, monkeypatch, tiny_path, 
     manifest = sample(tmp_path, monkeypatch, tiny_path, TEXTS, max_prompt_length=20)
     assert manifest["dropped"] == {"prompt longer than max_prompt_length": 5} and manifest["rows"] == 24
     assert "dropped: prompt longer than max_prompt_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "p0"}, "Row 3 of .*: `id` 'p0' occurs twice, first in row 0"),
+        ({"prompt": None}, "Row 3 of .*: `prompt`"),
+    ],
+)
+def test_what_cannot_be_sampled_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, tiny_path, change, message):
+    rows = [{"id": f"p{k}", "prompt": f"{k}+1", "answer": "2"} for k in range(5)]
+    Dataset.from_list([row | change if k == 3 else row for k, row in enumerate(rows)]).to_json(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(sample_rollouts, "load_engine", None)
+    arguments = sample_rollouts.SampleArguments(dataset=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ContractError, match=message):
+        sample_rollouts.main(arguments, SamplingArguments(), EngineArguments(model=tiny_path))
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompt_formats(tiny_path):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import string
+
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from tests.trainers.preferences import as_text, preference_rows
+from tests.support import tiny_model, tiny_tokenizer
+from tests.trainers.preferences import as_text, preference_rows, with_signals
 from tokalign.cli.main import main
+from tokalign.internals.trl import ids_of_dpo_trainer
+from tokalign.prompts import PromptRendering
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest, write_manifest
 
 SHORT = {"max_steps": 3, "learning_rate": 1e-2, "beta": 0.5, "report_to": "none", "use_cpu": True, "bf16": False}
@@ -40,6 +47,54 @@ def test_dpo_is_the_stock_trainer(tiny_path, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").num_parameters() == ours.model.num_parameters()
 
 
+def test_what_the_template_is_given_reaches_training_and_is_followed_by_evaluation(tmp_path):
+    """As a column for TRL, as a record beside the model, and from there to whoever samples from it or evaluates it."""
+    path, off = str(tmp_path / "tiny"), {"enable_thinking": False}
+    tokenizer = tiny_tokenizer(string.printable, kind="thinking")
+    tokenizer.save_pretrained(path)
+    tiny_model(len(tokenizer)).save_pretrained(path)
+    rows = as_text(preference_rows(path, 4)).add_column("id", list("abcd"))
+    (tmp_path / "text").mkdir()
+    rows.to_parquet(tmp_path / "text" / "train.parquet")
+    names = {"model_name_or_path": path, "dataset_name": tmp_path / "text", "output_dir": tmp_path / "out"}
+    once = {**SHORT, **names, "max_steps": 1, "chat_template_kwargs": json.dumps(off)}
+    trainer = main(["dpo", *words(once)])
+    stock = ids_of_dpo_trainer(rows.map(lambda row: {"chat_template_kwargs": off}), tokenizer)
+    assert trainer.train_dataset["prompt_ids"] == stock["prompt_ids"]
+    assert tokenizer.decode(stock[0]["prompt_ids"]).endswith("<think></think>")
+    record = read_manifest(tmp_path / "out")["prompts"]
+    assert record == PromptRendering("chat", off).record(tokenizer)
+    problems = [{"id": "p", "prompt": "1 + 1", "answer": "2"}]
+    Dataset.from_list(problems).to_parquet(tmp_path / "problems.parquet")
+    asked = {"model": tmp_path / "out", "max_tokens": 2}
+    given = {"problems": tmp_path / "problems.parquet", "split": "train", "output_dir": tmp_path / "eval"}
+    metrics = main(["evaluate", "answers", *words({**asked, **given})])
+    assert metrics["chat_template_kwargs"] == off and read_manifest(tmp_path / "eval")["prompts"] == record
+    given = {"dataset": tmp_path / "problems.parquet", "output_dir": tmp_path / "sampled", "num_rollouts": 1}
+    assert main(["sample", *words({**asked, **given})])["prompts"] == record
+    assert load_stage(tmp_path / "sampled")[0]["prompt_ids"] == PromptRendering("chat", off).ids(problems[0], tokenizer)
+    scored = {"model": path, "dataset": tmp_path / "text", "output_dir": tmp_path / "scored"}
+    main(["score", "likelihood", *words({**scored, "chat_template_kwargs": json.dumps(off)})])
+    assert load_stage(tmp_path / "scored")["prompt_ids"] == stock["prompt_ids"]
+    assert read_manifest(tmp_path / "scored")["prompts"] == record
+    once |= {"dataset_name": tmp_path / "scored", "chat_template_kwargs": '{"enable_thinking": true}'}
+    with pytest.raises(ContractError, match=r"Prompts are rendered otherwise than those of .*scored"):
+        main(["critical-dpo", *words({**once, "weight_side": "none"})])
+
+
+def test_messages_that_the_template_refuses_are_named(tiny_path, tmp_path):
+    tiny_tokenizer(kind="no system role").save_pretrained(tmp_path / "tiny")
+    AutoModelForCausalLM.from_pretrained(tiny_path).save_pretrained(tmp_path / "tiny")
+    asked, answer = [{"role": "user", "content": "1"}], [{"role": "assistant", "content": "2"}]
+    prompts = [asked, [{"role": "system", "content": "be brief"}, *asked]]
+    (tmp_path / "rows").mkdir()
+    rows = [{"prompt": prompt, "completion": answer} for prompt in prompts]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    names = {"model_name_or_path": tmp_path / "tiny", "dataset_name": tmp_path / "rows", "output_dir": tmp_path / "o"}
+    with pytest.raises(ContractError, match="Row 1: the chat template has no place for a system message"):
+        main(["sft", *words({key: value for key, value in {**SHORT, **names}.items() if key != "beta"})])
+
+
 def test_dpo_weighs_nothing(tiny_path, tmp_path):
     with pytest.raises(ValueError, match="critical-dpo"):
         (tmp_path / "weighted.yaml").write_text("weight_side: rejected\n")
@@ -51,6 +106,7 @@ def test_another_dataset_is_evaluated_on(tiny_path, tmp_path):
         (tmp_path / name).mkdir()
         Dataset.from_list(preference_rows(tiny_path, 4, seed=seed)).to_parquet(tmp_path / name / "part.parquet")
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset_name": tmp_path / "other"}
+    evaluation["dataset_test_split"] = "train"  # the only one that the folder has
     names = {"model_name_or_path": tiny_path, "dataset_name": tmp_path / "train", "output_dir": tmp_path / "out"}
     trainer = main(["critical-dpo", *words({**SHORT, **names, **evaluation, "dtype": "float32"})])
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
@@ -92,3 +148,24 @@ def test_sft_rows_of_another_tokenizer(tiny_path, tmp_path, stored):
         sft("other", other, "0" * 64)
     sft("other", other, "0" * 64, "--allow_other_tokenizer", "true")
     assert read_manifest(tmp_path / "other_out")["allow_other_tokenizer"] is True
+
+
+@pytest.mark.parametrize("verb", ["critical-dpo", "dpo", "treg", "sft"])
+def test_a_stream_trains_as_stored_rows(tiny_path, tmp_path, verb):
+    """In the order of the rows; without `max_steps` the Trainer says that a stream has no length."""
+    rows = with_signals(preference_rows(tiny_path, 4))
+    columns = [{"prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"]} for row in rows]
+    sft = [{"input_ids": row["prompt_ids"] + row["completion_ids"]} for row in columns]
+    (tmp_path / "rows").mkdir()
+    Dataset.from_list(sft if verb == "sft" else rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    names = {"model_name_or_path": tiny_path, "dataset_name": tmp_path / "rows", "output_dir": tmp_path / "out"}
+    common = {**{k: v for k, v in SHORT.items() if verb != "sft" or k != "beta"}, **names, "dtype": "float32"}
+    common |= {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    stored = main([verb, *words({**common, "train_sampling_strategy": "sequential"})])
+    streamed = main([verb, *words({**common, "dataset_streaming": True})])
+    assert isinstance(streamed.train_dataset, IterableDataset)
+    other = dict(stored.model.named_parameters())
+    for name, weight in streamed.model.named_parameters():
+        torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-6, msg=name)
+    with pytest.raises(ValueError, match="max_steps"):
+        main([verb, *words({**common, "dataset_streaming": True, "max_steps": -1})])

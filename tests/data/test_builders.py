@@ -265,7 +265,9 @@ def test_own_rows_of_any_column_names(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out" / "train")
     assert manifest["dropped"] == {"no answer": 1, "no id": 1, "no question": 1}
     write(tmp_path / "rows.jsonl", [*rows, {"question": "?", "worked": "#### 1", "name": "a"}])
-    with pytest.raises(ContractError, match=r"Row 5 of split train: `name` 'a' occurs twice; give every row its own"):
+    with pytest.raises(
+        ContractError, match=r"Row 5 of split train: `name` 'a' occurs twice, first in row 0; give every row its own"
+    ):
         build_own(source, tmp_path / "again", **options)
 
 
@@ -292,6 +294,17 @@ def test_own_parquet_keeps_its_splits_and_takes_a_validation_share(tmp_path: Pat
     assert len(train) + len(validation) == 200 and 20 <= len(validation) <= 60
     assert {*train["id"], *validation["id"]} == {str(i) for i in range(200)}
     assert test.to_list()[1] == {"id": "1", "prompt": "test 1?\n", "answer": "1", "solution": "The answer is 1."}
+
+
+def test_own_rows_keep_what_the_chat_template_is_given(tmp_path: Path) -> None:
+    off, tools = {"enable_thinking": False}, [{"type": "function", "function": {"name": "add"}}]
+    rows = [
+        {"prompt": "1 + 1", "answer": "2", "chat_template_kwargs": off, "tools": tools},
+        {"prompt": "1 + 2", "answer": "3"},
+    ]
+    made = build_own(write(tmp_path / "mine.jsonl", rows), tmp_path / "out")
+    assert made["chat_template_kwargs"] == [off, None]
+    assert made["tools"] == [json.dumps(tools), None]
 
 
 def test_own_rows_with_a_schema_are_structured_problems(tmp_path: Path) -> None:

@@ -60,6 +60,16 @@ def test_frequent_wrong_answers_by_hand():
     assert frequent_wrong_answers([]) == []
 
 
+def test_pairs_and_sft_rows_keep_what_the_chat_template_was_given():
+    told = {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"enable_thinking": False}}
+    rollouts = [{**row, **told, "reward": float(row["correct"])} for row in mixed()]
+    rules = (preference_pairs, positive_rows, negative_rows, best_worst_pair, best_rows)
+    rows = [rule(rollouts).rows[0] for rule in rules]
+    for row in rows:
+        assert told.items() <= row.items()
+    assert told.keys().isdisjoint(preference_pairs(mixed()).rows[0])
+
+
 def test_pairs_of_a_problem():
     selection = preference_pairs(mixed(), PairingOptions(coverage=0.8))
     assert selection.reason is None and selection.left_out == {}

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import random
 import re
+import string
 
 import pytest
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import tiny_tokenizer
-from tokalign.data.revision import BUILT_IN, RevisionTemplates, load_templates, revision_prompt_ids, templates_hash
-from tokalign.prompts import render_prompt
+from tokalign.data.revision import (
+    BUILT_IN,
+    RevisionTemplates,
+    load_templates,
+    revision_prompt_ids,
+    revision_prompts,
+    templates_hash,
+)
+from tokalign.internals.trl import ids_of_dpo_trainer
+from tokalign.prompts import PromptRendering, render_prompt
 from tokalign.stage.errors import ContractError
 from tokalign.worlds import ledger
 
@@ -88,6 +98,91 @@ def test_templates_by_path(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"better": PLAIN.better, "worse": PLAIN.worse, "note": "ours"}))
     assert load_templates(file) == load_templates(str(file)) == RevisionTemplates("mine", PLAIN.better, PLAIN.worse)
+
+
+# --- beside the policy's own prompt ------------------------------------------------------------------------------
+
+
+def row_of(tokenizer, chosen, *, prompt=({"role": "user", "content": "q"},), **columns) -> dict:
+    """A pair of messages or texts with the ids that DPOTrainer gives it."""
+    rejected = chosen if isinstance(chosen, str) else [{"role": "assistant", "content": "no"}]
+    prompt = prompt if isinstance(prompt, str) else list(prompt)
+    pairs = Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns}])
+    return {"id": "p7"} | ids_of_dpo_trainer(pairs, tokenizer)[0]
+
+
+def answer(content: str | None, **more) -> dict:
+    return {"role": "assistant", "content": content, **more}
+
+
+def revised(row, tokenizer, side="chosen") -> str:
+    return read(tokenizer, revision_prompts(row, side, PLAIN, tokenizer)[0])
+
+
+def test_an_end_token_behind_a_text_is_not_quoted():
+    tokenizer = tiny_tokenizer()
+    row = row_of(tokenizer, "yes", prompt="q")
+    assert row["chosen"] == "yes<|end|>"  # TRL's
+    assert revised(row, tokenizer) == "<|user|>Q q A yes good.<|end|><|assistant|>"
+    row = row_of(tokenizer, "yes<|end|><|pad|>", prompt="q")  # of a user who wrote them
+    assert revised(row, tokenizer) == "<|user|>Q q A yes good.<|end|><|assistant|>"
+
+
+def test_every_turn_of_an_answer_is_quoted_as_the_model_writes_it():
+    tokenizer = tiny_tokenizer()
+    turns = [answer("five"), {"role": "user", "content": "sure?"}, answer("yes")]
+    assert " A fivesure?yes good." in revised(row_of(tokenizer, turns), tokenizer)
+    assert " A five good." in revised(row_of(tokenizer, turns[:1]), tokenizer)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_a_call_of_tools_is_quoted_as_it_is_written_below_the_rows_own_tools():
+    tokenizer = tiny_tokenizer(string.printable, kind="tools")
+    row = row_of(tokenizer, [answer(None, tool_calls=[CALL])], tools=json.dumps(TOOLS))
+    system = '<|system|>{"type": "function", "function": {"name": "add"}}<|end|>'
+    call = '<call>{"arguments": {"a": 1}, "name": "add"}</call>'
+    read_as = revised(row, tokenizer).replace('{"name": "add", "arguments": {"a": 1}}', call[6:-7])  # either order
+    assert read_as == f"{system}<|user|>Q q A {call} good.<|end|><|assistant|>"
+    assert read(tokenizer, row["prompt_ids"]) == f"{system}<|user|>q<|end|><|assistant|>"
+    silent = tiny_tokenizer(string.printable)
+    silent.chat_template = silent.chat_template.replace("message['content']", "message['content'] or ''")
+    with pytest.raises(ContractError, match="Row 'p7': the chat template writes nothing of the messages in `chosen`"):
+        revised(row_of(silent, [answer(None, tool_calls=[CALL])]), silent)
+
+
+@pytest.mark.parametrize(
+    ("kind", "variables", "end"),
+    [
+        ("thinking", None, "<|assistant|>"),
+        ("thinking", {"enable_thinking": False}, "<|assistant|><think></think>"),
+        ("thought left out", None, "<|assistant|>"),  # of the conversation, so of the policy's prompt
+    ],
+)
+def test_both_prompts_end_alike_whatever_the_template_does_with_thoughts(kind, variables, end):
+    tokenizer = tiny_tokenizer(string.printable, kind=kind)
+    row = row_of(tokenizer, [answer("yes")], **({} if variables is None else {"chat_template_kwargs": variables}))
+    assert read(tokenizer, row["prompt_ids"]) == "<|user|>q<|end|>" + end
+    assert revised(row, tokenizer) == "<|user|>Q q A yes good.<|end|>" + end
+    sampled = {**row, "prompt_ids": render_prompt("q", tokenizer, chat_template_kwargs=variables), "prompt": "q"}
+    assert revised(sampled, tokenizer) == "<|user|>Q q A yes good.<|end|>" + read(tokenizer, sampled["prompt_ids"])[16:]
+
+
+def test_a_dated_template_is_told_the_date_of_the_policys_prompt():
+    tokenizer = tiny_tokenizer(kind="dated")
+    rendering = PromptRendering(date="2026-02-03T04:05:06")
+    row = {"id": "p7", "prompt": "q", "chosen": "yes", "prompt_ids": rendering.ids({"prompt": "q"}, tokenizer)}
+    for ids in revision_prompts(row, "chosen", PLAIN, tokenizer, rendering):
+        assert read(tokenizer, ids).startswith("<|system|>03 Feb 2026 04:05:06<|end|><|user|>Q q A yes ")
+
+
+@pytest.mark.parametrize("role", ["assistant", "tool"])
+def test_a_prompt_that_ends_with_another_turn_is_told_so(role):
+    prompt = [{"role": "user", "content": "q"}, {"role": role, "content": "a"}]
+    with pytest.raises(ContractError, match=f"does not end with a text of the user.*its last message is of `{role}`"):
+        revision_prompt_ids(prompt, "a", PLAIN, tiny_tokenizer())
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

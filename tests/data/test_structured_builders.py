@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -14,8 +15,12 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from tests.data.test_builders import DATA, needs_data, write
+from tests.support import tiny_tokenizer
 from tokalign.data.builders import bfcl, cooking, gsm8k, gsm8k_json
-from tokalign.rewards.structured.content import allowed_agreement
+from tokalign.data.builders import problems as own
+from tokalign.prompts import PromptRendering
+from tokalign.rewards import StructuredReward
+from tokalign.rewards.structured.calls import calls_match
 from tokalign.stage.errors import ContractError
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
@@ -32,9 +37,10 @@ def checked(row: dict) -> dict:
     assert message["role"] == "assistant"
     assert row["prompt"][-1]["role"] == "user"
     schema = json.loads(row["schema"])
-    text = message["content"].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
-    document = json.loads(text)
-    assert text == json.dumps(document, ensure_ascii=False)
+    texts = message["content"].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+    documents = [json.loads(text) for text in texts.split("\n</tool_call>\n<tool_call>\n")]
+    assert texts.split("\n</tool_call>\n<tool_call>\n") == [json.dumps(one, ensure_ascii=False) for one in documents]
+    document = documents if len(documents) > 1 else documents[0]
     jsonschema_rs.validator_for(schema, offline=True).validate(document)
     assert in_order(document, schema)
     return document
@@ -246,7 +252,7 @@ MAPPED = {
         },
     },
     "e": {"type": "object", "description": "Open."},
-    "h": {"type": "string", "enum": ["Red", "Blue"], "default": "Red"},
+    "h": {"type": "string", "default": "Red"},  # "red", which is allowed too, is not in the enumeration
     "i": {"type": "boolean"},
 }
 ALLOWED = {
@@ -257,6 +263,10 @@ ALLOWED = {
     "e": [{"Ann": [["a"], "b"]}],
     "h": ["red", "Red"],
     "i": [""],
+}
+DECLARED = {
+    **{"a": "integer", "b": ["tuple", "float"], "c": "any", "d": ["array", "dict"], "e": "dict"},
+    **{"h": "string", "i": "boolean"},
 }
 
 
@@ -282,7 +292,7 @@ def test_bfcl_types_are_mapped_and_calls_filled_at_any_depth(tmp_path: Path) -> 
             "h": "Red",
         },
     }
-    assert json.loads(row["answer"]) == {"name": "f.g", "arguments": ALLOWED}
+    assert json.loads(row["answer"]) == {"name": "f.g", "arguments": ALLOWED, "types": DECLARED}
     assert list(json.loads(row["answer"])["arguments"]) == list(EVERY_TYPE)
     assert row["id"] == "s_0"
     assert row["completion"][0]["content"].startswith('<tool_call>\n{"name": "f.g", "arguments": {"b": [1, 2.5]')
@@ -302,40 +312,159 @@ def test_bfcl_prompts_hold_the_function_or_the_column_does(tmp_path: Path) -> No
     column = build_bfcl(tmp_path / "column", pairs, prompt_tools="column", call_format="json")[0]
     assert column["prompt"] == [{"role": "user", "content": "Do s_0."}]
     assert json.loads(column["tools"]) == [{"type": "function", "function": function}]
+    tokenizer = tiny_tokenizer(string.printable, kind="tools")  # as sampled, scored, trained on and evaluated
+    assert tokenizer.decode(PromptRendering().ids(column, tokenizer)).count('"f.g"') == 1
     assert column["completion"][0]["content"] == '{"name": "f.g", "arguments": {"a": 1}}'
     own = build_bfcl(tmp_path / "own", pairs, instruction="Call it.")[0]
     assert own["prompt"][0]["content"].split("\n")[:2] == ["Do s_0.", "Call it."]
     card = DatasetCard.load(tmp_path / "column" / "out" / "README.md")
     assert card.data.license == "apache-2.0"
-    assert "| `tools` | the function in OpenAI's form" in card.text and "| train | 1 |" in card.text
+    assert "| `tools` | the functions in OpenAI's form" in card.text and "| train | 1 |" in card.text
 
 
 def test_bfcl_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     integer = {"a": {"type": "integer"}}
     turn = [{"role": "user", "content": "Do."}]
     pairs = [
-        ask_bfcl("fine", integer, {"a": [1.0]}),  # 1.0 is an integer in JSON Schema
+        ask_bfcl("fine", integer, {"a": [1.0], "b": ["", 1]}),  # 1.0 is an integer in JSON Schema
         ask_bfcl("left out", integer, {"a": ["", True]}),  # no value of its type, but none is needed
-        ask_bfcl("wrong type", integer, {"a": ["1"]}),
+        ask_bfcl("wrong type", integer, {"a": ["1"]}),  # taken for a variable
         ask_bfcl("another name", integer, {"b": [1]}),
         ask_bfcl("missing", integer, {}, required=("a",)),
+        ask_bfcl("no value", integer, {"a": []}),
         ask_bfcl("no type", {"a": {"type": "complex"}}, {"a": [1]}),
         ask_bfcl("turns", integer, {"a": [1]}, question=[turn, turn]),
+        ask_bfcl("no function", integer, {"a": [1]}, function=[]),
     ]
     pairs.append((ask_bfcl("unanswered", integer, {})[0], {"id": "nobody", "ground_truth": []}))
     other_name = ask_bfcl("other function", integer, {"a": [1]})
     other_name[1]["ground_truth"] = [{"h": {"a": [1]}}]
     rows = build_bfcl(tmp_path, [*pairs, other_name])
-    assert [(row["id"], checked(row)["arguments"]) for row in rows] == [("fine", {"a": 1.0}), ("left out", {})]
+    made = [(row["id"], checked(row)["arguments"]) for row in rows]
+    assert made == [("fine", {"a": 1.0}), ("left out", {}), ("wrong type", {"a": "1"})]
+    assert list(json.loads(rows[0]["answer"])["arguments"]) == ["a"]
     assert read_manifest(tmp_path / "out" / "train")["dropped"] == {
-        "answer breaks its schema (type)": 1,
-        "answer breaks its schema (additionalProperties)": 1,
-        "answer breaks its schema (required)": 1,
-        "answer breaks its schema (const)": 1,
+        "answer allows no value of an argument": 1,
+        "answer calls another function": 1,
+        "answer has an argument that its function does not have": 1,
+        "answer lacks an argument that its function requires": 1,
         "schema does not compile": 1,
-        "not one turn, one function and one call": 1,
+        "not one turn": 1,
+        "no call or no function": 1,
         "no answer": 1,
     }
+
+
+def test_bfcl_schema_takes_whatever_is_allowed_and_tells_no_value(tmp_path: Path) -> None:
+    properties = {
+        "n": {"type": "float"},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "kind": {"type": "string", "enum": ["big", "small"]},
+        "limit": {"type": "integer"},
+        "list": {"type": "array", "items": {"type": "string"}},
+        "at": {"type": "dict", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}, "required": ["x"]},
+    }
+    allowed = {
+        "n": ["", None],
+        "unit": ["", None, "C"],
+        "kind": ["Big"],
+        "limit": ["maximum"],
+        "list": [],
+        "at": [{"y": [1, None], "z": [2]}],
+    }
+    row = build_bfcl(tmp_path, [ask_bfcl("live_0", properties, allowed, required=("list",))])[0]
+    schema = json.loads(row["schema"])["properties"]["arguments"]["properties"]
+    assert schema["n"] == {"type": ["number", "null"]}
+    assert schema["unit"] == {"type": ["string", "null"], "enum": ["C", "F", None]}
+    assert schema["kind"] == {"type": "string"}
+    assert schema["limit"] == {"type": ["integer", "string"]}
+    assert schema["at"]["properties"] == {"x": {"type": "integer"}, "y": {"type": ["integer", "null"]}}
+    assert schema["at"]["additionalProperties"] is True and schema["at"]["required"] == []
+    reward = StructuredReward(output_format="tool_call", references="allowed")
+    fixed = {"kind": "big", "limit": "maximum", "list": [], "at": {"y": 1, "z": 2}}
+    for more in ({}, {"n": None}, {"unit": None, "n": None}, {"at": {"y": None, "z": 2}}, {"kind": "Big"}):
+        call = {"name": "f.g", "arguments": {**fixed, **more}}
+        assert reward.score(json.dumps(call), row["answer"], row["schema"])["total"] == 4.5
+        assert calls_match(call, json.loads(row["answer"]))
+    shown = json.loads(row["prompt"][0]["content"].split("\n")[-1])["parameters"]["properties"]
+    assert shown["kind"]["enum"] == ["big", "small"] and shown["n"] == {"type": "number"}  # the model reads it as it is
+
+
+def several(row_id: str, truth: list[dict]) -> tuple[dict, dict]:
+    functions = [
+        {"name": name, "description": f"Does {name}.", "parameters": {**parameters, "required": []}}
+        for name, parameters in {
+            "f": {"type": "dict", "properties": {"a": {"type": "integer"}}},
+            "g": {"type": "dict", "properties": {"b": {"type": "string"}}},
+        }.items()
+    ]
+    question = {"id": row_id, "question": [[{"role": "user", "content": "Do."}]], "function": functions}
+    return question, {"id": row_id, "ground_truth": truth}
+
+
+def test_bfcl_of_several_functions_and_calls(tmp_path: Path) -> None:
+    one = several("multiple_0", [{"g": {"b": ["x"]}}])
+    two = several("parallel_multiple_0", [{"f": {"a": [1]}}, {"g": {"b": ["x", "y"]}}, {"f": {"a": [2]}}])
+    write(tmp_path / "BFCL_v4_multiple.json", [one[0]])
+    write(tmp_path / "possible_answer" / "BFCL_v4_multiple.json", [one[1]])
+    write(tmp_path / "BFCL_v4_parallel_multiple.json", [two[0]])
+    write(tmp_path / "possible_answer" / "BFCL_v4_parallel_multiple.json", [two[1]])
+    options = {"source": str(tmp_path), "test_share": 0.0, "categories": ["multiple", "parallel_multiple"]}
+    bfcl.main(bfcl.BfclArguments(output_dir=str(tmp_path / "out"), **options))
+    single, several_calls = load_stage(tmp_path / "out", split="train", stage="structured")
+    assert checked(single) == {"name": "g", "arguments": {"b": "x"}}
+    assert single["prompt"][0]["content"].startswith("Do.\nCall one of these functions. Reply with <tool_call>")
+    assert [json.loads(line)["name"] for line in single["prompt"][0]["content"].split("\n")[-2:]] == ["f", "g"]
+    assert [call["arguments"] for call in checked(several_calls)] == [{"a": 1}, {"b": "x"}, {"a": 2}]
+    assert "Call these functions." in several_calls["prompt"][0]["content"]
+    reward = StructuredReward(output_format="tool_call", references="allowed")
+
+    def total(row: dict, *calls: tuple[str, dict]) -> float:
+        text = bfcl.written([{"name": name, "arguments": arguments} for name, arguments in calls], "hermes")
+        return reward.score(text, row["answer"], row["schema"])["total"]
+
+    assert total(single, ("g", {"b": "X"})) == 4.5 > total(single, ("f", {"a": 1})) > 0
+    right = [("f", {"a": 2}), ("f", {"a": 1}), ("g", {"b": "Y"})]
+    assert total(several_calls, *right) == 4.5
+    assert total(several_calls, *right[:2]) < 4.5 and total(several_calls, *right, right[0]) < 4.5
+
+
+def test_bfcl_of_other_languages_asks_for_source_text(tmp_path: Path) -> None:
+    question, answer = ask_bfcl(
+        "simple_java_0",
+        {"ids": {"type": "ArrayList", "items": {"type": "long"}, "description": "Ids."}, "on": {"type": "boolean"}},
+        {"ids": [[1, 2]], "on": [True, ""]},
+        required=("ids",),
+    )
+    write(tmp_path / "simple_java.jsonl", [question])
+    write(tmp_path / "simple_java_answers.jsonl", [answer])
+    options = {"source": str(tmp_path), "categories": ["simple_java"], "test_share": 0.0, "prompt_tools": "column"}
+    bfcl.main(bfcl.BfclArguments(output_dir=str(tmp_path / "out"), **options))
+    row = load_stage(tmp_path / "out", split="train", stage="structured")[0]
+    assert checked(row)["arguments"] == {"ids": "new ArrayList<>(Arrays.asList(1L, 2L))", "on": "true"}
+    assert json.loads(row["answer"])["language"] == "java"
+    shown = json.loads(row["tools"])[0]["function"]["parameters"]["properties"]
+    assert shown["ids"] == {"type": "string", "description": "Ids. Written as Java source text: ArrayList of long."}
+
+
+def test_a_builder_that_keeps_nothing_fails(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"No row of .* was kept .2 because of 'no call or no function'.; check"):
+        build_bfcl(tmp_path / "bfcl", [ask_bfcl(f"s_{k}", {}, {}, function=[]) for k in range(2)])
+    rows = [{"question": "How many?", "answer": "There is none."}]
+    source = write(tmp_path / "rows" / "train.jsonl", rows)
+    for build, args in [
+        (gsm8k, gsm8k.Gsm8kArguments(source=source, output_dir=str(tmp_path / "gsm8k"))),
+        (gsm8k_json, gsm8k_json.Gsm8kJsonArguments(source=source, output_dir=str(tmp_path / "gsm8k_json"))),
+        (own, own.OwnProblemsArguments(source=source, output_dir=str(tmp_path / "own"), prompt_column="question",
+                                       answer_after="####")),
+    ]:  # fmt: skip
+        with pytest.raises(ContractError, match=r"No row of .* was kept .1 because of 'no "):
+            build.main(args)
+    empty = write(tmp_path / "empty" / "train.jsonl", [])
+    with pytest.raises(ContractError, match=r"train\.jsonl holds no row; check --source"):
+        gsm8k.main(gsm8k.Gsm8kArguments(source=empty, output_dir=str(tmp_path / "empty_out")))
+    with pytest.raises(ContractError, match=r"No row of .* was kept \(there was none\)"):
+        cooking.main(cooking.CookingArguments(output_dir=str(tmp_path / "c"), train=0, validation=0, test=0))
 
 
 def test_bfcl_splits_by_the_id_alone(tmp_path: Path) -> None:
@@ -377,6 +506,14 @@ def test_bad_bfcl_options_are_one_sentence(tmp_path: Path) -> None:
         bfcl.main(bfcl.BfclArguments(source=str(tmp_path), output_dir="unused"))
     with pytest.raises(ContractError, match="nothing to read; give --source, or both --questions and --answers"):
         bfcl.BfclArguments(output_dir="unused", questions="q.json")
+    with pytest.raises(ContractError, match="'irrelevance', for which the leaderboard publishes no call"):
+        bfcl.BfclArguments(output_dir="unused", source="s", categories=["multiple", "irrelevance"])
+    with pytest.raises(ContractError, match="'multi_turn_base'; use simple_python, simple_java"):
+        bfcl.BfclArguments(output_dir="unused", source="s", categories=["multi_turn_base"])
+    with pytest.raises(ContractError, match="are the files of one category; give --source for several"):
+        bfcl.BfclArguments(output_dir="unused", questions="q", answers="a", categories=["multiple", "parallel"])
+    with pytest.raises(ContractError, match="--categories is empty; name at least one"):
+        bfcl.BfclArguments(output_dir="unused", source="s", categories=[])
     with pytest.raises(ContractError, match="test_share is 2; use a number from 0 to 1"):
         bfcl.BfclArguments(output_dir="unused", source="s", test_share=2)
     with pytest.raises(ContractError, match="call_format is 'xml'; use 'hermes' or 'json'"):
@@ -387,13 +524,45 @@ def test_bad_bfcl_options_are_one_sentence(tmp_path: Path) -> None:
         bfcl.BfclArguments(output_dir="unused", source="s", prompt_tools="column", instruction="Call it.")
 
 
+def changed(call: dict, allowed: dict, draw: random.Random) -> dict:
+    """The call with one argument that is surely wrong: another function, an invented argument, a value not allowed."""
+    arguments = dict(call["arguments"])
+    kind = draw.choice(["name", "invented", "value", "value", "value"])
+    if kind == "name":
+        return {**call, "name": call["name"] + "s"}
+    if kind == "invented" or not arguments:
+        return {**call, "arguments": {**arguments, "invented": 1}}
+    key = draw.choice(list(arguments))
+    value = arguments[key]
+    others = [not value] if isinstance(value, bool) else [value + 1] if isinstance(value, int | float) else []
+    others += [f"{value} more", [value], {"more": value}]
+    arguments[key] = next(one for one in others if one not in allowed[key])  # both truth values may be allowed
+    return {**call, "arguments": arguments}
+
+
 @needs_bfcl
-def test_every_real_bfcl_row_has_a_valid_and_allowed_call(tmp_path: Path) -> None:
-    bfcl.main(bfcl.BfclArguments(source=str(DATA / "bfcl"), output_dir=str(tmp_path)))
-    rows = [row for split in ("train", "test") for row in load_stage(tmp_path, split=split, stage="structured")]
-    assert len(rows) == 400
-    for row in rows:
-        assert allowed_agreement(checked(row), json.loads(row["answer"])) == 1.0
+@pytest.mark.parametrize(
+    ("category", "rows"), [("simple_python", 400), ("multiple", 200), ("parallel", 200), ("live_simple", 258)]
+)
+def test_every_real_bfcl_row_has_full_marks_and_a_changed_one_never(tmp_path: Path, category: str, rows: int) -> None:
+    args = bfcl.BfclArguments(source=str(DATA / "bfcl"), output_dir=str(tmp_path), categories=[category])
+    bfcl.main(args)
+    made = [row for split in ("train", "test") for row in load_stage(tmp_path, split=split, stage="structured")]
+    assert len(made) == rows
+    reward, draw = StructuredReward(output_format="tool_call", references="allowed"), random.Random(0)
+    for row in made:
+        document, reference = checked(row), json.loads(row["answer"])
+        assert reward.score(row["completion"], row["answer"], row["schema"])["total"] == 4.5
+        assert calls_match(document, reference)
+        calls, references = ([each] if isinstance(each, dict) else each for each in (document, reference))
+        wrong = [*calls]
+        wrong[0] = changed(calls[0], references[0]["arguments"], draw)
+        for other in (wrong, [*calls, calls[0]], calls[1:]):
+            assert not calls_match(other, reference)
+            text = bfcl.written(other, "hermes") if other else "No call."
+            assert reward.score(text, row["answer"], row["schema"])["total"] < 4.5
+        shuffled = draw.sample(calls, len(calls))
+        assert reward.score(bfcl.written(shuffled, "hermes"), row["answer"], row["schema"])["total"] == 4.5
 
 
 # -------------------------------------------------------------------------------------------------------------- cooking

@@ -12,7 +12,7 @@ from tokalign.cli import evaluate_routing
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
-from tokalign.stage.manifest import write_manifest
+from tokalign.stage.manifest import read_manifest, write_manifest
 
 SIZES = {"slm": 10, "llm": 100, "router": 1}
 
@@ -67,6 +67,15 @@ def test_summary_is_of_the_rows_and_paired_with_the_llm(runs):
     assert found["ci95"][0] < found["accuracy"] < found["ci95"][1]
     wins = sum(a["correct"] and not b["correct"] for a, b in zip(rows, llm, strict=True))
     assert found["minus_llm"]["wins"] == wins and found["llm_rate"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_runs_whose_prompts_were_rendered_differently_are_not_compared(runs):
+    for (name, (folder, _)), thinks in zip(runs.items(), (True, True, False), strict=True):
+        prompts = {"format": "chat", "chat_template_kwargs": {"enable_thinking": thinks}, "date": name}
+        write_manifest(folder, {**read_manifest(folder), "prompts": prompts})
+    assert run_summary(runs["slm"][0], runs["llm"][0])  # the date alone may differ
+    with pytest.raises(ContractError, match="rendered their prompts differently"):
+        run_summary(runs["routed"][0], runs["llm"][0])
 
 
 def test_query_level_equals_a_plain_loop(runs):

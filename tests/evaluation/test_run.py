@@ -9,6 +9,7 @@ from datasets import Dataset
 from tests.support import tiny_tokenizer
 from tokalign.evaluation.run import compare_runs, evaluate, prompt_ids, write_metrics
 from tokalign.generation.protocol import Completion
+from tokalign.prompts import PromptRendering
 from tokalign.stage.errors import ContractError
 from tokalign.stage.seeds import problem_seed
 
@@ -144,7 +145,7 @@ def test_settings_that_differ_are_told(tmp_path):
 
 def test_repeated_ids_are_refused(tmp_path):
     problems = Dataset.from_list([{"id": "p", "prompt": "1 + 1", "answer": "2"}] * 2)
-    with pytest.raises(ContractError, match="Row 1: `id` 'p' occurs twice"):
+    with pytest.raises(ContractError, match="Row 1 of the problems: `id` 'p' occurs twice"):
         _evaluate(tmp_path, problems=problems)
 
 
@@ -152,10 +153,10 @@ def test_prompts_become_the_ids_that_the_model_is_trained_on():
     messages = [{"role": "user", "content": "1 + 1"}]
     templated = TOKENIZER("<|user|>1 + 1<|end|><|assistant|>")["input_ids"]
     assert prompt_ids({"prompt": messages}, TOKENIZER) == prompt_ids({"prompt": "1 + 1"}, TOKENIZER) == templated
-    assert prompt_ids({"prompt": "1 + 1"}, TOKENIZER, "raw") == TOKENIZER("1 + 1")["input_ids"]
+    assert prompt_ids({"prompt": "1 + 1"}, TOKENIZER, PromptRendering("raw")) == TOKENIZER("1 + 1")["input_ids"]
     assert prompt_ids({"prompt": "x", "prompt_ids": [5, 6]}, TOKENIZER) == [5, 6]
     with pytest.raises(ContractError, match="holds messages, which `raw` cannot render: use `chat`"):
-        prompt_ids({"prompt": messages}, TOKENIZER, "raw")
+        prompt_ids({"prompt": messages}, TOKENIZER, PromptRendering("raw"))
     plain = tiny_tokenizer()
     plain.chat_template = None
     with pytest.raises(ContractError, match="no chat template: use prompt_format `raw`"):

@@ -231,7 +231,7 @@ def changed(**columns):
 @pytest.mark.parametrize(
     ("problems", "settings", "sentence"),
     [
-        (changed(id="p0"), {}, "Row 2: `id` 'p0' occurs twice; give every problem an id of its own"),
+        (changed(id="p0"), {}, "Row 2 of the problems: `id` 'p0' occurs twice, first in row 0"),
         (changed(schema=None), {}, "Row 'p2': there is no `schema`; add the column, or give --schema"),
         (problems_of(3).remove_columns("schema"), {}, "Row 'p0': there is no `schema`"),
         (changed(schema='{"type": "foo"}'), {}, "Row 'p2': `schema`: .*invalid"),

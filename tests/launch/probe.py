@@ -3,7 +3,8 @@
 Run by the tests beside it, alone or under `accelerate launch`:
     python tests/launch/probe.py plan.json report.json
 The plan is a list of runs, carried out one after another by the same processes: {"method", "model", "lora",
-"arguments": {fields of the method's config}, "resume": a checkpoint or None}, and what a method reads beside them:
+"arguments": {fields of the method's config}, "resume": a checkpoint or None, where the arguments say}, and what a
+method reads beside them:
 preferences and router "dataset" (a stage), structured GRPO "table" (its completions are known beforehand). A random
 model earns no structure, so where it samples, `odd_length` is a reward beside it.
 """
@@ -11,15 +12,17 @@ model earns no structure, so where it samples, `odd_length` is a reward beside i
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, Trainer, set_seed
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from tests.trainers import structured
 from tokalign.generation.vllm_cpu import prepare_colocated_vllm
@@ -34,6 +37,7 @@ from tokalign.trainers import (
     TRegConfig,
     TRegTrainer,
 )
+from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.token_preference import TokenPreferenceTrainer
 
 ARGUMENTS: dict[str, Any] = {
@@ -47,6 +51,13 @@ ARGUMENTS: dict[str, Any] = {
     "save_strategy": "no",
 }
 LOGGED = ("structured/", "sampling/", "reward", "loss")
+
+
+def let_fsdp_have_cpus(args: TrainingArguments) -> None:
+    """Under fsdp2.yaml accelerate looks for processes with GPUs, and would start plain data parallel without them."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        assert args.device.type == "cpu"  # which makes the process group
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def adapter(run: dict[str, Any], task_type: str | None = "CAUSAL_LM") -> LoraConfig | None:
@@ -65,9 +76,11 @@ def treg(run: dict[str, Any]) -> TokenPreferenceTrainer:
 
 def _preference(run: dict[str, Any], trainer: type[TokenPreferenceTrainer], config: Any) -> TokenPreferenceTrainer:
     tokenizer = AutoTokenizer.from_pretrained(run["model"])
+    args = config(**ARGUMENTS | {"max_length": 64} | run["arguments"])
+    let_fsdp_have_cpus(args)
     return trainer(
         model=run["model"],
-        args=config(**ARGUMENTS | {"max_length": 64} | run["arguments"]),
+        args=args,
         train_dataset=load_stage(run["dataset"], stage="preferences", tokenizer=tokenizer),
         processing_class=tokenizer,
         peft_config=adapter(run),
@@ -117,7 +130,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
 def train(run: dict[str, Any]) -> Trainer:
     """One run of the plan, trained and saved."""
     trainer = METHODS[run["method"]](run)
-    trainer.train(resume_from_checkpoint=run.get("resume"))
+    trainer.train(resume_from_checkpoint=run.get("resume") or resume_point(trainer.args))
     trainer.save_model(trainer.args.output_dir)
     return trainer
 
@@ -130,7 +143,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "distributed_type": state.distributed_type.value,
         "num_processes": state.num_processes,
         "zero_stage": None,
-        "partitioned": all(hasattr(p, "ds_id") for p in trainer.model.parameters()),
+        "partitioned": all(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in trainer.model.parameters()),
         "losses": [entry["loss"] for entry in steps],
         "log": [{key: value for key, value in entry.items() if key.startswith(LOGGED)} for entry in steps],
         "evaluations": [entry for entry in trainer.state.log_history if "eval_loss" in entry],

@@ -1,8 +1,8 @@
 """Every file of accelerate_configs/ gives what its first comment says.
 
 Parsed by accelerate's own loader; launched for real with two processes on the CPU where the CPU can show it (plain
-data parallel, every ZeRO stage, offload, two machines played by two launchers); for the rest (ddp, fsdp2) the
-environment that `accelerate launch` would hand to the workers is built and read.
+data parallel, every ZeRO stage, offload, two machines played by two launchers), FSDP2 by one assignment more; for ddp
+and fsdp2 the environment that `accelerate launch` would hand to the workers is built and read.
 """
 
 from __future__ import annotations
@@ -155,6 +155,47 @@ def test_two_processes_train_as_one(
         assert seen["partitioned"]
     if name == "zero3_offload":
         assert seen["offload"] == ["cpu", "cpu"]
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_resumes(run, tmp_path) -> None:
+    """One process saves, two go on with `--resume_from_checkpoint true`, then one again: as if never interrupted."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "run")}
+    alone = {"per_device_train_batch_size": 8}
+
+    def part(steps: int, batch: dict) -> dict:
+        return run(saving | batch | {"max_steps": steps, "resume_from_checkpoint": "true"}, lora=True)
+
+    def saved() -> dict[str, int]:
+        return {path.parent.name: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("run/*/trainer_state.json"))}
+
+    (whole,) = probe.carry_out([run(alone | {"max_steps": 3}, lora=True)])
+    probe.carry_out([part(1, alone)])
+    first = saved()
+    (two,) = launch_plan("cpu.yaml", tmp_path, [part(2, TWO_PROCESSES)])
+    second = saved()
+    (one,) = probe.carry_out([part(3, alone)])
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    assert one["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+    assert len(set(one["losses"])) == 3 and two["losses"] == one["losses"][:2]
+    # Nothing was computed again, so nothing was written over: a restart would have given the same losses
+    assert [set(times) for times in (first, second, saved())] == [
+        {f"checkpoint-{i + 1}" for i in range(n)} for n in (1, 2, 3)
+    ]
+    assert first.items() < second.items() < saved().items()
+
+
+@pytest.mark.slow
+def test_fsdp2_knows_its_reference_ahead(run, one_process_losses, tmp_path) -> None:
+    """The reference's log-probs before training, where nothing is sharded yet: full, and by an adapter's base.
+
+    Sharded over two CPU processes, which accelerate itself would not do (`probe.let_fsdp_have_cpus`).
+    """
+    ahead = TWO_PROCESSES | {"precompute_ref_log_probs": True}
+    runs = [run(ahead, lora=False), run(ahead, lora=True), run(TWO_PROCESSES, lora=True)]
+    for seen, lora in zip(launch_plan("fsdp2.yaml", tmp_path, runs), (False, True, True), strict=True):
+        assert (seen["distributed_type"], seen["num_processes"], seen["partitioned"]) == ("FSDP", 2, True)
+        assert seen["losses"] == pytest.approx(one_process_losses[lora], abs=1e-5)
 
 
 @pytest.mark.slow

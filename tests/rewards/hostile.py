@@ -57,6 +57,20 @@ def hostile() -> Iterator[tuple[str, str]]:
     yield "fences without a line", "```" * 80_000
     yield "tags", "<tool_call>" * 23_000
     yield "empty tags", "<tool_call></tool_call>" * 11_000
+    yield "named tags", "<tool_call>a" * 21_000
+    yield "tags of pairs", "<tool_call>f<arg_key>a</arg_key><arg_value>" * 6_000
+    yield "closed pairs", "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value>" * 4_600
+    yield "functions", "<function=f><parameter=a>" * 10_000
+    yield "many parameters", "<function=f>" + "".join(f"<parameter=a{i}>1</parameter>" for i in range(8_000))
+    yield "channels", "<|channel|>analysis<|message|>" * 8_700
+    yield "recipients", "commentary to=functions.f " * 10_000
+    yield "Mistral's marks", "[TOOL_CALLS]a" * 20_000
+    yield "calls", '{"name":"f","parameters":{}};' * 9_000
+    yield "Python's calls", "[" + "f(a=1)," * 30_000
+    yield "Python's nesting", "f(a=" * 60_000
+    yield "Python's quotes", "f(a='" + "\\'" * 120_000 + ")"
+    yield "Python's lists", "f(a=" + "[" * 200_000 + ")"
+    yield "spaces in tags", ("<tool_call>" + " " * 900) * 280
     yield "documents", '{"a":1} ' * 30_000
     yield "braces", "{ " * 130_000
     yield "broken off", name + '"any": ' + "[1," * 60 + "1," * 9_000

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rewards.ordering import searching
-from tokalign.rewards.structured.content import agreement, allowed_agreement, equal, leaf_f1, token_f1
+from tokalign.rewards.structured.content import agreement, equal, leaf_f1, token_f1
 
 values = st.recursive(
     st.one_of(
@@ -118,66 +118,6 @@ def test_the_last_bit_is_the_same_in_every_process():
         for seed in ("1", "2", "3")
     }
     assert len(found) == 1
-
-
-# ------------------------------------------------------------------------------------------------ allowed values
-
-
-def plain_allowed(call, reference):
-    """For flat arguments of scalars."""
-    if (
-        not isinstance(call, dict)
-        or call.get("name") != reference["name"]
-        or not isinstance(call.get("arguments"), dict)
-    ):
-        return 0.0
-    right = total = 0
-    for key in set(call["arguments"]) | set(reference["arguments"]):
-        allowed = reference["arguments"].get(key, [])
-        if key not in call["arguments"]:
-            total += 0 if any(isinstance(one, str) and one == "" for one in allowed) else 1
-        else:
-            total += 1
-            right += any(same_scalar(call["arguments"][key], one) for one in allowed)
-    return (1 + right) / (1 + total)
-
-
-leaves = st.one_of(st.integers(0, 2), st.booleans(), st.sampled_from(["", "a", "b", 1.0, None]))
-
-
-@searching(200)
-@given(
-    st.sampled_from(["f", "g"]),
-    st.dictionaries(st.sampled_from("abcd"), leaves, max_size=4),
-    st.dictionaries(st.sampled_from("abcd"), st.lists(leaves, max_size=3), max_size=4),
-)
-def test_allowed_agreement_against_a_plain_loop(name, arguments, allowed):
-    call, reference = {"name": name, "arguments": arguments}, {"name": "f", "arguments": allowed}
-    assert allowed_agreement(call, reference) == pytest.approx(plain_allowed(call, reference))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "allowed", "share"),
-    [
-        ({"city": {"name": "Paris", "at": 1}}, {"city": [{"name": ["Paris", "paris"], "at": [1, ""]}]}, 1.0),
-        ({"city": {"name": "Paris"}}, {"city": [{"name": ["Paris"], "at": [1, ""]}]}, 1.0),
-        ({"city": {"name": "Paris"}}, {"city": [{"name": ["Paris"], "at": [1]}]}, 0.5),
-        ({"city": {"name": "Paris"}}, {"city": [{"name": "Paris"}]}, 1.0),  # plain values: compared as they are
-        ({"city": {}}, {"city": [{"name": "Paris"}]}, 0.5),
-        ({"city": {"n": 1}}, {"city": [{"n": 1, "x": 2}]}, 0.5),
-        ({"at": [1, 2]}, {"at": [[1, 2], [3]]}, 1.0),
-        ({"at": [{"x": 1}]}, {"at": [[{"x": [1, 2]}]]}, 1.0),
-        ({"at": True}, {"at": [1]}, 0.5),
-        ([], {"at": [1]}, 0.0),
-    ],
-)
-def test_allowed_agreement(arguments, allowed, share):
-    assert allowed_agreement({"name": "f", "arguments": arguments}, {"name": "f", "arguments": allowed}) == share
-
-
-def test_other_functions_and_no_calls():
-    for call in ({"name": "g", "arguments": {}}, {"arguments": {}}, {"name": "f"}, [], "f", None):
-        assert allowed_agreement(call, {"name": "f", "arguments": {}}) == 0
 
 
 def test_leaves_have_types():

@@ -27,7 +27,15 @@ def plain(completion, output_format="json", **options):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": 1}', ' \n{"a": 1}\n', '```json\n{"a": 1}\n```', '```\n{"a": 1}```', '```JSON \n{"a":1}\n  ```\n']
+    "text",
+    [
+        '{"a": 1}',
+        ' \n{"a": 1}\n',
+        '```json\n{"a": 1}\n```',
+        '```json\r\n{"a": 1}\r\n```',
+        '```\n{"a": 1}```',
+        '```JSON \n{"a":1}\n  ```\n',
+    ],
 )
 def test_whole_json(text):
     document = read_document(text)
@@ -112,6 +120,28 @@ def test_limits():
 def test_only_what_follows_the_reasoning_counts():
     assert plain('<think>{"b": 2}</think></think> {"a": 1}', reasoning_end="</think>") == ({"a": 1}, None)
     assert plain('<think>{"a": 1}', reasoning_end="</think>") == ("none", "the reasoning is not closed by '</think>'")
+
+
+@pytest.mark.parametrize(
+    ("message", "value"),
+    [
+        ({"reasoning_content": "hm", "content": '{"a": 1}'}, {"a": 1}),
+        ({"reasoning_content": None, "content": '{"a": 1}'}, {"a": 1}),
+        ({"reasoning": "hm", "content": '{"a": 1}'}, {"a": 1}),
+        ({"thinking": "hm", "content": [{"type": "text", "text": '{"a": 1}'}]}, {"a": 1}),
+        ({"reasoning_content": "hm", "content": 'so {</think>{"a": 1}'}, {"a": 1}),
+        ({"content": '<think>hm</think>{"a": 1}'}, {"a": 1}),
+        ({"content": '<think>{"a": 1}'}, "none"),
+        ({"reasoning_content": '{"a": 1}', "content": ""}, "none"),  # the reasoning never ended
+    ],
+)
+def test_reasoning_that_a_parser_has_moved(message, value):
+    assert plain([message], reasoning_end="</think>")[0] == value
+
+
+def test_calls_that_a_parser_has_found_stand_after_the_reasoning():
+    message = {"content": "", "tool_calls": [{"function": CALL}]}
+    assert plain([message], "tool_call", reasoning_end="</think>") == (CALL, None)
 
 
 # ----------------------------------------------------------------------------------------------------------- YAML
@@ -274,7 +304,6 @@ CALL_TEXT = json.dumps(CALL)
         ('<|python_tag|>{"name": "f", "parameters": {"x": 1}}', CALL, None),
         ('{"name": "f", "parameters": 1, "arguments": 2}', {"name": "f", "parameters": 1, "arguments": 2}, None),
         (f"I call: <tool_call>{CALL_TEXT}</tool_call>", CALL, "text around the tool call"),
-        (f"<tool_call>{CALL_TEXT}</tool_call><tool_call>{CALL_TEXT}", CALL, "text around the tool call"),
         (f"I call {CALL_TEXT}", CALL, "text around the document"),
         ([{"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]}], CALL, None),
         ([{"content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]}], CALL, None),
@@ -289,6 +318,23 @@ def test_tool_calls(completion, value, error):
     assert plain(completion, "tool_call") == (value, error)
 
 
+CALL_MARKS = [
+    *("<function=f>", "<parameter=a>", "</parameter>", "</function>", "<arg_key>", "</arg_key>", "<arg_value>"),
+    *(
+        "</arg_value>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "<|python_tag|>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "f(a=",
+        ")",
+    ),
+    *("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|channel|>", "analysis", "<|message|>", "<|end|>"),
+    *("commentary", " to=functions.", "json", "<|call|>", '{"name": "f", "parameters": {}}', ";", "True", "\\x4"),
+]
+
+
 def test_a_list_of_tool_calls_is_wanted():
     assert plain(f"<tool_call>{CALL_TEXT}</tool_call>", "tool_call", wants_list=True) == ([CALL], None)
 
@@ -299,7 +345,7 @@ def test_a_list_of_tool_calls_is_wanted():
         ("<tool_call>{</tool_call>", "a tool call is not JSON: "),
         ("<tool_call></tool_call>", "a tool call is not JSON: "),
         (f"<tool_call>{'[' * 100}</tool_call>", "nested deeper than 64"),
-        ("<tool_call>" * 20_000, "not JSON: "),
+        ("<tool_call>" * 20_000, "a tool call is not JSON: "),
         ({"tool_calls": [None]}, "a tool call without a name"),
         ({"tool_calls": [{"function": None}]}, "a tool call without a name"),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "a tool call without a name"),
@@ -455,6 +501,7 @@ def test_from_any_depth_of_the_stack(output_format):
                     "</a>",
                     "<tool_call>",
                     "</tool_call>",
+                    *CALL_MARKS,
                 ]
             )
         ).map("".join),

@@ -31,6 +31,14 @@ def test_a_fenced_answer_is_invalid():
     assert fenced["validity"] == 0 and fenced["total"] == pytest.approx(1.4) and "Expecting value" in fenced["reason"]
 
 
+def test_only_what_follows_the_reasoning_is_judged():
+    reward = StructuredReward(SCHEMA, preset="rl-struct", reasoning_end="</think>")
+    document = json.dumps({"reasoning": "1 + 1", "answer": 2})
+    assert reward.score(f"<think>so</think>{document}") == REWARD.score(document)
+    assert reward.score([{"reasoning_content": "so", "content": document}]) == REWARD.score(document)
+    assert reward.score(f"<think>{document}") == REWARD.score("")
+
+
 def plain(text, reference, least, most):
     """The equation, term by term."""
     try:

@@ -40,7 +40,7 @@ def plain_grade(shape, value):
         grades = [plain_grade(option, value) for option in shape.options]
         best = max(grades, key=lambda grade: grade[0])  # the first of the best
         return best[0], max(grade[1] for grade in grades), best[2]
-    if shape.types is not None and type_of(value) not in shape.types:
+    if shape.allowed is not None and type_of(value) not in shape.allowed:
         return 0.0, 0.0, 0
     if isinstance(value, dict):
         base = PRESENT if shape.required else 1.0

@@ -20,6 +20,7 @@ from tokalign.rewards.structured.content import equal
 from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import WEIGHTS
 from tokalign.rewards.structured.schemas import SchemaError
+from tokalign.stage.errors import ContractError
 
 weightings = st.fixed_dictionaries({}, optional={name: st.floats(0.01, 5) for name in COMPONENTS[1:]})
 
@@ -196,6 +197,38 @@ def test_length_is_a_bonus_for_the_flawless():
 
 
 @pytest.mark.parametrize(
+    ("output_format", "text"),
+    [
+        ("json", GOOD + " " * 400),
+        ("json", "\n" * 400 + GOOD),
+        ("json", GOOD.replace(": ", ":" + " " * 400)),
+        ("json", f"```json\n{' ' * 400}{GOOD}\n```"),
+        ("json", GOOD.replace("soup", "\\u0073\\u006f\\u0075\\u0070")),
+        ("yaml", f"name: soup\nservings: 4\n# {'so ' * 200}"),
+        ("xml", f"<r><!-- {'so ' * 200} --><name>soup</name><servings>4</servings></r>"),
+        ("json", "<think>" + "so " * 200 + "</think>" + GOOD),
+    ],
+)
+def test_what_says_nothing_earns_no_length(output_format, text):
+    """White space, comments, escapes and reasoning count as written, never as said."""
+    options = {"output_format": output_format, "reasoning_end": "</think>" if "</think>" in text else None}
+    least = StructuredReward(SCHEMA, min_length=len(GOOD) + 1, **options).score(text)
+    assert least["length"] == 0 and least["schema"] == 1
+    assert StructuredReward(SCHEMA, min_length=len(GOOD), **options).score(text)["length"] == 1
+    most = StructuredReward(SCHEMA, max_length=len(text) - 1, **options).score(text)
+    assert most["length"] == (1 if "</think>" in text else 0)  # reasoning is not part of the answer
+
+
+def test_the_length_of_a_parsed_call_is_that_of_its_document():
+    call = {"name": "f", "arguments": {"x": 1}}
+    message = [{"content": "", "tool_calls": [{"function": call}]}]
+    size = len(json.dumps(call))
+    for bounds, length in (((size, size), 1), ((size + 1, None), 0), ((None, size - 1), 0)):
+        reward = StructuredReward(output_format="tool_call", min_length=bounds[0], max_length=bounds[1])
+        assert reward.score(message)["length"] == length
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         (GOOD, None),
@@ -248,6 +281,11 @@ def test_tool_calls_with_allowed_values():
     assert reward.score('{"name": "f", "arguments": {"x": 3}}', json.dumps(reference))["correctness"] == 0.5
     message = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]
     assert reward.score(message, reference)["total"] == 4.5
+    both = StructuredReward({"type": "array", "items": schema}, output_format="tool_call", references="allowed")
+    two = [reference, {"name": "f", "arguments": {"x": [3]}}]
+    for text, correctness in (("31", 1), ("13", 1), ("11", 0.75), ("3", 0.5)):
+        calls = [{"name": "f", "arguments": {"x": int(x)}} for x in text]
+        assert both.score(json.dumps(calls), json.dumps(two))["correctness"] == correctness
 
 
 def test_references_in_the_output_format():
@@ -340,17 +378,18 @@ def test_an_invalid_schema_fails_at_start_up():
 )
 def test_a_bad_row_is_named(columns, message):
     reward = StructuredReward()
+    both = {"schema": [json.dumps(SCHEMA)] * 2, **columns}
     with pytest.raises(ValueError, match=message):
-        reward(completions=[GOOD, GOOD], id=["r0", "r1"], **columns)
+        reward(completions=[GOOD, GOOD], id=["r0", "r1"], **both)
     with pytest.raises(ValueError, match=message.replace("'r1'", "1")):
-        reward(completions=[GOOD, GOOD], **columns)
+        reward(completions=[GOOD, GOOD], **both)
     row = {"schema": None, "reference": None} | {k.replace("answer", "reference"): v[1] for k, v in columns.items()}
     with pytest.raises(ValueError, match=message.partition(": `")[2].partition("`: ")[2].rstrip("$")):
         reward.check_row(**row)
 
 
 def test_a_bad_reference_of_allowed_values_is_named():
-    reward = StructuredReward(output_format="tool_call", references="allowed")
+    reward = StructuredReward({}, output_format="tool_call", references="allowed")
     for answer in ('{"name": "f"}', '{"name": "f", "arguments": {"x": 1}}', "[]"):
         with pytest.raises(ValueError, match=r"Row 0: `answer`: is not of the form .* set references to 'value'$"):
             reward(completions=["x"], answer=[answer])
@@ -410,12 +449,42 @@ def test_only_active_components_are_logged():
     )
     reward(completions=TEXTS, log_extra=log.log_extra, log_metric=log.log_metric)
     assert set(log.metrics) == {"recipe/structure"}  # no reference, no bounds
-    assert set(log.extra) == {"structure", "correctness", "reason"} and log.extra["correctness"] == [None] * 3
+    assert set(log.extra) == {
+        "recipe/structure",
+        "recipe/correctness",
+        "recipe/reason",
+    }  # beside other rewards' columns
+    assert log.extra["recipe/correctness"] == [None] * 3
 
 
 def test_other_columns_can_be_read():
     reward = StructuredReward(schema_column="form", reference_column="gold")
     assert reward(completions=[GOOD], form=[json.dumps(SCHEMA)], gold=[GOOD], answer=["not read"]) == [4.5]
+
+
+@pytest.mark.parametrize("preset", [None, "rl-struct"])
+def test_a_batch_without_its_schema_is_refused(preset):
+    """Where an integer `a` is required, `{"b": "x"}` is worth nothing, and without the schema it would be worth 3.5."""
+    wrong, rows = '{"b": "x"}', ['{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}']
+    assert StructuredReward(preset=preset)(completions=[wrong], schema=rows)[0] < StructuredReward({})([], [wrong])[0]
+    absent = "^The batch has no column `schema` and no schema is given for all rows; set `schema` .*_columns` false"
+    for function in (StructuredReward(preset=preset), *StructuredReward(preset=preset).component_rewards()):
+        with pytest.raises(ContractError, match=absent):
+            function(completions=[wrong], shema=rows)
+    with pytest.raises(ValueError, match=r"^Row 'r1': `schema`: is missing; give it a JSON Schema, or drop the row"):
+        StructuredReward(preset=preset)(completions=[wrong] * 2, schema=[*rows, None], id=["r0", "r1"])
+    with pytest.raises(ContractError, match=r"^The batch has no column `shema`; set `schema_column`"):
+        StructuredReward(SCHEMA, preset=preset, schema_column="shema")(completions=[wrong], schema=rows)
+    assert StructuredReward(SCHEMA, preset=preset)(completions=[], log_extra=None) == []  # a process without rows
+
+
+def test_a_named_reference_column_must_be_there():
+    with pytest.raises(ContractError, match=r"^The batch has no column `anwser`; set `reference_column` to the column"):
+        StructuredReward(SCHEMA, reference_column="anwser")(completions=[GOOD], answer=[GOOD])
+    alone = StructuredReward(SCHEMA, reference_column="anwser", weights={"structure": 1})  # it compares with none
+    assert alone(completions=[GOOD]) == [1.0]
+    with pytest.warns(UserWarning, match="Rows have no column `answer`: the component correctness is off"):
+        assert StructuredReward(SCHEMA)(completions=[GOOD]) == [3.5]
 
 
 def test_components_share_one_reading(monkeypatch):
@@ -506,6 +575,10 @@ def test_trains_in_trls_grpo(tiny_path, tmp_path):
         disable_tqdm=True,
     )
     reward = StructuredReward(max_length=64)
+    args.remove_unused_columns = True  # TRL's trainer then drops whatever a reward reads
+    with pytest.raises(ContractError, match=r"The batch has no column `schema`.* leave `remove_unused_columns` false"):
+        GRPOTrainer(tiny_path, reward_funcs=reward, args=args, train_dataset=Dataset.from_list(rows)).train()
+    args.remove_unused_columns = False
     trainer = GRPOTrainer(tiny_path, reward_funcs=reward, args=args, train_dataset=Dataset.from_list(rows))
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -22,19 +23,23 @@ from tests.support import save_tiny, tiny_model, tiny_tokenizer
 from tokalign.cli import label as label_command
 from tokalign.generation import EngineArguments
 from tokalign.generation.protocol import Completion
-from tokalign.prompts import render_prompt
-from tokalign.routing.decode.policies import EntropyPolicy, NextTokens
+from tokalign.prompts import PromptRendering, render_prompt, rendering_of
+from tokalign.routing.decode.arguments import RoutedSamplingArguments
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.policies import EntropyPolicy, NeverLLM, NextTokens, prompts_of_labels
 from tokalign.routing.labels import judge as judging
 from tokalign.routing.labels import labeller, labelling, verdicts
 from tokalign.routing.labels.arguments import STAGES, LabelArguments, VerdictArguments
 from tokalign.routing.labels.features import INPUTS, TENSORS, open_features, row_features
 from tokalign.routing.labels.judge import Comparison, branch_text, judge_messages, load_judge_template, parse_verdict
 from tokalign.routing.labels.sentences import sentence_rule
+from tokalign.routing.router.features import RouterDataset
+from tokalign.routing.router.trainer import new_router
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
-from tokalign.stage.manifest import read_manifest
+from tokalign.stage.manifest import manifest_of, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 END, MAX_TOKENS, STOP = 1, 40, ["e", "7"]
@@ -418,6 +423,34 @@ def test_on_policy_labels_equal_a_plain_loop(pair, tmp_path, answers_of_random_m
     run_job(lambda b: b, bare, tmp_path / "bare", name="r", parameters={}, tokenizer=plain.tokenizer)
     with pytest.raises(ContractError, match="has no column `written_by`; make it with `tokalign generate`"):
         label(pair, tmp_path / "x", on_policy=str(tmp_path / "bare"))
+
+
+# --- one rule for the prompts of labels and of decoding --------------------------------------------------------------
+
+
+def test_labels_are_made_on_the_prompts_that_decoding_will_see(pair, tmp_path):
+    """The SLM's chat template, where the two differ, with the variables that are given; the stages record both."""
+    small = copy.copy(AutoTokenizer.from_pretrained(pair["slm"]))
+    small.chat_template = "{{ how }}" + small.chat_template
+    other = {"slm": str(tmp_path / "slm"), "llm": pair["llm"], "problems": pair["problems"]}
+    shutil.copytree(pair["slm"], other["slm"])
+    small.save_pretrained(other["slm"])
+    label(other, tmp_path / "labels", chat_template_kwargs={"how": "7"}, num_problems=6)
+    generator = RoutedGenerator.from_pretrained(other["slm"], other["llm"], policy=NeverLLM())
+    rendering = PromptRendering(chat_template_kwargs={"how": "7"})
+    problems = {row["id"]: row for row in load_stage(pair["problems"])}
+    for name in ("answers", "prefill", "labels/train"):
+        rows = load_stage(tmp_path / "labels" / name, tokenizer=generator.tokenizer)
+        assert manifest_of(rows)["prompts"] == rendering.record(generator.tokenizer)
+        for row in rows:
+            assert row["prompt_ids"] == rendering.ids(problems[row["id"]], generator.tokenizer)
+            assert generator.tokenizer.decode(row["prompt_ids"]).startswith("7<|user|>")
+    router = new_router(other["slm"], RouterDataset(tmp_path / "labels" / "labels"), width=4, num_blocks=1)
+    router.save_pretrained(tmp_path / "router")
+    assert prompts_of_labels(str(tmp_path / "router")) == rendering.record(generator.tokenizer)
+    routed = RoutedGenerator.from_pretrained(other["slm"], other["llm"], str(tmp_path / "router"), threshold=0.5)
+    sampling = RoutedSamplingArguments(num_rollouts=1)
+    assert rendering_of(sampling, routed.tokenizer, recorded=routed.prompts) == rendering
 
 
 # --- splits and bad input ---------------------------------------------------------------------------------------------

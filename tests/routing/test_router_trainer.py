@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from tests.routing.labels import write_labels
 from tests.support import tiny_model
@@ -348,6 +348,8 @@ def test_features_that_are_not_the_router_s_are_refused(labels, slm, tmp_path):
     args = RouterConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="no embedding of its SLM"):
         RouterTrainer(model=router, args=args, train_dataset=train, eval_dataset=train)
+    with pytest.raises(TypeError, match="must be a RouterConfig, got TrainingArguments; it has the same fields"):
+        RouterTrainer(model=router, args=TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=train)
     router.attach_embedding_of(slm)
     narrow = RouterDataset(write_labels(tmp_path / "narrow", hidden_size=4))
     with pytest.raises(ValueError, match="have hidden size 4, but the router was made for 8"):

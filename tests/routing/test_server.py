@@ -378,7 +378,10 @@ def test_variables_of_the_chat_template():
     with serving(backend) as server:
         post(server, "/v1/chat/completions", CHAT | {"chat_template_kwargs": {"think": True}})
         post(server, "/v1/chat/completions", CHAT | {"chat_template_kwargs": {"think": False}})
-    assert [tokenizer.decode(call[0]) for call in backend.calls] == ["a", "b"]
+    with serving(backend, chat_template_kwargs={"think": True}) as server:  # those of the router's labels
+        post(server, "/v1/chat/completions", CHAT)
+        post(server, "/v1/chat/completions", CHAT | {"chat_template_kwargs": {"think": False}})
+    assert [tokenizer.decode(call[0]) for call in backend.calls] == ["a", "b", "a", "b"]
 
 
 # ----------------------------------------------------------------------------------------------- keys and limits

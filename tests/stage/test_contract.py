@@ -165,6 +165,8 @@ def test_weights_hash_is_of_the_content(tiny_path, tmp_path):
         weights_hash(tmp_path / "empty")
     with pytest.raises(ContractError, match=r"does not exist"):
         weights_hash(tmp_path / "nowhere")
+    with pytest.raises(ContractError, match=r"is a file; give the folder"):
+        weights_hash(copies[0] / "adapter_model.safetensors")
 
 
 def test_model_identity_is_the_hash_or_a_servers_name_in_the_main_process_alone(tiny_path, monkeypatch):
@@ -226,7 +228,7 @@ def test_load_stage_without_a_manifest_and_by_split(tmp_path):
     with pytest.raises(ContractError, match=r"neither a folder here nor a dataset on the hub"):
         load_stage("nobody/nothing", stage="problems")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ContractError, match=r"holds no parquet files"):
+    with pytest.raises(ContractError, match=r"holds no files of rows"):
         load_stage(tmp_path / "empty")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ContractError, match=r"is not JSON"):

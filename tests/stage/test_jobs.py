@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset
 
 from tokalign.internals.datasets import loadable
 from tokalign.stage.errors import JobError
-from tokalign.stage.jobs import Dropped, Kept, run_job
+from tokalign.stage.jobs import NOTHING_MADE, Dropped, Kept, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of, read_manifest
 
@@ -88,7 +88,8 @@ def test_rows_counts_and_manifest(tmp_path):
 
     manifest = run(tmp_path / "out", function, extra_manifest={"models": {"policy": "tiny"}})
     assert manifest == read_manifest(tmp_path / "out")
-    expected = {"rows": 17, "rows_in": 10, "dropped": {"bad part": 5, "three": 1}, "shards": 3, "tokens": 18}
+    expected = {"rows": 17, "rows_in": 10, "dropped": {"three": 1}, "left_out": {"bad part": 5}}
+    expected |= {"shards": 3, "tokens": 18}
     assert {key: manifest[key] for key in expected} == expected
     assert manifest["status"] == "complete" and manifest["seed"] == 1 and manifest["models"] == {"policy": "tiny"}
     names = sorted(file.name for file in (tmp_path / "out").glob("*.parquet"))
@@ -129,7 +130,7 @@ def test_killed_at_any_instant_and_rerun_equals_undisturbed(tmp_path):
     subprocess.run(launch(folder, 0, tmp_path), env=environment(), check=True, capture_output=True)
     assert rows_of(folder) == rows_of(whole)
     ours, theirs = read_manifest(folder), read_manifest(whole)
-    for key in ("rows", "rows_in", "dropped", "input", "parameters"):
+    for key in ("rows", "rows_in", "dropped", "left_out", "input", "parameters"):
         assert ours[key] == theirs[key]
     assert not list(folder.glob(".part-*"))
 
@@ -258,6 +259,29 @@ def test_shards_without_a_type_of_their_own_load_together(tmp_path):
     assert plain.to_list() == rows
     schemas = {str(pq.read_schema(file).remove_metadata()) for file in tmp_path.glob("*.parquet")}
     assert len(schemas) == 1
+
+
+def test_the_rows_that_are_told_add_up(tmp_path, capsys):
+    """Rows read are rows dropped and rows that something was made of; rollouts inside them are counted apart."""
+    made = [
+        Dropped("silent", {"cut": 2}),
+        [],
+        Kept([], {"cut": 1}),
+        {"id": "a"},
+        [{"id": "b"}] * 3,
+        Kept([{"id": "c"}], {}),
+    ]
+    manifest = run(tmp_path, lambda rows: [made[row["x"]] for row in rows], numbers(6))
+    assert manifest["dropped"] == {NOTHING_MADE: 2, "silent": 1} and manifest["left_out"] == {"cut": 3}
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().err.splitlines() if line.startswith("│")]
+    told = {name.strip(): int(count) for name, count in lines}
+    assert told == {
+        "rows read": 6,
+        f"dropped: {NOTHING_MADE}": 2,
+        "dropped: silent": 1,
+        "rows written, from 3 of those read": 5,
+        "parts of rows left out: cut": 3,
+    }
 
 
 def test_all_rows_dropped(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -12,6 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tests.support import save_tiny
 from tests.trainers.preferences import as_text, make_trainer, preference_rows, settings
+from tokalign.internals.trl import head_needs_triton
 from tokalign.signals.registry import Signal, register
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import added_tokens, tokenizer_hash
@@ -195,6 +197,22 @@ def test_beta_of_the_estimate_is_recorded_from_the_data(tiny_path, tmp_path, row
         make_trainer(tiny_path, tmp_path, dataset, estimate_beta=1.0)
 
 
+@pytest.mark.parametrize("method", [CriticalTokenDPOTrainer, TRegTrainer])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_no_rows_is_said_at_the_start(tiny_path, tmp_path, rows, method, streamed):
+    def none() -> Any:
+        stored = Dataset.from_list(rows)
+        return stored.to_iterable_dataset().filter(lambda row: False) if streamed else stored.select([])
+
+    with pytest.raises(ContractError, match="`train_dataset` has no rows"):
+        make_trainer(tiny_path, tmp_path, none(), method=method)
+    options = {"weight_side": "none"} if method is CriticalTokenDPOTrainer else {"alpha": 0.0}
+    arguments = {"args": method._config_class(**settings(tmp_path, eval_strategy="steps", **options))}
+    model = AutoModelForCausalLM.from_pretrained(tiny_path, dtype="float32")
+    with pytest.raises(ContractError, match="The eval dataset has no rows"):
+        method(model, train_dataset=Dataset.from_list(rows), eval_dataset=none(), **arguments)
+
+
 def test_prompts_that_fill_max_length_are_dropped_and_counted(tiny_path, tmp_path, rows, caplog):
     lengths = sorted(len(row["prompt_ids"]) for row in rows)
     assert lengths[0] < lengths[-1]
@@ -244,3 +262,18 @@ def test_settings_that_contradict_each_other(tmp_path, options, message):
 def test_arguments_of_another_trainer(tiny_path, tmp_path, rows):
     with pytest.raises(TypeError, match="must be a CriticalTokenDPOConfig, got DPOConfig"):
         CriticalTokenDPOTrainer(tiny_path, args=DPOConfig(**settings(tmp_path)), train_dataset=Dataset.from_list(rows))
+
+
+def test_a_head_that_needs_a_gpu_is_refused_without_one(tiny_path, tmp_path, rows, monkeypatch):
+    """TRL 1.15 has its fused head as a Triton kernel alone, which fails on a CPU with "0 active drivers"."""
+    for version, needs in (("1.15.0", True), ("1.15.3", True), ("1.16.0", False), ("1.17.0", False)):
+        monkeypatch.setattr("trl.__version__", version)
+        assert head_needs_triton() is needs
+    monkeypatch.setattr("trl.__version__", "1.15.0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RuntimeError, match=r"^TRL 1\.15\.0 .* needs a GPU; install trl>=1\.16 or set .* TRITON_INTERPRET=1"
+    ):
+        make_trainer(tiny_path, tmp_path, rows)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    make_trainer(tiny_path, tmp_path, rows)

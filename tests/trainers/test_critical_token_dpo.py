@@ -431,3 +431,16 @@ def test_a_plain_model_path_is_enough(tiny_path, tmp_path, rows):
     )
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_fsdp_has_placed_nothing_before_training(tiny_path, tmp_path, rows, monkeypatch):
+    """So the base that an adapter stands on goes to the device for the reference's passes, and back to be sharded."""
+    trainer = make_trainer(tiny_path, tmp_path, rows, lora=True)
+    trainer.is_fsdp_enabled, moves = True, []
+    home = next(trainer.model.parameters()).device
+    monkeypatch.setattr(trainer.model, "to", moves.append)
+    trainer._precompute_ref_logps(trainer.train_dataset, "train", 2)
+    assert moves == [trainer.accelerator.device, home]
+    trainer.create_optimizer()  # in training accelerate has sharded it, and it stays where it is
+    trainer._precompute_ref_logps(trainer.train_dataset.select(range(2)), "other", 2)
+    assert len(moves) == 2

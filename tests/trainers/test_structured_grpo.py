@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -11,8 +12,21 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
 
-from tests.trainers.structured import KINDS, document, make_trainer, odd_length, problems, save_ledger_model, settings
+from tests.trainers.structured import (
+    KINDS,
+    document,
+    make_trainer,
+    odd_length,
+    problems,
+    save_ledger_model,
+    settings,
+    short_problems,
+)
+from tokalign.evaluation.run import prompt_ids
+from tokalign.prompts import PromptRendering
 from tokalign.rewards import StructuredReward
 from tokalign.stage.errors import ContractError
 from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
@@ -99,17 +113,76 @@ def test_a_component_that_stays_0_is_warned_about_once(path, tmp_path, caplog) -
     assert [e["structured/format/zero_groups"] for e in entries] == [1.0] * 5
 
 
-def test_other_reward_functions_are_added(path, tmp_path) -> None:
-    def brevity(completions, **_):
-        return [-float(len(completion[0]["content"])) for completion in completions]
+def brevity(completions, **_):
+    return [-float(len(completion[0]["content"])) for completion in completions]
 
+
+def test_rewards_keep_their_order_and_their_weights(path, tmp_path) -> None:
+    """With weights [0, 1] the second reward alone trains, whichever kind the first is."""
     own = StructuredReward(weights={"validity": 2.0}, name="mine")
-    trainer = make_trainer(path, tmp_path, reward_funcs=[brevity, own], max_steps=1)
+    advantages = {}
+    for name, given, weights in (
+        ("alone", [own], None),
+        ("second", [brevity, own], [0.0, 1.0]),
+        ("first", [own, brevity], [1.0, 0.0]),
+        ("other", [brevity, own], [1.0, 0.0]),
+        ("brevity", [brevity, StructuredReward(weights={"validity": 1.0})], [2.0, 0.0]),
+    ):
+        tokenizers = [object() for _ in given]  # of reward models; kept beside functions, which read none
+        trainer = make_trainer(
+            path, tmp_path, reward_funcs=given, reward_weights=weights, reward_processing_classes=tokenizers
+        )
+        assert trainer.reward_funcs == given and trainer.reward_processing_classes == tokenizers
+        advantages[name] = generated(trainer)["advantages"].tolist()
+    assert advantages["second"] == advantages["first"] == advantages["alone"] != advantages["other"]
+    assert advantages["other"] == pytest.approx(advantages["brevity"], abs=1e-4)
+
+
+def test_the_reward_of_the_arguments_follows_other_functions(path, tmp_path) -> None:
+    trainer = make_trainer(path, tmp_path, reward_funcs=[brevity], reward_weights=[0.5], max_steps=1)
     trainer.train()
     entry = next(e for e in trainer.state.log_history if "reward" in e)
-    assert trainer.structured is own and trainer.reward_func_names == ["mine", "brevity"]
-    assert entry["mine/validity"] == pytest.approx(0.75)  # three of the four kinds are whole documents
-    assert entry["reward"] == pytest.approx(1.5 + entry["rewards/brevity/mean"], abs=1e-4)
+    assert trainer.reward_func_names == ["brevity", "structured"] and trainer.structured.__name__ == "structured"
+    total = 0.5 * entry["rewards/brevity/mean"] + entry["rewards/structured/mean"]
+    assert entry["reward"] == pytest.approx(total, abs=1e-4)
+    assert make_trainer(path, tmp_path, reward_weights=[3.0]).reward_weights.tolist() == [3.0]  # it alone
+    with pytest.raises(ValueError, match="`reward_weights` has 2 entries for 1 reward functions; give one for each"):
+        make_trainer(path, tmp_path, reward_funcs=[brevity], reward_weights=[1.0, 0.5])
+    with pytest.raises(ValueError, match="`reward_processing_classes` has 1 entries for 2 reward functions"):
+        make_trainer(path, tmp_path, reward_funcs=[brevity, brevity], reward_processing_classes=[None])
+
+
+def test_several_structured_rewards_all_count(path, tmp_path) -> None:
+    """Each under its name in the log and in the table of completions."""
+    rewards = [StructuredReward(weights={"validity": 2.0}, name="a"), StructuredReward(weights=ONE)]
+    trainer = make_trainer(path, tmp_path, reward_funcs=rewards, max_steps=1, log_completions=True)
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "reward" in e)
+    assert trainer.reward_func_names == ["a", "structured"] and trainer.structured is rewards[0]
+    assert entry["a/validity"] == pytest.approx(0.75)  # three of the four kinds are whole documents
+    assert entry["structured/structure"] > 0 and entry["a/validity/zero_groups"] == 0
+    assert entry["reward"] == pytest.approx(1.5 + entry["rewards/structured/mean"], abs=1e-4)
+    (table,) = (tmp_path / "completions").glob("*.parquet")
+    rows = Dataset.from_parquet(str(table)).to_list()
+    assert {"a/validity", "a/reason", "structure", "correctness", "reason"} <= rows[0].keys()
+    assert all((row["a/validity"] == 1) == (row["structure"] > 0.1) for row in rows)
+    with pytest.raises(ValueError, match="Two structured rewards are named 'a', and logs tell them apart by it; set"):
+        make_trainer(path, tmp_path, reward_funcs=[rewards[0], StructuredReward(name="a")])
+
+
+def test_components_stand_in_their_rewards_place(path, tmp_path) -> None:
+    """Under GDPO each component has its own weight times the reward's; given by hand, they are not added once more."""
+    gdpo = {"multi_objective_aggregation": "normalize_then_sum"}
+    own = StructuredReward(weights=ONE, name="own")
+    args = {"reward_funcs": [brevity, own], "reward_weights": [0.5, 2.0]}
+    trainer = make_trainer(path, tmp_path, **args, **gdpo)
+    assert trainer.reward_func_names == ["brevity", "own_structure", "own_correctness"]
+    assert trainer.reward_weights.tolist() == [0.5, 2.0, 1.0]
+    expected = generated(trainer)["advantages"].tolist()
+    by_hand = {"reward_funcs": [brevity, *own.component_rewards()], "reward_weights": [0.5, 2.0, 1.0]}
+    trainer = make_trainer(path, tmp_path, **by_hand, **gdpo)
+    assert trainer.reward_func_names == ["brevity", "own_structure", "own_correctness"] and trainer.structured is own
+    assert generated(trainer)["advantages"].tolist() == expected
 
 
 def test_resumes_exactly(path, tmp_path) -> None:
@@ -242,6 +315,89 @@ def test_a_dataset_without_schema_or_prompt_is_refused(path, tmp_path) -> None:
         make_trainer(path, tmp_path, rows=rows, table=False)
     with pytest.raises(ContractError, match="training dataset has no column `prompt`"):
         make_trainer(path, tmp_path, rows=[{"schema": "{}"}], table=False)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rename", "message"),
+    [
+        ({"reference_column": "anwser"}, {}, "no column `anwser`; set `reference_column`"),
+        ({"schema_column": "shema"}, {}, "no column `shema` and no schema is given for all rows"),
+        ({}, {"schema": "shema"}, "no column `schema` and no schema is given for all rows"),
+        ({"schema": "{}", "schema_column": "shema"}, {}, "no column `shema`; set `schema_column`"),
+    ],
+)
+def test_a_column_that_is_named_must_be_there(path, tmp_path, streamed, options, rename, message) -> None:
+    rows = Dataset.from_list(problems(16)).rename_columns(rename)
+    args = StructuredGRPOConfig(**settings(tmp_path, max_completion_length=8, **options))
+    with pytest.raises(ContractError, match=message):
+        StructuredGRPOTrainer(path, args=args, train_dataset=rows.to_iterable_dataset() if streamed else rows).train()
+
+
+def test_a_row_of_a_stream_without_its_schema_is_named(path, tmp_path) -> None:
+    rows = [{**row, "schema": None} for row in problems(16)]
+    args = StructuredGRPOConfig(**settings(tmp_path, max_completion_length=8))
+    trainer = StructuredGRPOTrainer(path, args=args, train_dataset=Dataset.from_list(rows).to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"^Row '.*': `schema`: is missing; give it a JSON Schema, or drop the row"):
+        trainer.train()
+
+
+def test_columns_of_the_reward_are_not_unused(path, tmp_path) -> None:
+    rows = [{**row, "note": "unused"} for row in problems(16)]
+    trainer = make_trainer(path, tmp_path, rows=rows, remove_unused_columns=True, component_weights=ONE)
+    assert set(next(iter(trainer.get_train_dataloader()))[0]) == {"id", "prompt", "schema", "answer"}
+    other = make_trainer(path, tmp_path, rows=rows, component_weights=ONE)
+    assert generated(trainer)["advantages"].tolist() == generated(other)["advantages"].tolist()
+
+
+def test_arguments_of_another_kind_are_refused(path, tmp_path) -> None:
+    with pytest.raises(TypeError, match="must be a StructuredGRPOConfig, got GRPOConfig; it has the same fields"):
+        StructuredGRPOTrainer(path, args=GRPOConfig(**settings(tmp_path)), train_dataset=Dataset.from_list(problems(4)))
+
+
+def test_no_rows_is_said_at_the_start(path, tmp_path) -> None:
+    some = Dataset.from_list(problems(4))
+    for rows in (some.select([]), some.to_iterable_dataset().filter(lambda row: False)):
+        with pytest.raises(ContractError, match="The training dataset has no rows"):
+            StructuredGRPOTrainer(model=path, args=StructuredGRPOConfig(**settings(tmp_path)), train_dataset=rows)
+        with pytest.raises(ContractError, match="The evaluation dataset has no rows"):
+            make_trainer(path, tmp_path, eval_dataset=rows)
+
+
+def test_a_rows_own_tools_and_variables_are_what_the_model_is_asked_with(path, tmp_path, monkeypatch) -> None:
+    """TRL's prompts where a row has none; else those of sampling and evaluation: as `bfcl --prompt_tools column`."""
+    asked = []
+
+    def single_turn(self, prompt_ids, *_):
+        asked.extend(prompt_ids)
+        raise StopIteration
+
+    monkeypatch.setattr(StructuredGRPOTrainer, "_generate_single_turn", single_turn)
+    rows = [{"id": f"p{i}", **row} for i, row in enumerate(short_problems(2))]
+    template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{{ how }}{{ messages[0].content }}"
+    tools = [json.dumps([{"name": "a"}]), json.dumps([{"name": "b"}])]
+    with_tools = [
+        {**row, "tools": one, "chat_template_kwargs": {"how": one[11]}} for row, one in zip(rows, tools, strict=True)
+    ]
+    for given in (rows, with_tools):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = template
+        trainer = StructuredGRPOTrainer(
+            model=path,
+            args=StructuredGRPOConfig(**settings(tmp_path, chat_template_kwargs={"how": "x"})),
+            train_dataset=Dataset.from_list(given),
+            processing_class=tokenizer,
+        )
+        asked.clear()
+        with contextlib.suppress(StopIteration):
+            trainer._generate_and_score_completions(given)
+        rendering = PromptRendering(chat_template_kwargs={"how": "x"})
+        assert asked == [prompt_ids(row, tokenizer, rendering) for row in given]
+        stock = GRPOTrainer._tokenize_prompts(trainer, [row["prompt"] for row in given])[0]
+        assert (asked == stock) == (given is rows)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ContractError, match=r"Row 'p0': the chat template refuses these messages \(no system role"):
+        trainer._generate_and_score_completions(rows)
 
 
 def test_a_stream_is_taken_as_it_comes(path, tmp_path) -> None:

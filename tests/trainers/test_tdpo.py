@@ -102,17 +102,17 @@ def test_the_chosen_divergence_has_a_gradient_in_tdpo1_only():
     assert chosen is None and rejected == pytest.approx(0.5 * 0.7 / (1 + math.exp(0.5 * (-1 - 0.35))))
 
 
-def test_the_ledgers_dpo_yaml_trains_it_with_lora(tiny_path, tmp_path, rows, monkeypatch):
+def test_the_ledgers_dpo_yaml_trains_it_with_lora(tiny_path, tmp_path, rows):
+    Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
     overrides = {
         "model_name_or_path": tiny_path,
-        "dataset_name": "pairs",
+        "dataset_name": str(tmp_path / "pairs.parquet"),
         "output_dir": str(tmp_path),
         "max_steps": "2",
         "per_device_train_batch_size": "2",
         "logging_steps": "1",
         "warmup_steps": "0",
     }
-    monkeypatch.setattr(tdpo, "load_stage", lambda name, split: Dataset.from_list(rows))
     options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
     parser = TrlParser((tdpo.TDPOScriptArguments, TDPOConfig, ModelConfig))
     trainer = tdpo.main(*parser.parse_args_and_config(["--config", str(ROOT / "recipes/ledger/dpo.yaml"), *options]))

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from tests.support import tiny_tokenizer
 from tests.trainers.preferences import (
     LORA,
     WEIGHT,
@@ -27,7 +28,8 @@ from tests.trainers.preferences import (
 from tokalign.data.revision import load_templates, revision_prompt_ids
 from tokalign.stage.contract import SIDES
 from tokalign.stage.errors import ContractError
-from tokalign.trainers import TRegConfig, TRegTrainer
+from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegConfig, TRegTrainer
+from tokalign.trainers.treg import PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +289,42 @@ def test_text_alone_is_enough(long_path, tmp_path, rows):
     with_ids = make(long_path, tmp_path, without_rewards(rows), lora=True, moved=True)
     losses = [t.compute_loss(t.model, first_batch(t)).item() for t in (trainer, with_ids)]
     assert losses[0] == losses[1]
+
+
+def test_rewarded_rows_to_evaluate_on_beside_text_to_train_on(long_path, tmp_path, rows):
+    """Refused at the start, where one asks the reference and the other does not; read where all are asked before."""
+    text = as_text(rows)
+    with pytest.raises(ContractError, match=r"eval dataset holds token rewards and the train dataset none.*or remove"):
+        make(long_path, tmp_path / "a", text, eval_rows=rows[:4])
+    trainer = make(long_path, tmp_path / "b", text, eval_rows=rows[:4], precompute_ref_log_probs=True, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    stored = trainer.eval_dataset[0]["chosen_token_reward"]
+    assert stored == rows[0]["chosen_token_reward"]
+
+
+def test_end_tokens_that_trl_adds_to_texts_are_not_quoted(long_path, tmp_path):
+    """The end token would close the user's turn before the sentence in which the revision prompts differ."""
+    trainer = make(long_path, tmp_path, [{"prompt": "3 + 4?", "chosen": "The answer is 7", "rejected": "8"}] * 2)
+    (row, _), end = trainer.train_dataset, trainer.processing_class.eos_token_id
+    assert row["chosen"].endswith("<|end|>") and row["chosen_ids"][-1] == end
+    for column in PROMPTS.values():
+        assert row[column].count(end) == 1  # behind the user's turn
+
+
+def test_a_system_message_that_the_template_refuses_is_named(long_path, tmp_path):
+    tokenizer = tiny_tokenizer(kind="no system role")
+    rows = as_text(preference_rows(long_path, 2)).to_list()
+    rows[1]["prompt"] = [{"role": "system", "content": "be brief"}, *rows[1]["prompt"]]
+    for config, trainer in ((TRegConfig, TRegTrainer), (CriticalTokenDPOConfig, CriticalTokenDPOTrainer)):
+        options = {"weight_side": "none"} if trainer is CriticalTokenDPOTrainer else {}
+        with pytest.raises(ContractError, match="Row 1: the chat template has no place for a system message"):
+            trainer(
+                model=long_path,
+                args=config(**settings(tmp_path, **options)),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+            )
 
 
 def test_streamed_rows_train_as_stored_ones(long_path, tmp_path, rows):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -24,6 +24,7 @@ from tokalign.evaluation.run import compare_runs, evaluate, write_metrics
 from tokalign.evaluation.tables import accuracy_table, difference_table
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.arguments import engine_identities
+from tokalign.prompts import PromptArguments, recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.stage.errors import ContractError
 from tokalign.stage.loading import load_stage
@@ -32,7 +33,7 @@ from tokalign.stage.processes import process_state
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(PromptArguments):
     """The problems, how they are answered, and what the run is compared with."""
 
     problems: str = field(metadata={"help": "Problems stage: folder or hub id."})
@@ -55,10 +56,6 @@ class EvaluateArguments:
     )
     rollouts_split: str = field(default="train", metadata={"help": "Split of `rollouts`."})
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
-    prompt_format: Literal["chat", "raw"] = field(
-        default="chat",
-        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
-    )
     shard_size: int = field(default=256, metadata={"help": "Problems a shard: what a kill can lose."})
     preferences: str | None = field(
         default=None, metadata={"help": "Preferences stage whose chosen and rejected log-probs are measured too."}
@@ -82,6 +79,12 @@ def main(arguments: EvaluateArguments, engine_arguments: EngineArguments) -> dic
         problems = problems.select(range(min(arguments.limit, len(problems))))
     stop = _stop(arguments, engine_arguments) if arguments.stop is None else arguments.stop
     models = {"model": engine_arguments.model, "adapter": engine_arguments.adapter}
+    rendering = rendering_of(
+        arguments,
+        tokenizer,
+        recorded=recorded_beside(engine_arguments.adapter, engine_arguments.model),
+        folder=arguments.output_dir,
+    )
     metrics = evaluate(
         lambda: load_engine(engine_arguments),
         problems,
@@ -95,7 +98,7 @@ def main(arguments: EvaluateArguments, engine_arguments: EngineArguments) -> dic
         max_tokens=arguments.max_tokens,
         stop=stop,
         seed=arguments.seed,
-        prompt_format=arguments.prompt_format,
+        rendering=rendering,
         shard_size=arguments.shard_size,
         parameters={
             **engine_identities(engine_arguments),

@@ -27,6 +27,7 @@ from tokalign.evaluation.structured import compare, evaluate_structured, plot
 from tokalign.evaluation.tables import side_by_side, structured_table
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.arguments import engine_identities
+from tokalign.prompts import PromptArguments, recorded_beside, rendering_of
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.schemas import load_schema
 from tokalign.stage.files import write_text_atomically
@@ -35,7 +36,7 @@ from tokalign.stage.processes import process_state
 
 
 @dataclass
-class EvaluateStructuredArguments:
+class EvaluateStructuredArguments(PromptArguments):
     """The problems, what is asked of the answers, and finished runs to compare."""
 
     output_dir: str = field(metadata={"help": "Folder for rows and metrics.json, or for table.json and table.png."})
@@ -66,10 +67,6 @@ class EvaluateStructuredArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
     max_tokens: int = field(default=512, metadata={"help": "Most tokens of a completion."})
     stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
-    prompt_format: Literal["chat", "raw"] = field(
-        default="chat",
-        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
-    )
     shard_size: int = field(default=256, metadata={"help": "Problems a shard: what a kill can lose."})
     runs: list[str] | None = field(default=None, metadata={"help": "output_dirs of finished runs to compare."})
     names: list[str] | None = field(default=None, metadata={"help": "What to call these runs."})
@@ -98,6 +95,12 @@ def main(arguments: EvaluateStructuredArguments, engine_arguments: OptionalEngin
     schema = None if arguments.schema is None else load_schema(Path(arguments.schema))
     models = {"model": engine_arguments.model, "adapter": engine_arguments.adapter}
     judged = ("output_format", "fence", "references", "text_match", "reasoning_end")
+    rendering = rendering_of(
+        arguments,
+        tokenizer,
+        recorded=recorded_beside(engine_arguments.adapter, engine_arguments.model),
+        folder=arguments.output_dir,
+    )
     metrics = evaluate_structured(
         lambda: load_engine(engine_arguments),
         problems,
@@ -110,7 +113,7 @@ def main(arguments: EvaluateStructuredArguments, engine_arguments: OptionalEngin
         seed=arguments.seed,
         max_tokens=arguments.max_tokens,
         stop=arguments.stop or (),
-        prompt_format=arguments.prompt_format,
+        rendering=rendering,
         shard_size=arguments.shard_size,
         parameters={
             **engine_identities(engine_arguments),

@@ -36,9 +36,7 @@ def main(arguments: Arguments) -> None:
     """Copy the stage with one more column."""
     process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    rows = load_pairs(
-        arguments.dataset, arguments.split, tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
-    )
+    rows = load_pairs(arguments, tokenizer)
     problems = load_stage(arguments.problems, stage="problems")
     if "ledger" not in problems.column_names:
         raise ContractError(f"{arguments.problems} has no column `ledger`; build it with `tokalign data ledger`.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tokalign.prompts import recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.decode.arguments import PairArguments, RoutedSamplingArguments
 from tokalign.routing.decode.generator import RoutedGenerator
@@ -55,6 +56,13 @@ def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: Gene
     # Another policy than the router has taken the threshold for itself
     own = {"threshold": pair.threshold if policy is None else None, "max_rows": arguments.max_rows}
     generator = RoutedGenerator.from_pretrained(**{**vars(pair), **own}, policy=policy)
+    rendering = rendering_of(
+        sampling,
+        generator.tokenizer,
+        recorded=generator.prompts or recorded_beside(pair.slm, pair.llm),
+        of="the router's labels" if generator.prompts else "the models' training",
+        folder=arguments.output_dir,
+    )
     manifest = run_job(
         routed_sampler(
             generator,
@@ -62,14 +70,14 @@ def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: Gene
             extract=extract_answer,
             match=answers_match,
             seed=sampling.seed,
-            prompt_format=sampling.prompt_format,
+            rendering=rendering,
             max_prompt_length=sampling.max_prompt_length,
         ),
         problems,
         arguments.output_dir,
         name="generate_routed",
         parameters={
-            **vars(sampling),
+            **sampling.parameters(rendering),
             **{name: getattr(arguments, name) for name in ("policy", "rate", "split")},
             "llm_span": pair.llm_span,
             "dtype": pair.dtype,
@@ -78,6 +86,7 @@ def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: Gene
         },
         tokenizer=generator.tokenizer,
         shard_size=arguments.shard_size,
+        prompts=rendering.record(generator.tokenizer),
         extra_manifest={"models": {key: {"path": models[key], "weights_hash": hashes[key]} for key in hashes}},
     )
     if state.is_main_process:

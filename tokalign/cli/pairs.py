@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from tokalign.data.pairing import BestWorstOptions, PairingOptions, write_pairs
 from tokalign.rewards import extract_answer
+from tokalign.stage.errors import refuse_unread
 from tokalign.stage.loading import load_stage
 
 
@@ -55,6 +56,15 @@ class PairsArguments:
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random trajectories."})
     shard_size: int = field(default=512, metadata={"help": "Problems a shard."})
+
+    def __post_init__(self) -> None:
+        read = {
+            "frequency": ("coverage", "max_pairs_per_problem", "include_unparsable"),
+            "best_worst": ("min_margin",),
+        }
+        for rule, names in read.items():
+            if rule != self.rule:
+                refuse_unread(self, names, f"--rule {rule}")
 
 
 def main(arguments: PairsArguments) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from tokalign.rewards.judges import Judge, Row, by_function, by_model, by_verifier, load_function
 from tokalign.rewards.reward_model import RewardModel
-from tokalign.stage.errors import ContractError
+from tokalign.stage.errors import ContractError, refuse_unread
 from tokalign.stage.hashes import model_identity
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
@@ -70,6 +70,8 @@ class RewardArguments:
     def __post_init__(self) -> None:
         if (self.reward_model is not None) + self.verifier + (self.reward_function is not None) != 1:
             raise ContractError("Choose one judge: --reward_model, --verifier true or --reward_function.")
+        if self.reward_model is None:
+            refuse_unread(self, ("reward_index", "reward_chat_template", "trust_remote_code"), "--reward_model")
 
 
 def judge_of(arguments: RewardArguments) -> tuple[Judge, dict[str, Any]]:

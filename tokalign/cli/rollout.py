@@ -48,9 +48,7 @@ class Arguments(PairsArguments):
 def main(arguments: Arguments, engine_arguments: EngineArguments) -> None:
     state = process_state()
     engine = load_engine(engine_arguments)
-    rows = load_pairs(
-        arguments.dataset, arguments.split, engine.tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
-    )
+    rows = load_pairs(arguments, engine.tokenizer)
     if "answer" not in rows.column_names:
         raise ContractError(f"{arguments.dataset} has no column `answer` to verify continuations with; add it by `id`.")
     rows = rows.select(range(min(len(rows), arguments.max_rows or len(rows))))

@@ -19,6 +19,7 @@ from typing import Any
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.arguments import SamplingArguments, engine_identities
 from tokalign.generation.rollouts import sampler
+from tokalign.prompts import recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.stage.ids import answer_ends
 from tokalign.stage.jobs import run_job
@@ -48,6 +49,12 @@ def main(arguments: SampleArguments, sampling: SamplingArguments, engine_argumen
     models = {key: {"path": getattr(engine_arguments, key), "weights_hash": identities[key]} for key in identities}
     engine = load_engine(engine_arguments)
     try:
+        rendering = rendering_of(
+            sampling,
+            engine.tokenizer,
+            recorded=recorded_beside(engine_arguments.adapter, engine_arguments.model),
+            folder=arguments.output_dir,
+        )
         return run_job(
             sampler(
                 engine,
@@ -55,14 +62,14 @@ def main(arguments: SampleArguments, sampling: SamplingArguments, engine_argumen
                 extract=extract_answer,
                 match=answers_match,
                 seed=sampling.seed,
-                prompt_format=sampling.prompt_format,
+                rendering=rendering,
                 max_prompt_length=sampling.max_prompt_length,
             ),
             problems,
             arguments.output_dir,
             name="sample_rollouts",
             parameters={
-                **vars(sampling),
+                **sampling.parameters(rendering),
                 "split": arguments.split,
                 "engine": engine_arguments.engine,
                 "dtype": engine_arguments.dtype,
@@ -70,13 +77,14 @@ def main(arguments: SampleArguments, sampling: SamplingArguments, engine_argumen
             },
             tokenizer=engine.tokenizer,
             shard_size=arguments.shard_size,
+            prompts=rendering.record(engine.tokenizer),
             extra_manifest={
                 "models": models,
                 SAMPLING: {
                     "stop": list(sampling.stop or []),
                     "end_ids": sorted(answer_ends(engine.tokenizer) | set(getattr(engine, "end_ids", ()))),
                     "end_token_id": engine.tokenizer.eos_token_id,
-                    "base_model": engine.tokenizer.chat_template is None or sampling.prompt_format == "raw",
+                    "base_model": engine.tokenizer.chat_template is None or rendering.format == "raw",
                 },
             },
         )

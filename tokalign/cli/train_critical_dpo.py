@@ -15,12 +15,12 @@ r"""Critical-token DPO (arXiv 2411.19943) and its baselines: plain DPO, RPO, pos
 
 from trl import ModelConfig
 
-from tokalign.cli.train import DataArguments, train
+from tokalign.cli.train import TemplateDataArguments, train
 from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
 
 def main(
-    script_args: DataArguments, training_args: CriticalTokenDPOConfig, model_args: ModelConfig
+    script_args: TemplateDataArguments, training_args: CriticalTokenDPOConfig, model_args: ModelConfig
 ) -> CriticalTokenDPOTrainer:
     """Train, save, return the trainer."""
     needs = "a folder of scored pairs (`tokalign score contrast`) or a dataset on the hub"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from tokalign.cli.train import DataArguments, train
+from tokalign.cli.train import TemplateDataArguments, train
 from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
 
 
@@ -29,7 +29,9 @@ class PlainDPOConfig(CriticalTokenDPOConfig):
         super().__post_init__()
 
 
-def main(script_args: DataArguments, training_args: PlainDPOConfig, model_args: ModelConfig) -> CriticalTokenDPOTrainer:
+def main(
+    script_args: TemplateDataArguments, training_args: PlainDPOConfig, model_args: ModelConfig
+) -> CriticalTokenDPOTrainer:
     """Train, save, return the trainer."""
     needs = "a folder of pairs (`tokalign pairs`) or a preference dataset on the hub"
     return train(CriticalTokenDPOTrainer, script_args, training_args, model_args, needs=needs)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import set_seed
-from trl import ScriptArguments
 
 from tokalign.routing.router.arguments import TargetArguments
 from tokalign.routing.router.calibration import calibrate_router, report_on
@@ -26,9 +25,12 @@ from tokalign.trainers.checkpoints import resume_point
 
 
 @dataclass
-class RouterScriptArguments(ScriptArguments):
-    """Labels and the small model, besides TRL's script arguments."""
+class RouterScriptArguments:
+    """Labels and the small model. Of TRL's script arguments those that labels have, which are folders here."""
 
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder of the labels' splits."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of the report."})
     slm: str | None = field(default=None, metadata={"help": "The small model, by hub id or folder."})
     dataset_calibration_split: str = field(
         default="calibration", metadata={"help": "Split of early stopping and threshold."}

@@ -10,15 +10,24 @@ r"""Supervised fine-tuning: base models from scratch, positive and negative adap
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from tokalign.cli.train import DataArguments, model_of, train
+from tokalign.cli.train import TemplateDataArguments, check_given, model_of, train
+from tokalign.stage.errors import OptionError
 
 
 @dataclass
-class SFTScriptArguments(DataArguments):
+class SFTScriptArguments(TemplateDataArguments):
     """Data and start, besides TRL's script arguments."""
 
     allow_other_tokenizer: bool = field(
@@ -30,13 +39,15 @@ class SFTScriptArguments(DataArguments):
 
 def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
     """Train, save, return the trainer."""
+    needs = "a folder of SFT rows (`positive/` of `tokalign pairs`) or a dataset on the hub"
+    check_given(script_args, model_args, needs)
     model = model_of(model_args)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+    loaded = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model, **loaded)
     given = {}
     if script_args.from_scratch:
         set_seed(training_args.seed)
-        given["model"] = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    needs = "a folder of SFT rows (`positive/` of `tokalign pairs`) or a dataset on the hub"
+        given["model"] = _fresh(AutoConfig.from_pretrained(model, **loaded), training_args, model_args)
     return train(
         SFTTrainer,
         script_args,
@@ -47,3 +58,17 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
         processing_class=tokenizer,
         **given,
     )
+
+
+def _fresh(config: PretrainedConfig, training_args: SFTConfig, model_args: ModelConfig) -> PreTrainedModel:
+    """A model of random weights, by the options that a loaded one would have."""
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise OptionError("--from_scratch draws fresh weights, which cannot be quantised; leave --load_in_… out.")
+    if training_args.model_init_kwargs:
+        raise OptionError("--from_scratch loads no model, so --model_init_kwargs is not read; leave it out.")
+    options: dict[str, Any] = {"trust_remote_code": training_args.trust_remote_code}
+    if model_args.dtype not in (None, "auto"):
+        options["dtype"] = model_args.dtype
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    return AutoModelForCausalLM.from_config(config, **options)

@@ -15,11 +15,11 @@ two forward passes more a completion, each step (with `--precompute_ref_log_prob
 
 from trl import ModelConfig
 
-from tokalign.cli.train import DataArguments, train
+from tokalign.cli.train import TemplateDataArguments, train
 from tokalign.trainers.treg import TRegConfig, TRegTrainer
 
 
-def main(script_args: DataArguments, training_args: TRegConfig, model_args: ModelConfig) -> TRegTrainer:
+def main(script_args: TemplateDataArguments, training_args: TRegConfig, model_args: ModelConfig) -> TRegTrainer:
     """Train, save, return the trainer."""
     needs = "a folder of pairs or a preference dataset on the hub"
     return train(TRegTrainer, script_args, training_args, model_args, needs=needs)

@@ -24,6 +24,7 @@ from tokalign.evaluation.instructions import answer_entries, as_problems, read_q
 from tokalign.generation import Engine, EngineArguments, SamplingParams, load_engine
 from tokalign.generation.arguments import engine_identities
 from tokalign.generation.rollouts import sampler
+from tokalign.prompts import TemplateArguments, recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_text_atomically
@@ -33,7 +34,7 @@ from tokalign.stage.processes import process_state
 
 
 @dataclass
-class WriteAnswersArguments:
+class WriteAnswersArguments(TemplateArguments):
     """The questions, how they are answered, and where the answers go."""
 
     questions: str = field(metadata={"help": "alpaca_eval.json, or another JSON file with `instruction` or `prompt`."})
@@ -48,6 +49,7 @@ class WriteAnswersArguments:
     shard_size: int = field(default=64, metadata={"help": "Questions a shard: one engine call, and what a kill loses."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if Path(self.name).name != self.name:
             raise ContractError(f"--name is {self.name!r}; it names the answer file, so leave out any folder.")
 
@@ -60,6 +62,8 @@ def main(arguments: WriteAnswersArguments, engine_arguments: EngineArguments) ->
     tokenizer = AutoTokenizer.from_pretrained(
         engine_arguments.tokenizer or engine_arguments.model, trust_remote_code=engine_arguments.trust_remote_code
     )
+    recorded = recorded_beside(engine_arguments.adapter, engine_arguments.model)
+    rendering = rendering_of(arguments, tokenizer, recorded=recorded, folder=work)
     identities = engine_identities(engine_arguments)
     models = {key: {"path": getattr(engine_arguments, key), "weights_hash": identities[key]} for key in identities}
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens")}
@@ -69,7 +73,8 @@ def main(arguments: WriteAnswersArguments, engine_arguments: EngineArguments) ->
         if not engines:  # loaded by the first unfinished shard: a finished run loads no model
             engines.append(load_engine(engine_arguments))
         params = SamplingParams(**sampling)
-        return sampler(engines[0], params, extract=extract_answer, match=answers_match, seed=arguments.seed)(rows)
+        verify: dict[str, Any] = {"extract": extract_answer, "match": answers_match}
+        return sampler(engines[0], params, seed=arguments.seed, rendering=rendering, **verify)(rows)
 
     try:
         manifest = run_job(
@@ -87,6 +92,7 @@ def main(arguments: WriteAnswersArguments, engine_arguments: EngineArguments) ->
             },
             tokenizer=tokenizer,
             shard_size=arguments.shard_size,
+            prompts=rendering.record(tokenizer),
             extra_manifest={"models": models},
         )
     finally:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
+from tokalign.prompts import TEMPLATE_COLUMNS
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import content_hash
 from tokalign.stage.jobs import Dropped, Kept, Row, run_job
@@ -205,7 +206,7 @@ def preference_pairs(
         return Selection([], _why_none(correct, wrong), left_out)
     rejected = _frequent_wrong(wrong, options, answer_of)[: options.max_pairs_per_problem]
     draw = _random(options.seed, "chosen", rollouts[0]["id"])
-    rows = []
+    rows: list[Row] = []
     for pair, (answer, worse) in enumerate(rejected):
         better = draw.choice(correct)
         if better["completion_ids"] == worse["completion_ids"]:
@@ -225,6 +226,7 @@ def preference_pairs(
                 "prompt_ids": worse["prompt_ids"],
                 "chosen_ids": better["completion_ids"],
                 "rejected_ids": worse["completion_ids"],
+                **_asked_with(worse),
             }
         )
     return Selection(rows, None if rows else NO_ANSWER, left_out)
@@ -298,6 +300,7 @@ def best_worst_pair(rollouts: Sequence[Row], options: BestWorstOptions = BestWor
         "rejected_ids": worst["completion_ids"],
         "reward_chosen": best["reward"],
         "reward_rejected": worst["reward"],
+        **_asked_with(best),
     }
     return Selection([row], None, left_out)
 
@@ -326,7 +329,13 @@ def _sft_row(rollout: Row) -> Row:
         "completion_ids": completion_ids,
         "input_ids": prompt_ids + completion_ids,
         "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),
+        **_asked_with(rollout),
     }
+
+
+def _asked_with(rollout: Row) -> Row:
+    """What the chat template was given besides the prompt, for whoever renders it again."""
+    return {name: rollout[name] for name in TEMPLATE_COLUMNS if name in rollout}
 
 
 def check_something_left(manifest: Mapping[str, Any]) -> None:
@@ -399,6 +408,7 @@ def write_pairs(
         parameters["end_token_id"] = ends[0]
     # In this order: the hash of the input, by which a run resumes, depends on it.
     read = (*_READ, "reward") if by_reward else (*_READ, "correct", "extracted")
+    read = (*read, *TEMPLATE_COLUMNS)
     rollouts = rollouts.select_columns([column for column in read if column in rollouts.column_names])
     if process_state().is_main_process:
         parameters["rollouts"] = content_hash(rollouts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,7 +80,8 @@ def open_source(source: str, config: str | None = None) -> dict[str, Dataset]:
             f"read ({type(error).__name__}); check --source."
         ) from error
     assert all(isinstance(part, DatasetDict) for part in parts)
-    return {split: concatenate_datasets([part[split] for part in parts if split in part]) for split in parts[0]}
+    names = dict.fromkeys(str(split) for part in parts for split in part)
+    return {split: concatenate_datasets([part[split] for part in parts if split in part]) for split in names}
 
 
 # The words in a file's name that say its split, as `datasets.load_dataset` reads them.
@@ -94,16 +96,22 @@ def source_files(source: str) -> dict[str, list[Path]]:
     """The files of a local source by split; nothing where `source` is neither a file nor a folder with such files.
 
     A single file may have any name, and is "train" if the name says no split. In a folder the files are splits whose
-    names say so; others, such as a set of examples beside the data, are left alone and named on screen. A folder's
-    `.parquet` files are taken where it has no `.jsonl` ones.
+    names say so; others, such as a set of examples beside the data, are left alone and named on screen.
 
     Raises:
-        ContractError: several files, and no name says a split.
+        ContractError: files of both kinds, or several files, and no name says a split.
     """
     path = Path(source)
     if path.is_file():
         return {_split_of(path) or "train": [path]}
-    files = sorted(path.glob("*.jsonl")) or sorted(path.glob("*.parquet"))
+    files = sorted(path.glob("*.jsonl"))
+    if parquet := sorted(path.glob("*.parquet")):
+        if files:
+            raise ContractError(
+                f"{source} holds .jsonl and .parquet files, such as {files[0].name} and {parquet[0].name}; keep one "
+                "kind in it, or give one file as --source."
+            )
+        files = parquet
     if len(files) == 1:
         return {_split_of(files[0]) or "train": files}
     splits: dict[str, list[Path]] = {}
@@ -131,10 +139,9 @@ def _split_of(file: Path) -> str | None:
 def read_files(files: list[Path]) -> Dataset:
     """The rows of a split's files, which are all of one kind."""
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
-    if kind == "json":
-        for file in files:  # `load_dataset` names neither the line nor, for a row that is not an object, the file
-            for _ in read_lines(file):
-                pass
+    # `load_dataset` names neither the line nor, for a row that is not an object, the file, and no reason for no row
+    if kind == "json" and not sum(1 for file in files for _ in read_lines(file)):
+        raise ContractError(f"{' and '.join(map(str, files))} holds no row; check --source.")
     return load_dataset(kind, data_files=[str(file) for file in files], split="train")
 
 
@@ -244,8 +251,9 @@ def build_problems(
             shard_size=4096,
         )
         manifests[split] = manifest
-        part = next(iter(sorted((Path(args.output_dir) / split).glob("*.parquet"))))
-        columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
+        for part in sorted((Path(args.output_dir) / split).glob("*.parquet"))[:1]:
+            columns |= {c: _COLUMNS.get(c, "as in the source") for c in pq.read_schema(part).names}
+    refuse_nothing(manifests, args.source)
     if not process_state().is_main_process:
         return manifests
     write_dataset_card(
@@ -259,6 +267,17 @@ def build_problems(
         notes=notes,
     )
     return manifests
+
+
+def refuse_nothing(manifests: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Raise `ContractError` if a builder kept no row of any split: an empty stage would fail later and elsewhere."""
+    if any(manifest["rows"] for manifest in manifests.values()):
+        return
+    reasons = Counter[str]()
+    for manifest in manifests.values():
+        reasons.update(manifest.get("dropped", {}))
+    why = ", ".join(f"{count} because of {reason!r}" for reason, count in reasons.most_common()) or "there was none"
+    raise ContractError(f"No row of {source} was kept ({why}); check the source and the options that say what is read.")
 
 
 def _with_validation(

@@ -15,13 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.prompts import read_template, render_prompt
+from tokalign.prompts import AS_CHAT, PromptRendering, read_template, render_prompt
 from tokalign.stage.errors import ContractError
 
 BUILT_IN = Path(__file__).parent / "revision_templates"
@@ -86,6 +87,59 @@ def templates_hash(templates: RevisionTemplates) -> str:
     return hashlib.sha256(json.dumps([templates.better, templates.worse]).encode()).hexdigest()
 
 
+def revision_prompts(
+    row: Mapping[str, Any],
+    side: str,
+    templates: RevisionTemplates,
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: PromptRendering = AS_CHAT,
+) -> tuple[list[int], list[int]]:
+    """`revision_prompt_ids` of one side of a pair with ids, rendered as its own prompt is: with the row's tools and
+    template variables, and without the end of the generation prompt that the row's `prompt_ids` lack.
+
+    TRL starts the answer where prompt and conversation differ, so a template that opens a thinking block for the prompt
+    and closes it in the conversation leaves part of that block to the answer.
+    """
+    options = rendering.options(row)
+    name = f"{row.get('id')!r} ({side})"
+    both = revision_prompt_ids(
+        row["prompt"], quoted(row, side, tokenizer), templates, tokenizer, rendering.format, name=name, **options
+    )
+    if rendering.format == "raw":
+        return both
+    whole, kept = render_prompt(row["prompt"], tokenizer, name=name, **options), len(row["prompt_ids"])
+    left_out = whole[kept:] if whole[:kept] == list(row["prompt_ids"]) else []
+    better, worse = (ids[: -len(left_out)] if left_out and ids[-len(left_out) :] == left_out else ids for ids in both)
+    return better, worse
+
+
+def quoted(row: Mapping[str, Any], side: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a side that revision prompts quote: as it was written, or as the model writes it.
+
+    A text, or an answer of one message that is nothing but text, is quoted as it is, without end tokens behind it (TRL
+    appends one to texts), which would end the user's turn. Anything else, such as several turns, a call of tools, or
+    reasoning in a field of its own, is what the side's ids read as: the template knows how these are written.
+
+    Raises:
+        ContractError: the template writes none of it.
+    """
+    answer = row[side]
+    if not isinstance(answer, str):
+        said = {key for message in answer for key, value in message.items() if value} - {"role"}
+        if len(answer) > 1 or said != {"content"} or not isinstance(answer[0]["content"], str):
+            written = str(tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True)).strip()
+            if not written:  # a template without tools may leave out a call
+                raise ContractError(
+                    f"Row {row.get('id')!r}: the chat template writes nothing of the messages in `{side}`; use a model "
+                    "whose template knows what they hold, or drop the row."
+                )
+            return written
+        answer = answer[0]["content"]
+    while end := next((token for token in tokenizer.all_special_tokens if answer.endswith(token)), ""):
+        answer = answer.removesuffix(end)
+    return answer
+
+
 def revision_prompt_ids(
     prompt: str | Messages,
     completion: str,
@@ -94,6 +148,7 @@ def revision_prompt_ids(
     prompt_format: str = "chat",
     *,
     name: str | None = None,
+    **options: Any,
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompts that ask for a better and for a worse revision of a completion.
 
@@ -102,6 +157,7 @@ def revision_prompt_ids(
         completion: the text that the prompts quote. The ids that are scored behind the prompts are the caller's own.
         prompt_format: "chat" or "raw", as in `render_prompt`.
         name: what to call the row in errors.
+        options: further ones of `render_prompt`.
 
     Returns:
         Ids behind which a revised answer begins: (better, worse).
@@ -114,21 +170,21 @@ def revision_prompt_ids(
     if not isinstance(prompt, str) and (
         not prompt or prompt[-1]["role"] != "user" or not isinstance(prompt[-1]["content"], str)
     ):
+        last = f"its last message is of `{prompt[-1]['role']}`" if prompt else "it has no message"
         raise ContractError(
-            f"{row}`prompt` does not end with a text of the user, which the revision prompts replace; end it there."
+            f"{row}`prompt` does not end with a text of the user, which the revision prompts replace ({last}); drop "
+            "the row, or train with another signal."
         )
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     prompts, joints = [], []
     for template in (templates.better, templates.worse):
         text = _fill(template, {"prompt": asked, "completion": completion})
         revision: Any = text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
-        ids = render_prompt(revision, tokenizer, prompt_format)
+        ids = render_prompt(revision, tokenizer, prompt_format, name=name, **options)
         if prompt_format == "raw":
             joint = _joint(ids, tokenizer(text + completion)["input_ids"])
         else:
-            messages = [{"role": "user", "content": text}] if isinstance(prompt, str) else revision
-            unanswered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)
-            joint = _joint(unanswered["input_ids"], ids)
+            joint = _joint(render_prompt(revision, tokenizer, add_generation_prompt=False, **options), ids)
         prompts.append(ids)
         joints.append(joint)
     if joints[0] != joints[1]:

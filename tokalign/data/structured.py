@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from tokalign.data.card import command_of, write_dataset_card
+from tokalign.data.problems import refuse_nothing
 from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.processes import process_state
 
@@ -106,6 +107,7 @@ def write_structured(
         )
         names = pq.read_schema(next(iter(sorted(folder.glob("*.parquet"))))).names
         written |= {column: {**COLUMNS, **columns}[column] for column in names}
+    refuse_nothing(manifests, source)
     if process_state().is_main_process:
         write_dataset_card(
             args.output_dir,

@@ -7,30 +7,37 @@ that training sees.
 
 from __future__ import annotations
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import copy
+
 from datasets import Dataset, concatenate_datasets
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.prompts import AS_CHAT, PromptRendering, give_variables, refused_row, tell_the_date
+from tokalign.stage.contract import SIDES, check_present, first_row
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import BATCH
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> Dataset:
+def tokenize_pairs(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str, rendering: PromptRendering = AS_CHAT
+) -> Dataset:
     """Pairs of text with `prompt_ids`, `chosen_ids` and `rejected_ids`; the texts stay as they were written.
 
     Args:
         rows: `chosen`, `rejected` and, unless they begin with it, `prompt`: texts or messages.
         where: what to call the dataset in errors.
+        rendering: variables and date of the chat template, for messages.
 
     Raises:
-        ContractError: an answer or a prompt is missing, or messages meet a tokenizer without a chat template.
+        ContractError: an answer or a prompt is missing, or messages meet a tokenizer without a chat template, or with
+            one that refuses them.
     """
     from trl import is_conversational, maybe_extract_prompt  # a second; pairs with ids do without
 
-    first = _checked(rows, where)[0]
+    first = first_row(rows, where)
+    check_present(rows, [name for name in ("prompt", *SIDES) if name in rows.column_names], where)
     messages = is_conversational({"chosen": first["chosen"]})
     if messages and tokenizer.chat_template is None:
         raise ContractError(
@@ -41,22 +48,12 @@ def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str
         rows = rows.map(maybe_extract_prompt, desc="Taking the prompt out of both answers")
     from tokalign.internals.trl import ids_of_dpo_trainer
 
-    ids = ids_of_dpo_trainer(rows, tokenizer).select_columns(list(IDS))
+    told = copy.copy(tokenizer)
+    if rendering.date is not None:
+        tell_the_date(told, rendering.date)
+    given = give_variables(rows, rendering.chat_template_kwargs)
+    try:
+        ids = ids_of_dpo_trainer(given, told).select_columns(list(IDS))
+    except TemplateError as error:
+        raise refused_row(given, told, error) from error
     return concatenate_datasets([rows, ids], axis=1)
-
-
-def _checked(rows: Dataset, where: str) -> Dataset:
-    """`rows`, none of whose texts or conversations is missing."""
-    columns = [name for name in ("prompt", "chosen", "rejected") if name in rows.column_names]
-    start = 0
-    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
-        for name in columns:
-            column = table[name]
-            absent = pc.is_null(column)
-            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-                absent = pc.or_(absent, pc.fill_null(pc.equal(pc.list_value_length(column), 0), True))
-            if pc.any(absent).as_py():
-                row = start + pc.index(absent, True).as_py()
-                raise ContractError(f"Row {row} of {where}: `{name}` is missing; write it, or drop the row.")
-        start += len(table)
-    return rows

@@ -16,6 +16,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
+from tokalign.prompts import RECORD
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_text_atomically
 from tokalign.stage.loading import load_stage
@@ -40,6 +41,22 @@ def load_run(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
     return rows, manifest
 
 
+def same_prompts(run: str | Path, manifest: Mapping[str, Any], other: str | Path, others: Mapping[str, Any]) -> None:
+    """Refuse to compare runs whose prompts were rendered differently, where both say how.
+
+    Raises:
+        ContractError: they were.
+    """
+    if RECORD not in manifest or RECORD not in others:
+        return
+    first, second = ({k: v for k, v in one[RECORD].items() if k != "date"} for one in (manifest, others))
+    if first != second:
+        raise ContractError(
+            f"{run} and {other} rendered their prompts differently ({first}, {second}); generate both with the same "
+            "--prompt_format and --chat_template_kwargs."
+        )
+
+
 def run_summary(folder: str | Path, llm_run: str | Path | None = None) -> dict[str, Any]:
     """Accuracy with its interval, LLM rate, costs and speed of one run; paired with the LLM's own run if given."""
     rows, manifest = load_run(folder)
@@ -54,7 +71,8 @@ def run_summary(folder: str | Path, llm_run: str | Path | None = None) -> dict[s
         },
     }
     if llm_run is not None:
-        other, _ = load_run(llm_run)
+        other, other_manifest = load_run(llm_run)
+        same_prompts(folder, manifest, llm_run, other_manifest)
         result["minus_llm"] = paired_bootstrap(_outcomes(rows), _outcomes(other))
     return result
 
@@ -75,7 +93,8 @@ def query_level(slm_run: str | Path, llm_run: str | Path, rates: Sequence[float]
         ContractError: the runs do not hold the same problems.
     """
     slm, slm_manifest = load_run(slm_run)
-    llm, _ = load_run(llm_run)
+    llm, llm_manifest = load_run(llm_run)
+    same_prompts(slm_run, slm_manifest, llm_run, llm_manifest)
     large = {row["id"]: row for row in llm.select_columns(["id", "correct", "written_by", "llm_positions"])}
     if set(large) != set(slm["id"]):
         raise ContractError(f"{slm_run} and {llm_run} hold other problems; generate both on the same.")

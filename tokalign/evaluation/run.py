@@ -7,7 +7,7 @@ and two runs can be compared long after their models are gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, SamplingParams, cut_at_stop
 from tokalign.generation.rollouts import Extract, Match
-from tokalign.prompts import render_prompt
-from tokalign.stage.contract import SIDES, check_prompt_ids
+from tokalign.prompts import AS_CHAT, RECORD, PromptRendering
+from tokalign.stage.contract import SIDES, check_problems, check_prompt_ids
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_json_atomically
 from tokalign.stage.hashes import allowance
@@ -44,7 +44,7 @@ def evaluate(
     max_tokens: int = 512,
     stop: Sequence[str] = (),
     seed: int = 0,
-    prompt_format: str = "chat",
+    rendering: PromptRendering = AS_CHAT,
     shard_size: int = 256,
     parameters: Mapping[str, Any] | None = None,
     extra_manifest: Mapping[str, Any] | None = None,
@@ -61,8 +61,7 @@ def evaluate(
             their answer without. What comes after one is no answer.
         seed: each problem draws from a seed of its own made from this one and its id, so that neither shards nor
             other problems change its samples.
-        prompt_format: "chat" renders a string as the user's message, "raw" encodes it as it is; use what the rollouts
-            used.
+        rendering: how prompts become ids; use what the rollouts used.
         parameters: what else determines the rows, e.g. hashes of the weights.
         allow_other_tokenizer: take `prompt_ids` of the problems that another tokenizer has made.
 
@@ -70,22 +69,19 @@ def evaluate(
         `metrics_of` the rows.
 
     Raises:
-        ContractError: no problems, an id that occurs twice, or `prompt_ids` of another tokenizer.
+        ContractError: no problems, a prompt that is missing, an id that occurs twice, or `prompt_ids` of another
+            tokenizer.
     """
     if samples < 0:
         raise ValueError(f"samples is {samples}: use 0 for greedy decoding alone, or more.")
-    seen: set[str] = set()
-    for number, identity in enumerate(problems["id"]):
-        if identity in seen:
-            raise ContractError(f"Row {number}: `id` {identity!r} occurs twice; give every problem an id of its own.")
-        seen.add(identity)
+    check_problems(problems, "the problems")
     check_prompt_ids(problems, tokenizer, "the problems", allow_other_tokenizer=allow_other_tokenizer)
     engines: list[Engine] = []
 
     def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not engines:
             engines.append(load())
-        prompts = [prompt_ids(row, tokenizer, prompt_format) for row in rows]
+        prompts = [prompt_ids(row, tokenizer, rendering) for row in rows]
         greedy = engines[0].generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=tuple(stop)))
         each = [
             SamplingParams(
@@ -124,7 +120,7 @@ def evaluate(
         "max_tokens": max_tokens,
         "stop": list(stop),
         "seed": seed,
-        "prompt_format": prompt_format,
+        **rendering_settings(rendering),
     }
     try:
         manifest = run_job(
@@ -135,6 +131,7 @@ def evaluate(
             parameters={**settings, **(parameters or {})},
             tokenizer=tokenizer,
             shard_size=shard_size,
+            prompts=rendering.record(tokenizer),
             extra_manifest={**(extra_manifest or {}), **allowance(allow_other_tokenizer)},
         )
     finally:
@@ -190,7 +187,7 @@ def compare_runs(run: str | Path, other: str | Path) -> dict[str, Any]:
         "greedy": paired_bootstrap(_by_id(first, "greedy_correct"), _by_id(second, "greedy_correct")),
         "sampled": None,
         "logps": None,
-        "settings": _differences(read_manifest(run)["parameters"], read_manifest(other)["parameters"]),
+        "settings": _differences(*_settings(read_manifest(run), read_manifest(other))),
     }
     if first[0]["sampled_correct"] and second[0]["sampled_correct"]:
         result["sampled"] = paired_bootstrap(_by_id(first, "sampled_correct"), _by_id(second, "sampled_correct"))
@@ -217,12 +214,19 @@ def compare_logps(run: str | Path, other: str | Path) -> dict[str, Any]:
     return changes
 
 
-def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_format: str = "chat") -> list[int]:
-    """Ids of a problem's prompt, rendered as the rollouts are: its own `prompt_ids` where it has them, messages by the
-    chat template, and a string as the user's message ("chat") or as it is ("raw")."""
+def prompt_ids(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rendering: PromptRendering = AS_CHAT
+) -> list[int]:
+    """Ids of a problem's prompt, rendered as the rollouts are, or its own `prompt_ids` where it has them."""
     if row.get("prompt_ids") is not None:
         return list(row["prompt_ids"])
-    return render_prompt(row["prompt"], tokenizer, prompt_format)
+    return rendering.ids(row, tokenizer)
+
+
+def rendering_settings(rendering: PromptRendering) -> dict[str, Any]:
+    """What the settings of a run say of its prompts."""
+    variables = {"chat_template_kwargs": dict(rendering.chat_template_kwargs)} if rendering.chat_template_kwargs else {}
+    return {"prompt_format": rendering.format, **variables}
 
 
 def write_metrics(output_dir: str | Path, metrics: Mapping[str, Any]) -> None:
@@ -233,6 +237,14 @@ def write_metrics(output_dir: str | Path, metrics: Mapping[str, Any]) -> None:
 def _by_id(rows: Dataset, column: str) -> dict[str, float]:
     values = [sum(v) / len(v) if isinstance(v, list) else float(v) for v in rows[column]]
     return dict(zip(rows["id"], values, strict=True))
+
+
+def _settings(*manifests: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Parameters of runs, with template and date of their prompts where all of them say these."""
+    tell = all(RECORD in manifest for manifest in manifests)
+    for manifest in manifests:
+        prompts = {key: manifest[RECORD].get(key) for key in ("template", "date")} if tell else {}
+        yield {**manifest["parameters"], **prompts}
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

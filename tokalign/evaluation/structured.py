@@ -14,7 +14,8 @@ Figures, each with its count and 95 % interval, of one completion a problem, gre
 | `total` | the reward |
 | `truncated` | met `max_tokens` |
 
-With references of allowed values (tool calls) `content_f1` is their agreement and `exact_match` whether it is 1.
+With references of allowed values (tool calls) `content_f1` is their agreement and `exact_match` the Berkeley
+Function-Calling Leaderboard's AST accuracy (`tokalign.rewards.structured.calls`).
 
 Time is measured around the engine's calls, after a first call of one token that also compiles the first grammar. It is
 kept beside the rows, which stay the same however fast they were made.
@@ -32,15 +33,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.evaluation.run import prompt_ids
+from tokalign.evaluation.run import prompt_ids, rendering_settings
 from tokalign.generation.protocol import Completion, Engine, SamplingParams, cut_at_stop
+from tokalign.prompts import AS_CHAT, PromptRendering
 from tokalign.rewards import StructuredReward
+from tokalign.rewards.structured.calls import calls_match
 from tokalign.rewards.structured.content import equal, leaf_f1
-from tokalign.rewards.structured.documents.reading import decode_json
+from tokalign.rewards.structured.documents.json import decode_json
 from tokalign.rewards.structured.grading import TooManyValues
 from tokalign.rewards.structured.reward import COMPONENTS
 from tokalign.rewards.structured.schemas import SchemaError, compile_text
-from tokalign.stage.contract import check_prompt_ids
+from tokalign.stage.contract import check_problems, check_prompt_ids
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
@@ -70,7 +73,7 @@ def evaluate_structured(
     seed: int = 0,
     max_tokens: int = 512,
     stop: Sequence[str] = (),
-    prompt_format: str = "chat",
+    rendering: PromptRendering = AS_CHAT,
     shard_size: int = 256,
     parameters: Mapping[str, Any] | None = None,
     extra_manifest: Mapping[str, Any] | None = None,
@@ -84,7 +87,7 @@ def evaluate_structured(
         schema: JSON text of the schema of problems that have none of their own.
         constrained: decode under each problem's schema (JSON alone).
         temperature: 0 is greedy; else one sample a problem, by a seed made of `seed` and its id.
-        max_tokens, stop, prompt_format: as for `tokalign.evaluation.run.evaluate`.
+        max_tokens, stop, rendering: as for `tokalign.evaluation.run.evaluate`.
         parameters: what else determines the rows, e.g. hashes of the weights.
 
     Returns:
@@ -106,7 +109,7 @@ def evaluate_structured(
     started: list[tuple[Engine, Timing]] = []
 
     def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        prompts = [prompt_ids(row, tokenizer, prompt_format) for row in rows]
+        prompts = [prompt_ids(row, tokenizer, rendering) for row in rows]
         each = [
             SamplingParams(
                 temperature=temperature,
@@ -153,7 +156,7 @@ def evaluate_structured(
         "schema": schema,
         "max_tokens": max_tokens,
         "stop": list(stop),
-        "prompt_format": prompt_format,
+        **rendering_settings(rendering),
     }
     try:
         run_job(
@@ -164,6 +167,7 @@ def evaluate_structured(
             parameters={**settings, **(parameters or {})},
             tokenizer=tokenizer,
             shard_size=shard_size,
+            prompts=rendering.record(tokenizer),
             extra_manifest=extra_manifest,
         )
     finally:
@@ -189,7 +193,7 @@ def judge(reward: StructuredReward, text: str, reference: str | None, schema: st
         if not document.whole:
             content, exact = 0.0, False
         elif reward.references == "allowed":
-            content, exact = scores["correctness"], scores["correctness"] == 1.0
+            content, exact = scores["correctness"], calls_match(document.value, decode_json(reference))
         else:
             right = decode_json(reference)
             content, exact = leaf_f1(document.value, right), equal(document.value, right)
@@ -348,13 +352,10 @@ def plot(table: Mapping[str, Any], path: str | Path) -> None:
 
 def _check(problems: Dataset, reward: StructuredReward, schema: str | None) -> None:
     """Stop before any generation at what would spoil it."""
-    seen: set[str] = set()
+    check_problems(problems, "the problems")
     own = "schema" in problems.column_names
-    for number, row in enumerate(problems.select_columns(["id", "answer", *(["schema"] if own else [])])):
+    for row in problems.select_columns(["id", "answer", *(["schema"] if own else [])]):
         assert isinstance(row, dict)
-        if row["id"] in seen:
-            raise ContractError(f"Row {number}: `id` {row['id']!r} occurs twice; give every problem an id of its own.")
-        seen.add(row["id"])
         if not row.get("schema") and schema is None:
             raise ContractError(f"Row {row['id']!r}: there is no `schema`; add the column, or give --schema.")
         try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tokalign.generation.protocol import SamplingParams
+from tokalign.prompts import PromptArguments, PromptRendering
 from tokalign.stage.hashes import model_identity
 
 
 @dataclass
-class SamplingArguments:
+class SamplingArguments(PromptArguments):
     """How a prompt is read, and what is drawn from the model."""
 
     num_rollouts: int = field(default=64, metadata={"help": "Completions a problem (paper: 64)."})
@@ -21,11 +22,12 @@ class SamplingArguments:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longer prompts are dropped and counted; unset is what the model can hold."}
     )
-    prompt_format: Literal["chat", "raw"] = field(
-        default="chat",
-        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
-    )
     seed: int = field(default=0, metadata={"help": "Seed of all completions."})
+
+    def parameters(self, rendering: PromptRendering) -> dict[str, Any]:
+        """What a job's parameters say of them; the template's variables stand in its record of the prompts."""
+        given = {key: value for key, value in vars(self).items() if key != "chat_template_kwargs"}
+        return {**given, "prompt_format": rendering.format}
 
     @property
     def params(self) -> SamplingParams:

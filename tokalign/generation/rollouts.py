@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import Engine, SamplingParams, cut_at_stop
-from tokalign.prompts import render_prompt
+from tokalign.prompts import AS_CHAT, PromptRendering
 from tokalign.stage.hashes import known_ids
 from tokalign.stage.jobs import Dropped, Kept, Row
 from tokalign.stage.seeds import problem_seed
@@ -27,7 +28,8 @@ def sampler(
     extract: Extract,
     match: Match,
     seed: int = 0,
-    prompt_format: str = "chat",
+    rendering: PromptRendering = AS_CHAT,
+    renderer: PreTrainedTokenizerBase | None = None,
     max_prompt_length: int | None = None,
     keep_unknown: bool = False,
 ) -> Callable[[list[dict]], list[list[dict] | Kept | Dropped]]:
@@ -37,7 +39,8 @@ def sampler(
         extract, match: read the final answer out of a completion, and compare it with the problem's reference
             (`tokalign.rewards.extract_answer`, `answers_match`).
         params: of every problem; each gets its own seed from `seed` and its id.
-        prompt_format: as in `render_prompt`.
+        rendering: how prompts become ids.
+        renderer: tokenizer whose chat template renders them, where it is not the engine's.
         max_prompt_length: longer prompts are dropped; None is what the model can hold.
         keep_unknown: leave `without_unknown_ids` to the caller, who still has to put something beside every rollout.
     """
@@ -48,7 +51,7 @@ def sampler(
         limit -= 1  # room for one token at least
 
     def sample(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Kept | Dropped]:
-        prompts = [render_prompt(problem["prompt"], tokenizer, prompt_format) for problem in problems]
+        prompts = [rendering.ids(problem, renderer or tokenizer) for problem in problems]
         kept = [i for i, ids in enumerate(prompts) if limit is None or len(ids) <= limit]
         each = [replace(params, seed=problem_seed(seed, problems[i]["id"], "rollouts")) for i in kept]
         items: list[list[dict[str, Any]] | Kept | Dropped] = [Dropped(TOO_LONG) for _ in problems]
@@ -86,4 +89,4 @@ def without_unknown_ids(rows: list[Row], known: np.ndarray) -> list[Row] | Kept 
     lost = len(rows) - len(kept)
     if not lost:
         return rows
-    return Kept(kept, {UNKNOWN_ID: lost}) if kept else Dropped(UNKNOWN_ID, {UNKNOWN_ID: lost - 1} if lost > 1 else None)
+    return Kept(kept, {UNKNOWN_ID: lost}) if kept else Dropped(UNKNOWN_ID, {UNKNOWN_ID: lost})

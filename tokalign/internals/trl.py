@@ -7,7 +7,9 @@ tests/contracts/test_trl_dpo.py and test_trl_grpo.py compare the lists with the 
 from types import SimpleNamespace
 from typing import Any
 
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
@@ -18,6 +20,7 @@ __all__ = [
     "DataCollatorForPreference",
     "get_config_model_id",
     "global_then_local_main_first",
+    "head_needs_triton",
     "ids_of_dpo_trainer",
     "pad",
     "prepare_deepspeed",
@@ -44,11 +47,21 @@ DPO_USED = (
 )
 
 # Of GRPOTrainer, likewise.
-GRPO_OVERRIDDEN = ("_calculate_rewards", "_generate_and_score_completions")
-GRPO_USED = ("_generate_single_turn", "_metrics", "_tokenize_prompts", "_tokenizer")
+GRPO_OVERRIDDEN = (
+    "_calculate_rewards",
+    "_generate_and_score_completions",
+    "_set_signature_columns_if_needed",
+    "_tokenize_prompts",
+)
+GRPO_USED = ("_generate_single_turn", "_metrics", "_signature_columns", "_tokenizer")
 
 # Of GRPOConfig: fields that may be given as JSON. Of the vLLM engine that a GRPOTrainer holds: whether it is awake.
 OTHERS_USED = ("_VALID_DICT_FIELDS", "_llm_weights_sleeping")
+
+
+def head_needs_triton() -> bool:
+    """Whether DPOTrainer's fused LM head is a Triton kernel alone; from 1.16 on it has a form in torch beside it."""
+    return Version(trl.__version__) < Version("1.16")
 
 
 def ids_of_dpo_trainer(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -37,7 +37,9 @@ def by_model(model: RewardModel) -> Judge:
     """The reward model's output; rollouts that it cannot hold are dropped."""
 
     def judge(rows: list[Row]) -> list[float | Dropped]:
-        encoded = [model.encode(row["prompt"], row["completion"], name=label(row)) for row in rows]
+        encoded = [
+            model.encode(row["prompt"], row["completion"], name=label(row), tools=row.get("tools")) for row in rows
+        ]
         problems = [model.problem(ids) for ids in encoded]
         fit = [i for i, problem in enumerate(problems) if problem is None]
         scores = iter(model.score([encoded[i] for i in fit], names=[label(rows[i]) for i in fit]))

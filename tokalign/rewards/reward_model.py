@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tokalign.internals.transformers import let_old_code_load
+from tokalign.prompts import render_prompt
 from tokalign.stage.batching import batches_by_length
+from tokalign.stage.errors import ContractError
 from tokalign.stage.processes import model_device
 
 Messages = list[dict[str, str]]
@@ -84,13 +85,16 @@ class RewardModel:
         self.max_length = min(length for length in lengths if length is not None)
         self._check_outputs()
 
-    def encode(self, prompt: str | Messages, completion: str, *, name: str = "") -> list[int]:
+    def encode(
+        self, prompt: str | Messages, completion: str, *, name: str = "", tools: list[Any] | str | None = None
+    ) -> list[int]:
         """This model's ids of the conversation that ends with `completion`.
 
         Args:
             prompt: messages, or the user's message as a string.
             completion: the assistant's answer, as text.
             name: what to call the row in errors.
+            tools: what the prompt offered, or their JSON text.
 
         Raises:
             ValueError: the chat template refuses the conversation (for example a system message).
@@ -98,13 +102,12 @@ class RewardModel:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [*messages, {"role": "assistant", "content": completion}]
         try:
-            encoded: Any = self.tokenizer.apply_chat_template(messages, return_dict=True)
-        except TemplateError as error:
+            return render_prompt(messages, self.tokenizer, tools=tools, add_generation_prompt=False)
+        except ContractError as error:
             raise ValueError(
-                f"Row {name}: the chat template of {self.name} refuses the conversation ({error}): give another "
-                "with --reward_chat_template, or change the prompts."
+                f"Row {name}: the chat template of {self.name} refuses the conversation ({error.__cause__ or error}): "
+                "give another with --reward_chat_template, or change the prompts."
             ) from error
-        return list(encoded["input_ids"])
 
     def problem(self, ids: Sequence[int]) -> str | None:
         """Why a row is to be dropped (the same words for all such rows, so that they can be counted), or None."""

@@ -272,9 +272,7 @@ class Arguments(ScoreArguments):
 def main(arguments: Arguments) -> None:
     process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    rows = load_pairs(
-        arguments.dataset, arguments.split, tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
-    )
+    rows = load_pairs(arguments, tokenizer)
     scorer = ContrastiveScorer(
         arguments.model,
         tokenizer,

@@ -8,6 +8,7 @@ shards are kept, and the rate is reported.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.data.text_pairs import IDS, tokenize_pairs
 from tokalign.generation.rollouts import UNKNOWN_ID
+from tokalign.prompts import RECORD, TemplateArguments, rendering_of
 from tokalign.signals.registry import get
 from tokalign.stage.contract import SIDES, TEXT_ROWS, check_columns, check_preferences
 from tokalign.stage.errors import ContractError
@@ -32,7 +34,7 @@ Row = dict[str, Any]
 
 
 @dataclass(kw_only=True)
-class PairsArguments:
+class PairsArguments(TemplateArguments):
     """Pairs in, pairs out."""
 
     dataset: str = field(
@@ -44,6 +46,11 @@ class PairsArguments:
     allow_other_tokenizer: bool = field(
         default=False, metadata={"help": "Take ids that another tokenizer has made; the manifest then says so."}
     )
+
+    @property
+    def template(self) -> TemplateArguments:
+        """What the chat template is given; a signal's own prompts may have a format of theirs."""
+        return TemplateArguments(chat_template_kwargs=self.chat_template_kwargs)
 
 
 @dataclass(kw_only=True)
@@ -76,18 +83,18 @@ class Scorer(Protocol):
     def score(self) -> Callable[..., Any]: ...
 
 
-def load_pairs(
-    path_or_id: str, split: str, tokenizer: PreTrainedTokenizerBase, *, allow_other_tokenizer: bool = False
-) -> Dataset:
+def load_pairs(arguments: PairsArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Preference pairs whose ids are this tokenizer's: made here from text, or checked.
 
     A stage's ids are known by its manifest; those of other datasets by the text that they read as. Rows without `id`
-    are called by their number.
+    are called by their number. The manifest of pairs made here says how they were rendered, as that of a stage does.
 
     Raises:
-        ContractError: as `load_stage`, `tokenize_pairs` and `check_preferences`, or the dataset holds no pairs.
+        ContractError: as `load_stage`, `tokenize_pairs` and `check_preferences`, the dataset holds no pairs, or its
+            prompts were rendered otherwise than the arguments say.
     """
-    rows = load_stage(path_or_id, split=split, tokenizer=tokenizer, allow_other_tokenizer=allow_other_tokenizer)
+    path_or_id, allow = arguments.dataset, arguments.allow_other_tokenizer
+    rows = load_stage(path_or_id, split=arguments.split, tokenizer=tokenizer, allow_other_tokenizer=allow)
     columns = set(rows.column_names)
     if not columns & {*IDS} and not columns >= {"chosen", "rejected"}:
         raise ContractError(
@@ -97,10 +104,18 @@ def load_pairs(
     if "id" not in columns:
         rows = rows.add_column("id", [str(number) for number in range(len(rows))])
     if not columns & {*IDS}:
-        return tokenize_pairs(rows, tokenizer, path_or_id)
+        prompt_format = "raw" if isinstance(rows[0]["chosen"], str) else "chat"  # as TRL takes texts and messages
+        rendering = rendering_of(
+            arguments.template, tokenizer, folder=arguments.output_dir, prompt_format=prompt_format
+        )
+        rows = tokenize_pairs(rows, tokenizer, path_or_id, rendering)
+        rows.info.description = json.dumps({RECORD: rendering.record(tokenizer)})
+        return rows
     check_columns(rows, path_or_id, "preferences", ())
-    if (manifest_of(rows) or {}).get("tokenizer_hash") is None:
-        check_preferences(rows, tokenizer, text_rows=0 if allow_other_tokenizer else TEXT_ROWS)
+    manifest = manifest_of(rows) or {}
+    if manifest.get("tokenizer_hash") is None:
+        check_preferences(rows, tokenizer, text_rows=0 if allow else TEXT_ROWS)
+    rendering_of(arguments.template, tokenizer, recorded=manifest.get(RECORD), of=path_or_id, must_agree=True)
     return rows
 
 

@@ -135,9 +135,7 @@ class Arguments(ScoreArguments):
 def main(arguments: Arguments) -> None:
     process_state()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    rows = load_pairs(
-        arguments.dataset, arguments.split, tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
-    )
+    rows = load_pairs(arguments, tokenizer)
     scorer = LikelihoodScorer(
         arguments.model, tokenizer, arguments.adapter, signals=arguments.signals, **arguments.model_options()
     )

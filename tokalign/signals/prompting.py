@@ -20,16 +20,18 @@ other with the same tokenizer. On many GPUs: `tokalign score token-reward … --
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
+from tokalign.data.revision import load_templates, revision_prompts, templates_hash
 from tokalign.generation.scorer import CompletionScorer
+from tokalign.prompts import RECORD, rendering_of
 from tokalign.signals.job import ScoreArguments, load_pairs, score_pairs
+from tokalign.stage.manifest import manifest_of
 from tokalign.stage.processes import process_state
 
 
@@ -153,14 +155,18 @@ def main(arguments: Arguments) -> None:
     process_state()
     templates = load_templates(arguments.templates)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    rows = load_pairs(
-        arguments.dataset, arguments.split, tokenizer, allow_other_tokenizer=arguments.allow_other_tokenizer
+    rows = load_pairs(arguments, tokenizer)
+
+    # Policy prompt and revision prompts are rendered alike, but for texts, which a chat model is asked about in a chat
+    record, key = (manifest_of(rows) or {}).get(RECORD), "revision_prompts"
+    rendering = replace(
+        rendering_of(arguments.template, tokenizer, recorded=record, folder=arguments.output_dir, key=key),
+        format=arguments.prompt_format,
     )
+    variables = {"chat_template_kwargs": rendering.chat_template_kwargs} if rendering.chat_template_kwargs else {}
 
     def revisions(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-        text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
-        name = f"{row['id']!r} ({side})"
-        return revision_prompt_ids(row["prompt"], text, templates, tokenizer, arguments.prompt_format, name=name)
+        return revision_prompts(row, side, templates, tokenizer, rendering)
 
     score_pairs(
         arguments,
@@ -170,7 +176,7 @@ def main(arguments: Arguments) -> None:
         name="score_token_rewards",
         signals=["token_reward"],
         weights={"model": arguments.model, "adapter": arguments.adapter},
-        parameters={"templates": templates_hash(templates), "prompt_format": arguments.prompt_format},
+        parameters={"templates": templates_hash(templates), "prompt_format": arguments.prompt_format, **variables},
         prompts=revisions,
-        extra_manifest={"templates": asdict(templates)},
+        extra_manifest={"templates": asdict(templates), key: rendering.record(tokenizer)},
     )

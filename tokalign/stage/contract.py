@@ -8,8 +8,9 @@ the hub without a manifest is accepted, and then only its rows are checked. See 
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -252,6 +253,72 @@ def check_lists(dataset: Dataset, where: str, columns: Sequence[str], remedy: st
         if not numbers and not pa.types.is_null(value):  # a column or its lists may hold nothing but None
             what = "numbers" if decimals else "ids"
             raise ContractError(f"{where}: `{column}` has the type {kind}, not lists of {what}; {remedy}.")
+
+
+def check_problems(dataset: Dataset, where: str) -> None:
+    """Refuse problems that cannot be asked, before an engine is loaded: no prompt, no id, or another problem's id.
+
+    Two problems of one id would have one seed, and their rollouts could not be told apart.
+
+    Raises:
+        ContractError: naming row, column and remedy.
+    """
+    check_present(dataset, ("id", "prompt"), where)
+    if (pair := first_repeated(dataset, "id")) is not None:
+        first, again = pair
+        raise ContractError(
+            f"Row {again} of {where}: `id` {dataset[again]['id']!r} occurs twice, first in row {first}; give every row "
+            "its own."
+        )
+
+
+def first_row(dataset: Dataset | IterableDataset, name: str) -> dict[str, Any]:
+    """The first row of a dataset or stream; `ContractError` where it has none."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ContractError(f"{name} has no rows; check its path and split, and what the job that wrote it dropped.")
+    return dict(row)
+
+
+def check_present(dataset: Dataset, columns: Sequence[str], where: str) -> None:
+    """Refuse a row in which one of these columns is null or an empty list."""
+    start = 0
+    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=BATCH):
+        for name in columns:
+            column = table[name]
+            absent = pc.is_null(column)
+            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                absent = pc.or_(absent, pc.fill_null(pc.equal(pc.list_value_length(column), 0), True))
+            if pc.any(absent).as_py():
+                row = start + pc.index(absent, True).as_py()
+                raise ContractError(f"Row {row} of {where}: `{name}` is missing; write it, or drop the row.")
+        start += len(table)
+
+
+def first_repeated(dataset: Dataset, column: str) -> tuple[int, int] | None:
+    """The first row whose value an earlier row has, as (earlier row, row); None where all differ. Nulls do not count.
+
+    Only eight bytes a row are held: digests are compared first, and values where digests are equal.
+    """
+
+    def values() -> Iterator[Any]:
+        for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=BATCH):
+            yield from table[column].to_pylist()
+
+    digests = np.fromiter((_digest(value) for value in values()), dtype=np.uint64)
+    ordered = np.sort(digests)
+    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen: dict[Any, int] = {}
+    for row, value in enumerate(values() if twice else ()):
+        if value is not None and int(digests[row]) in twice:
+            if value in seen:
+                return seen[value], row
+            seen[value] = row
+    return None
+
+
+def _digest(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big")
 
 
 def check_values(arrays: Mapping[str, pa.Array], first: int) -> None:

@@ -111,6 +111,8 @@ def weights_hash(path_or_id: str | Path) -> str:
     of the process. A hub id: the commit that the local cache resolves it to, or the id itself where nothing is cached.
     """
     folder = Path(path_or_id)
+    if folder.is_file():
+        raise ContractError(f"Model {path_or_id} is a file; give the folder that holds it and its config.json.")
     if not folder.is_dir():
         for name in ("config.json", "adapter_config.json"):
             cached = try_to_load_from_cache(str(path_or_id), name) if is_hub_id(str(path_or_id)) else None

@@ -44,6 +44,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, the user's quota, 
 _LOCK = ".lock"
 _TEMPORARY = re.compile(r"^\.part-.*\.parquet\.(?P<host>.+)\.(?P<pid>\d+)\.tmp$")
 _STALE_SECONDS = 3600  # a temporary file of another machine is left alone for this long
+NOTHING_MADE = "nothing was made of it"  # why a row is dropped whose job gives no row and no reason
 _POLL_SECONDS = 0.2  # how often a process that has finished looks for the others' shards
 _SHARED_SECONDS = 30.0  # how long a network file system may take to show another machine's file
 
@@ -52,7 +53,7 @@ Row = dict[str, Any]  # of a stage, by column
 
 
 class Dropped(NamedTuple):
-    """An input row that gives no output row, with the reason to count; `counts` adds counts of its parts."""
+    """An input row that gives no output row, and why; `counts` are of its parts that were left out (rollouts)."""
 
     reason: str
     counts: Mapping[str, int] | None = None
@@ -77,6 +78,7 @@ def run_job(
     parameters: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     shard_size: int = 256,
+    prompts: Mapping[str, Any] | None = None,
     extra_manifest: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Apply `function` to all rows and write the stage `output_dir`.
@@ -92,10 +94,12 @@ def run_job(
             others is refused.
         tokenizer: Whose ids the rows hold; without it the input stage's tokenizer hash is passed on.
         shard_size: Input rows a shard: what a kill can lose, and the unit that processes share.
+        prompts: How the job renders prompts (`PromptRendering.record`); without it the input stage's is passed on.
         extra_manifest: Further entries for the manifest; not compared on resume.
 
     Returns:
-        The manifest: `rows`, `rows_in`, `dropped` by reason, `shards`, `seconds` (of work, summed over processes and
+        The manifest: `rows`, `rows_in`, `dropped` (input rows without an output row, by reason), `left_out` (parts of
+            input rows, by reason), `shards`, `seconds` (of work, summed over processes and
         resumes), `tokens` (if rows have `completion_ids`), `parameters`, `input`, `tokenizer_hash` and the rest.
 
     Raises:
@@ -112,7 +116,7 @@ def run_job(
             try:
                 with _full_disk_named(folder):
                     plan = _prepare(
-                        rows, folder, name, parameters, tokenizer, shard_size, extra_manifest or {}, console
+                        rows, folder, name, parameters, tokenizer, shard_size, prompts, extra_manifest or {}, console
                     )
             except (JobError, ValueError, TypeError) as error:
                 if state.num_processes == 1:
@@ -148,9 +152,13 @@ def print_counts(manifest: Mapping[str, Any], console: Console | None = None) ->
     table = Table("", "count", title=str(manifest["name"]), title_justify="left")
     table.columns[1].justify = "right"
     table.add_row("rows read", f"{manifest['rows_in']:,}")
-    table.add_row("rows written", f"{manifest['rows']:,}")
     for reason, count in manifest["dropped"].items():
         table.add_row(f"dropped: {reason}", f"{count:,}")
+    used = manifest["rows_in"] - sum(manifest["dropped"].values())
+    made = "rows written" if used == manifest["rows"] else f"rows written, from {used:,} of those read"
+    table.add_row(made, f"{manifest['rows']:,}")
+    for reason, count in manifest.get("left_out", {}).items():
+        table.add_row(f"parts of rows left out: {reason}", f"{count:,}")
     (console or Console(stderr=True)).print(table)
 
 
@@ -197,6 +205,7 @@ def _prepare(
     parameters: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     shard_size: int,
+    prompts: Mapping[str, Any] | None,
     extra_manifest: Mapping[str, Any],
     console: Console,
 ) -> dict[str, Any]:
@@ -230,6 +239,8 @@ def _prepare(
         "shard_size": shard_size,
         "shards": -(-len(rows) // shard_size),
     }
+    if (record := source.get("prompts") if prompts is None else dict(prompts)) is not None:
+        manifest["prompts"] = record
     if "seed" in parameters:
         manifest["seed"] = parameters["seed"]
     job = job_hash(manifest)
@@ -267,7 +278,7 @@ def _prepare(
 
 
 _INHERITED = (ALLOW_OTHER_TOKENIZER, SAMPLING)  # what stays true of rows that are made of rows
-_RESULTS = ("rows", "rows_in", "dropped", "seconds", "tokens")
+_RESULTS = ("rows", "rows_in", "dropped", "left_out", "seconds", "tokens")
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -277,6 +288,8 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
     old, new = dict(before.get("parameters", {})), dict(now["parameters"])
     for key in ("shard_size", "tokenizer_hash"):
         old[key], new[key] = before.get(key), now[key]
+    if "prompts" in before:  # stages of earlier versions do not say how they rendered
+        old["prompts"], new["prompts"] = before["prompts"], now.get("prompts")
     absent = object()
     different = [key for key in sorted({*old, *new}) if old.get(key, absent) != new.get(key, absent)]
     if different:
@@ -346,17 +359,19 @@ def _run_shard(
     inputs = rows.with_format(None).select(range(first, last)).to_list()
     started = time.monotonic()
     output: list[dict[str, Any]] = []
+    # Of two kinds, so that the rows add up: rows read = rows dropped + rows that something was made of
     dropped: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     ids = [row["id"] for row in inputs]
     for position, item in enumerate(_items(function, inputs, manifest["name"], first), start=1):
         if isinstance(item, Dropped):
             dropped[item.reason] += 1
-            dropped.update(item.counts or {})
-        elif isinstance(item, Kept):
-            output.extend(item.rows)
-            dropped.update(item.counts)
+            left_out.update(item.counts or {})
         else:
-            output.extend([item] if isinstance(item, dict) else item)
+            left_out.update(item.counts if isinstance(item, Kept) else {})
+            made = item.rows if isinstance(item, Kept) else [item] if isinstance(item, dict) else item
+            dropped.update([] if made else [NOTHING_MADE])
+            output.extend(made)
         progress.advance(position)
     table = _to_table(output, f"{manifest['name']}, rows {ids[0]!r} to {ids[-1]!r}")
     # Counts go into the shard that they count. In a file of their own they could be of another state than the rows.
@@ -368,6 +383,7 @@ def _run_shard(
         "rows_in": last - first,
         "rows": len(output),
         "dropped": dict(sorted(dropped.items())),
+        "left_out": dict(sorted(left_out.items())),
         "seconds": round(time.monotonic() - started, 3),
     }
     if output and "completion_ids" in output[0]:
@@ -445,12 +461,15 @@ def _finish(folder: Path, plan: Mapping[str, Any]) -> None:
             table = pq.read_table(file) if count["rows"] else schema.empty_table()
             write_shard(table.select(schema.names).cast(schema), count, file)
     dropped: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     for count in counts:
         dropped.update(count["dropped"])
+        left_out.update(count.get("left_out", {}))  # shards of an earlier version count both in `dropped`
     results: dict[str, Any] = {
         "rows": sum(count["rows"] for count in counts),
         "rows_in": sum(count["rows_in"] for count in counts),
         "dropped": dict(sorted(dropped.items())),
+        "left_out": dict(sorted(left_out.items())),
         "seconds": round(sum(count["seconds"] for count in counts), 3),
     }
     if any("tokens" in count for count in counts):

@@ -51,11 +51,13 @@ def manifest_of(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
 def note_beside_model(folder: str | Path, trainer: str, data: Dataset | IterableDataset, *, allowed: bool) -> None:
     """Write beside a trained model what its users must know of its data: where its rollouts stopped, and that ids of
     another tokenizer were `allowed`. Writes nothing where there is nothing to know."""
-    note = {key: value for key, value in (manifest_of(data) or {}).items() if key in (SAMPLING, ALLOW_OTHER_TOKENIZER)}
+    ours = (SAMPLING, ALLOW_OTHER_TOKENIZER)
+    note = {key: value for key, value in (manifest_of(data) or {}).items() if key in ours}
     if allowed:
         note[ALLOW_OTHER_TOKENIZER] = True
-    if note:
-        write_manifest(folder, {"name": trainer, "status": "complete", **note})
+    before = read_manifest(folder) if (Path(folder) / MANIFEST).is_file() else {"name": trainer}
+    if note or not before.keys().isdisjoint(ours):  # of a former training into the same folder
+        write_manifest(folder, {key: value for key, value in before.items() if key not in ours} | note)
 
 
 def stop_strings(manifest: Mapping[str, Any] | None) -> list[str] | None:

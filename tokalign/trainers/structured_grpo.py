@@ -20,6 +20,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +28,17 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from tqdm import tqdm
 from trl import GRPOConfig, GRPOTrainer, is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
+from tokalign.internals.trl import get_config_model_id
+from tokalign.prompts import TEMPLATE_COLUMNS, PromptRendering, refused_row
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import Limits
+from tokalign.rewards.structured.reward import ComponentReward
+from tokalign.stage.contract import first_row
 from tokalign.stage.errors import ContractError
 
 logger = get_logger(__name__)
@@ -136,7 +142,7 @@ class StructuredGRPOConfig(GRPOConfig):
     text_match: str = field(
         default="exact", metadata={"help": "How strings are compared.", "choices": ["exact", "tokens"]}
     )
-    min_length: int | None = field(default=None, metadata={"help": "Fewest characters of the component length."})
+    min_length: int | None = field(default=None, metadata={"help": "Fewest characters of the document as JSON."})
     max_length: int | None = field(default=None, metadata={"help": "Most characters of the component length."})
     reasoning_end: str | None = field(default=None, metadata={"help": "Only what follows this text is judged."})
     max_completion_bytes: int = field(default=1 << 18, metadata={"help": "A longer completion is worth nothing."})
@@ -181,17 +187,25 @@ class StructuredGRPOTrainer(GRPOTrainer):
 
     Args:
         model: see [`~trl.GRPOTrainer`].
-        reward_funcs: further reward functions, summed with the structured one, or a `StructuredReward` of your own
-            among them, which then replaces the one of `args`.
+        reward_funcs: as there, in your order; `reward_weights` and `reward_processing_classes` lie beside it. Where
+            no `StructuredReward` is among them, the one of `args` follows with weight 1; several count each.
         args: a [`StructuredGRPOConfig`].
         train_dataset, eval_dataset: rows with `prompt`, and `schema` and `answer` as the configuration names them
             (`tokalign data gsm8k-json`, `bfcl`, `cooking`). Map-style datasets are checked before training.
 
     Raises:
-        ContractError: a row without a schema, or with one that is invalid, or with a reference that is not JSON.
+        ContractError: a row without a schema, or with one that is invalid, or with a reference that is not JSON; a
+            column that is not there.
+        TypeError: `args` of another kind.
+        ValueError: lists of different lengths, or two structured rewards of one name.
+
+    Attributes:
+        structured: the first structured reward, which the constrained baseline follows.
+        structured_rewards: all of them.
     """
 
     args: StructuredGRPOConfig
+    _asked: list[dict[str, Any]] | None = None  # rows whose prompts become ids
 
     def __init__(
         self,
@@ -202,21 +216,32 @@ class StructuredGRPOTrainer(GRPOTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        args = args or StructuredGRPOConfig()
-        given = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-        own = [f for f in given if isinstance(f, StructuredReward)]
-        self.structured = own[0] if own else args.reward()
-        others = [f for f in given if not isinstance(f, StructuredReward)]
-        by_component = args.multi_objective_aggregation == "normalize_then_sum"
-        functions: list[Any] = self.structured.component_rewards() if by_component else [self.structured]
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = StructuredGRPOConfig(f"{name.split('/')[-1]}-StructuredGRPO")
+        if not isinstance(args, StructuredGRPOConfig):
+            raise TypeError(
+                f"`args` must be a StructuredGRPOConfig, got {type(args).__name__}; it has the same fields and "
+                "those of the structured reward."
+            )
+        rewards, weights, classes = _side_by_side(reward_funcs, args, kwargs.pop("reward_processing_classes", None))
+        self.structured_rewards = _structured(rewards)
+        self.structured = self.structured_rewards[0]
         for name, rows in _named(train_dataset, eval_dataset):
-            check_rows(rows, self.structured, name)
+            for reward in self.structured_rewards:
+                check_rows(rows, reward, name)
+        if weights != (args.reward_weights or [1.0] * len(rewards)):
+            args = copy(args)  # the caller's may be used again, with weights that lie beside the caller's list
+            args.reward_weights = weights
         super().__init__(
-            model, [*functions, *others], args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
+            model,
+            rewards,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            reward_processing_classes=classes,
+            **kwargs,
         )
-        if by_component and args.reward_weights is None:
-            weights = [self.structured.weights[c] for c in self.structured.active] + [1.0] * len(others)
-            self.reward_weights = torch.tensor(weights, dtype=torch.float32)
         if args.constrained_eval_share:
             self._check_constrained(args)
         self._stuck: dict[str, int] = defaultdict(int)
@@ -240,25 +265,33 @@ class StructuredGRPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------------ curriculum
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """With `remove_unused_columns` the columns stay that the structured rewards read."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns  # typed None in transformers
+            columns += ["id", *(c for r in self.structured_rewards for c in (r.schema_column, r.reference_column))]
+
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
         """TRL's rewards; beside them, per component, the share of groups in which no completion has a point."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode, group = self._mode_and_group()
-        names = self.structured.active
-        rows = self.structured.last_scores  # of these completions, by TRL's call of the reward
-        values = [[float("nan") if row[name] is None else row[name] for name in names] for row in rows]
-        gathered = self.accelerator.gather(torch.tensor(values, device=self.accelerator.device))
-        for name, column in zip(names, gathered.unbind(-1), strict=True):
-            groups = column.view(-1, group)
-            groups = groups[~groups.isnan().any(-1)]
-            if len(groups) == 0:
-                continue
-            share = (groups == 0).all(-1).float().mean().item()
-            self._metrics[mode][f"{self.structured.__name__}/{name}/zero_groups"].append(share)
-            if mode == "train":
-                self._warn_if_stuck(name, share)
+        for reward in self.structured_rewards:
+            names = reward.active
+            rows = reward.last_scores  # of these completions, by TRL's call of the reward
+            values = [[float("nan") if row[name] is None else row[name] for name in names] for row in rows]
+            gathered = self.accelerator.gather(torch.tensor(values, device=self.accelerator.device))
+            for name, column in zip(names, gathered.unbind(-1), strict=True):
+                groups = column.view(-1, group)
+                groups = groups[~groups.isnan().any(-1)]
+                if len(groups) == 0:
+                    continue
+                share = (groups == 0).all(-1).float().mean().item()
+                self._metrics[mode][f"{reward.__name__}/{name}/zero_groups"].append(share)
+                if mode == "train":
+                    self._warn_if_stuck(reward.__name__, name, share)
         return rewards
 
     def _mode_and_group(self) -> tuple[str, int]:
@@ -267,17 +300,36 @@ class StructuredGRPOTrainer(GRPOTrainer):
         mode, group = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
         return mode, group or 1
 
-    def _warn_if_stuck(self, name: str, share: float) -> None:
-        self._stuck[name] = self._stuck[name] + 1 if share >= PLATEAU else 0
-        if self._stuck[name] == self.args.plateau_patience:
+    def _warn_if_stuck(self, reward: str, name: str, share: float) -> None:
+        key = f"{reward}/{name}"
+        self._stuck[key] = self._stuck[key] + 1 if share >= PLATEAU else 0
+        if self._stuck[key] == self.args.plateau_patience:
             logger.warning(
-                f"The component {name} is 0 for every completion of {share:.0%} of the groups, for "
-                f"{self._stuck[name]} generations now, so it teaches nothing: {REMEDIES[name]}."
+                f"The component {key} is 0 for every completion of {share:.0%} of the groups, for "
+                f"{self._stuck[key]} generations now, so it teaches nothing: {REMEDIES[name]}."
             )
+
+    # --------------------------------------------------------------------------------------------------------- prompts
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL's ids; messages with `tools` or `chat_template_kwargs`, columns that TRL does not read here, are rendered
+        by the rule that samples, scores and evaluates them."""
+        asked = self._asked or [{}] * len(prompts)
+        rows = [{**row, "prompt": prompt} for row, prompt in zip(asked, prompts, strict=True)]
+        try:
+            own = any(row.get(column) is not None for row in rows for column in TEMPLATE_COLUMNS)
+            if self.tools or not own or isinstance(prompts[0], str):
+                return super()._tokenize_prompts(prompts)
+        except TemplateError as error:
+            raise refused_row(rows, self._tokenizer, error) from error
+        variables: Any = self.chat_template_kwargs  # typed as the text that a command line gives
+        rendering = PromptRendering(chat_template_kwargs=variables)
+        return [rendering.ids(row, self._tokenizer) for row in rows], None, {}
 
     # ------------------------------------------------------------------------------------- constrained decoding in eval
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._asked = inputs  # TRL hands on the prompts alone
         output = super()._generate_and_score_completions(inputs)
         mode, group = self._mode_and_group()
         if mode == "eval" and self.args.constrained_eval_share > 0:
@@ -294,6 +346,7 @@ class StructuredGRPOTrainer(GRPOTrainer):
         whole = json.dumps(self.structured.schema.schema if self.structured.schema else True)
         schemas: list[str] = [whole if row.get(column) is None else row[column] for row in chosen]
         prompts = [row["prompt"] for row in chosen]
+        self._asked = chosen
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         completion_ids = self._generate_constrained(prompt_ids, schemas)
         texts: list[Any] = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -383,6 +436,52 @@ def _generating_with(model: Any, **options: Any) -> Iterator[None]:
         del model.generate  # the method of the class again
 
 
+# ------------------------------------------------------------------------------------------------- lists, side by side
+
+
+def _side_by_side(
+    reward_funcs: Any, args: StructuredGRPOConfig, processing_classes: Any
+) -> tuple[list[Any], list[float], list[Any]]:
+    """Reward functions in the caller's order, their weights, and their tokenizers (None but for reward models).
+
+    Under `normalize_then_sum` the components of a structured reward stand in its place, each with its own weight times
+    the reward's.
+    """
+    given = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    given = given or [args.reward()]
+    weights, classes = (
+        [default] * len(given) if values is None else list(values) if isinstance(values, list) else [values]
+        for values, default in ((args.reward_weights, 1.0), (processing_classes, None))
+    )
+    for name, values in (("reward_weights", weights), ("reward_processing_classes", classes)):
+        if len(values) != len(given):
+            raise ValueError(
+                f"`{name}` has {len(values)} entries for {len(given)} reward functions; give one for each, and put "
+                "`args.reward()` among `reward_funcs` if the structured reward shall have one."
+            )
+    if not any(isinstance(function, StructuredReward | ComponentReward) for function in given):
+        given, weights, classes = [*given, args.reward()], [*weights, 1.0], [*classes, None]
+    rows: list[tuple[Any, float, Any]] = []
+    for function, weight, tokenizer in zip(given, weights, classes, strict=True):
+        if isinstance(function, StructuredReward) and args.multi_objective_aggregation == "normalize_then_sum":
+            parts = function.component_rewards()
+            rows += [(part, weight * function.weights[part.component], None) for part in parts]
+        else:
+            rows.append((function, weight, tokenizer))
+    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+
+
+def _structured(functions: list[Any]) -> list[StructuredReward]:
+    """The structured rewards among reward functions, whole or by their components."""
+    parts = {id(f.reward): f.reward for f in functions if isinstance(f, ComponentReward)}
+    found = [*(f for f in functions if isinstance(f, StructuredReward)), *parts.values()]
+    names = [reward.__name__ for reward in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two structured rewards are named {name!r}, and logs tell them apart by it; set `name`.")
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------- datasets
 
 
@@ -390,6 +489,9 @@ def _named(train: Any, evaluation: Any) -> list[tuple[str, Dataset]]:
     """Map-style datasets with what to call them; the rows of a stream are checked as they come."""
     several = evaluation if isinstance(evaluation, Mapping) else {"evaluation": evaluation}
     every = [("training", train), *((str(name), rows) for name, rows in several.items())]
+    for name, rows in every:
+        if isinstance(rows, Dataset | IterableDataset):  # TRL refuses the rest
+            first_row(rows, f"The {name} dataset")
     return [(name, rows) for name, rows in every if isinstance(rows, Dataset)]
 
 
@@ -399,12 +501,8 @@ def check_rows(rows: Dataset, reward: StructuredReward, name: str) -> None:
     Raises:
         ContractError: naming the row, the column and the remedy.
     """
+    reward.check_columns(rows.column_names, f"The {name} dataset")
     columns = [c for c in (reward.schema_column, reward.reference_column, "id") if c in rows.column_names]
-    if reward.schema is None and reward.schema_column not in columns and reward.preset is None:
-        raise ContractError(
-            f"The {name} dataset has no column `{reward.schema_column}` and no schema is given for all rows; set "
-            "`schema` to a JSON Schema file, or `schema_column` to the column that holds them."
-        )
     if "prompt" not in rows.column_names:
         raise ContractError(f"The {name} dataset has no column `prompt`; build it with `tokalign data`.")
     if not columns:
@@ -421,7 +519,7 @@ def check_rows(rows: Dataset, reward: StructuredReward, name: str) -> None:
 
 def _check_row(row: Mapping[str, Any], reward: StructuredReward, where: str) -> None:
     schema, reference = row.get(reward.schema_column), row.get(reward.reference_column)
-    if schema is None and reward.schema is None and reward.preset is None:
+    if schema is None and reward.schema is None:
         raise ContractError(f"{where}: `{reward.schema_column}` is missing; give it a JSON Schema, or drop the row.")
     column = reward.schema_column
     try:

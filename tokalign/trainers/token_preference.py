@@ -22,9 +22,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import trl
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -34,11 +36,13 @@ from tokalign.internals.trl import (
     DataCollatorForPreference,
     get_config_model_id,
     global_then_local_main_first,
+    head_needs_triton,
     pad,
     prepare_deepspeed,
 )
+from tokalign.prompts import refused_row
 from tokalign.signals.registry import REWARD_RANGE, get
-from tokalign.stage.contract import IDS, SIDES, check_preferences, check_tokenizer, reader_of
+from tokalign.stage.contract import IDS, SIDES, check_preferences, check_tokenizer, first_row, reader_of
 from tokalign.stage.errors import ContractError
 from tokalign.stage.manifest import manifest_of, note_beside_model
 
@@ -147,8 +151,13 @@ class TokenPreferenceTrainer(DPOTrainer):
             args = self._config_class(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         if not isinstance(args, self._config_class):
             raise TypeError(f"`args` must be a {self._config_class.__name__}, got {type(args).__name__}.")
-        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
-            raise ContractError("`train_dataset` has no rows; check what the stage that wrote it dropped and why.")
+        if head_needs_triton() and args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                f"TRL {trl.__version__} computes log-probs by a Triton kernel, which needs a GPU; install trl>=1.16 or "
+                "set the environment variable TRITON_INTERPRET=1 (slow, for tests)."
+            )
+        if isinstance(train_dataset, Dataset | IterableDataset):  # TRL refuses the rest
+            first_row(train_dataset, "`train_dataset`")
         self._uses_own_collator = data_collator is None
         self._start_init(model, args, train_dataset)
         # Before any weights are loaded: a signal that nobody has registered ends the run here
@@ -208,11 +217,14 @@ class TokenPreferenceTrainer(DPOTrainer):
     # -------------------------------------------------------------------------------------------------------- data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        columns = set(next(iter(dataset)))
+        columns = set(first_row(dataset, f"The {dataset_name} dataset"))
         signal, sides = self._reads(args)
         if not columns.issuperset(IDS):
             if not sides:
-                return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+                try:
+                    return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+                except TemplateError as error:
+                    raise refused_row(dataset, self._tokenizer, error) from error
             if not columns & set(IDS):
                 raise ContractError(
                     f"The {dataset_name} dataset holds text only (columns {', '.join(sorted(columns))}), and the "
@@ -354,6 +366,11 @@ class TokenPreferenceTrainer(DPOTrainer):
             if self._precompute_engine is None:
                 self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
+        # Nor under FSDP, where TRL shards a copy for a full fine-tuning and has nothing for an adapter's base
+        unplaced = self.is_fsdp_enabled and self.ref_model is None and self.optimizer is None
+        home = next(model.parameters()).device
+        if unplaced:
+            model.to(self.accelerator.device)
         ids = dataset.select_columns(list(IDS))
         writer = None
         if self.accelerator.is_local_main_process:  # a node's processes read one file
@@ -376,6 +393,8 @@ class TokenPreferenceTrainer(DPOTrainer):
                 }
                 writer.write(values)
                 row += 1
+        if unplaced:
+            model.to(home)  # from where accelerate shards it
         if writer is not None:
             writer.finalize()
             os.replace(temporary, path)

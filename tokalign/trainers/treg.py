@@ -37,11 +37,13 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 
-from tokalign.data.revision import load_templates, revision_prompt_ids, templates_hash
+from tokalign.data.revision import load_templates, revision_prompts, templates_hash
 from tokalign.internals.trl import global_then_local_main_first, pad
 from tokalign.losses import pair_weight, sequence_rewards, token_reward_regularizer
+from tokalign.prompts import RECORD, PromptRendering
 from tokalign.signals.prompting import token_reward
 from tokalign.stage.errors import ContractError
+from tokalign.stage.manifest import manifest_of
 from tokalign.trainers.token_preference import (
     REVISION,
     SIDES,
@@ -316,29 +318,39 @@ class TRegTrainer(TokenPreferenceTrainer):
     def _add_revision_prompts(self, dataset: Any, args: TRegConfig, name: str) -> Any:
         """Ids of the two revision prompts of each side; rows for which the model lacks positions are dropped."""
         columns = set(next(iter(dataset)))
-        if columns.issuperset(PROMPTS.values()) or columns.issuperset(REWARDS.values()):
+        if columns.issuperset(PROMPTS.values()):
             return dataset  # prepared before
+        if columns.issuperset(REWARDS.values()):
+            if self._precompute:
+                return dataset  # the training rows get their rewards now, and all are read from then on
+            raise ContractError(
+                f"The {name} dataset holds token rewards and the train dataset none, so the reference is asked for all "
+                f"of them; score the training pairs with `tokalign score token-reward` too, or remove the columns "
+                f"{' and '.join(f'`{column}`' for column in REWARDS.values())} from the {name} dataset."
+            )
         if missing := {"prompt", *SIDES} - columns:
             raise ContractError(
                 f"The {name} dataset has no column `{sorted(missing)[0]}`, whose text the revision prompts quote; add "
                 "it, or score the pairs with `tokalign score token-reward`."
             )
-        templates, tokenizer, prompt_format = self._templates, self._tokenizer, args.prompt_format
+        templates, tokenizer = self._templates, self._tokenizer
+        record = (manifest_of(dataset) or {}).get(RECORD) or {}
+        rendering = PromptRendering(args.prompt_format, record.get("chat_template_kwargs") or {}, record.get("date"))
 
-        def add(row: dict[str, Any]) -> dict[str, list[int]]:
+        def add(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+            row = {"id": number, **row}
             ids: dict[str, list[int]] = {}
             for side in SIDES:
-                text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
-                both = revision_prompt_ids(
-                    row["prompt"], text, templates, tokenizer, prompt_format, name=f"{row.get('id')!r} ({side})"
-                )
+                both = revision_prompts(row, side, templates, tokenizer, rendering)
                 ids |= {PROMPTS[side, kind]: part for kind, part in zip(("better", "worse"), both, strict=True)}
             return ids
 
         stored = isinstance(dataset, Dataset)
         with global_then_local_main_first():
             dataset = dataset.map(
-                add, **({"num_proc": args.dataset_num_proc, "desc": f"Revision prompts of {name}"} if stored else {})
+                add,
+                with_indices=True,
+                **({"num_proc": args.dataset_num_proc, "desc": f"Revision prompts of {name}"} if stored else {}),
             )
         if self._positions is None:
             return dataset

@@ -8,6 +8,7 @@
 A prompt is text or messages. An answer is taken as it is, or read out of a longer text: what follows `--answer_after`,
 or what `--extract_answers` finds by the rules of docs/answers.md. With `--schema_column` the problems are structured:
 answer and schema are JSON, as text or as it stands in a JSON line; `completion` is the answer as a message, for SFT.
+What the chat template is to be given besides, the columns `tools` and `chat_template_kwargs`, is kept.
 
 Splits are kept: those of the hub's data set, or the files train, validation and test of a folder; one file is "train".
 Dropped and counted in the manifest: rows without a prompt, an answer, or an id where a column names it, and rows whose
@@ -25,7 +26,9 @@ from datasets import Dataset
 
 from tokalign.data.problems import ProblemArguments, build_problems, open_source, read_files, read_lines, source_files
 from tokalign.data.structured import assistant, json_text
+from tokalign.prompts import TEMPLATE_COLUMNS
 from tokalign.rewards import extract_answer
+from tokalign.stage.contract import first_repeated
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
 
@@ -70,9 +73,10 @@ def _open(args: OwnProblemsArguments) -> dict[str, Dataset]:
     opened = {split: read_files(parts) for split, parts in files.items()} or open_source(args.source)
     for split, rows in opened.items():
         _check_columns(columns, rows.column_names, f"Split {split} of {args.source}")
+        columns = args.columns() | {name: name for name in TEMPLATE_COLUMNS if name in rows.column_names}
         # not renamed: one column may hold two things, such as the answer at the end of the solution
         splits[split] = rows.map(
-            lambda row: {name: row[column] for name, column in columns.items()},
+            lambda row, columns=columns: {name: row[column] for name, column in columns.items()},
             remove_columns=[name for name in rows.column_names if name not in columns],
         ).select_columns(list(columns))
     return splits
@@ -86,8 +90,10 @@ def _from_lines(files: list[Path], args: OwnProblemsArguments) -> Dataset:
     _check_columns(columns, {key for row in lines for key in row}, where)
     if len({type(row.get(args.prompt_column)) for row in lines} - {type(None)}) > 1:
         raise ContractError(f"`{args.prompt_column}` of {where} is text in some rows and not in others; use one kind.")
+    columns |= {name: name for name in TEMPLATE_COLUMNS if any(name in row for row in lines)}
     made = [{name: row.get(column) for name, column in columns.items()} for row in lines]
-    return Dataset.from_list([row | {name: _text(row[name]) for name in row if name != "prompt"} for row in made])
+    objects = ("prompt", "chat_template_kwargs")
+    return Dataset.from_list([row | {name: _text(row[name]) for name in row if name not in objects} for row in made])
 
 
 def _check_columns(columns: dict[str, str], there: Iterable[str], where: str) -> None:
@@ -103,14 +109,11 @@ def _text(value: Any) -> str | None:
 
 def _check_ids(splits: dict[str, Dataset], column: str) -> None:
     for split, rows in splits.items():
-        seen: set[str] = set()
-        for number, identity in enumerate(rows["own_id"]):
-            if identity is not None and identity in seen:
-                raise ContractError(
-                    f"Row {number} of split {split}: `{column}` {identity!r} occurs twice; give every row its own, or "
-                    "leave --id_column out."
-                )
-            seen.add(identity)
+        if (pair := first_repeated(rows, "own_id")) is not None:
+            raise ContractError(
+                f"Row {pair[1]} of split {split}: `{column}` {rows[pair[1]]['own_id']!r} occurs twice, first in row "
+                f"{pair[0]}; give every row its own, or leave --id_column out."
+            )
 
 
 def _structured(schema: str | None, answer: str) -> dict[str, Any] | Dropped:
@@ -146,6 +149,7 @@ def main(args: OwnProblemsArguments) -> None:
         if answer is None or not answer.strip():
             return Dropped("no answer")
         made: dict[str, Any] = {"answer": answer.strip()}
+        made |= {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
         if "own_id" in row:
             if row["own_id"] is None:
                 return Dropped("no id")

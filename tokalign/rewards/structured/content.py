@@ -7,14 +7,14 @@
 Leaving out a part that is wrong gains nothing, which F1 over all leaves would pay for. `leaf_f1` is that F1, for tables
 (`tokalign.evaluation.structured`). `True` is not 1, "1" is not 1; 1.0 is 1, as in JSON Schema.
 
-A reference of allowed values, as the Berkeley Function-Calling Leaderboard has it, gives every argument of a call a
-list of values that are right; an empty string among them lets the argument be left out.
+References of allowed values, as the Berkeley Function-Calling Leaderboard has them, are compared in
+`tokalign.rewards.structured.calls`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 TextMatch = Literal["exact", "tokens"]
@@ -95,44 +95,3 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     else:
         kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
         yield path, kind, value
-
-
-def allowed_agreement(call: Any, reference: Mapping[str, Any]) -> float:
-    """Share of a tool call that is allowed: (1 + right arguments) / (1 + arguments), 0 for another function.
-
-    Args:
-        call: `{"name": …, "arguments": {…}}`.
-        reference: `{"name": …, "arguments": {argument: [allowed value, …]}}`; "" among the values lets it be left out.
-    """
-    if not isinstance(call, dict) or call.get("name") != reference["name"]:
-        return 0.0
-    arguments = call.get("arguments")
-    if not isinstance(arguments, dict):
-        return 0.0
-    # The function counts as one more argument that is right, so a call of the right function is worth something even if
-    # all its arguments are wrong, and less than one with a right argument.
-    right, total = _allowed_arguments(arguments, reference["arguments"])
-    return (1 + right) / (1 + total)
-
-
-def _allowed_arguments(arguments: Mapping[str, Any], allowed: Mapping[str, Any]) -> tuple[int, int]:
-    right = total = 0
-    # Over the arguments of either side, so that an invented argument costs as a missing one does.
-    for key in allowed.keys() | arguments.keys():
-        if key not in arguments and "" in allowed[key]:
-            continue
-        total += 1
-        if key in arguments and key in allowed:
-            right += any(_is_allowed(arguments[key], one) for one in allowed[key])
-    return right, total
-
-
-def _is_allowed(value: Any, allowed: Any) -> bool:
-    if isinstance(allowed, dict) and isinstance(value, dict):
-        if not all(isinstance(values, list) for values in allowed.values()):
-            return equal(value, allowed)  # an object of plain values, not of lists of allowed ones
-        right, total = _allowed_arguments(value, allowed)
-        return right == total
-    if isinstance(allowed, list) and isinstance(value, list):
-        return len(value) == len(allowed) and all(map(_is_allowed, value, allowed))
-    return equal(value, allowed)

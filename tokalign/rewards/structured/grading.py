@@ -60,8 +60,9 @@ class Walk:
     A value of the right type is above 0 at every level, and faults are added up, never averaged. So each fault costs,
     wherever it is (a required key left out, a key invented, a type made wrong), and no number of sound parts hides it.
     The cost shrinks with depth, at most to 0.6 a level, and is lost in floating point at some 30 levels of objects. Of
-    alternatives (`anyOf`, `oneOf`) the one with the best grade counts; a change is a fault if it is one under the best
-    alternative before the change and under the best one after it.
+    alternatives (`anyOf`, `oneOf`) the one with the best grade counts, or all that the value fits together
+    (`Shape.chosen`) where that is more; a change is a fault if it is one under the best alternative before the change
+    and under the best one after it.
     """
 
     def __init__(self, max_values: int):
@@ -70,13 +71,16 @@ class Walk:
         # (by keys and types, with bounds, invented keys) of containers: without this memory alternatives within
         # alternatives take time exponential in the depth
         self.known: dict[tuple[int, int], tuple[float, float, int]] = {}
+        self.taken: dict[tuple[int, int], Shape] = {}  # where the shape that a choice came to had the best grade
 
     def top(self, shape: Shape, value: Any) -> Grade:
         """The grade of a whole document. It is 0 for a container without any key or item that the schema asks for."""
         keys, full = self.grade(shape, value)
         # Taken now: the questions below grade parts of the value once more, which must not count its invented keys
         # again.
-        invented, options = self.invented, shape.options or [shape]
+        invented, taken = self.invented, self.taken.get((id(shape), id(value)))
+        options = shape.options or [shape]
+        options = options if taken is None else [*options, *(taken.options or [taken])]
         if type(value) in _CONTAINERS:
             asked = [child for option in options for child in self._asked(option, value)]
             # An object has credit for being one. Without this, `{}` and an object of invented keys alone would be
@@ -85,7 +89,7 @@ class Walk:
                 return Grade(0.0, 0.0, False, invented, self)
             return Grade(keys, full, any(self.grade(child, item)[0] > 0 for child, item in asked), invented, self)
         # a bare scalar is an answer only to a schema that names its type
-        named = keys > 0 and all(option.types is not None for option in options)
+        named = keys > 0 and all(option.allowed is not None for option in options)
         return Grade(keys, full, True) if named else Grade(0.0, 0.0, False)
 
     def fault(self, shape: Shape, value: Any, place: str) -> str | None:
@@ -93,11 +97,14 @@ class Walk:
         if min(self.grade(shape, value)) == 1.0:
             return None
         # The alternative that the grade took is the one that was meant, so its faults are the ones to name.
+        taken = self.taken.get((id(shape), id(value)))
+        if taken is not None:
+            return self.fault(taken, value, place)
         if shape.options:
             return self.fault(max(shape.options, key=lambda option: self.grade(option, value)), value, place)
         where, kind = place[:200] or "the document", type_of(value)
-        if shape.types is not None and kind not in shape.types:
-            return f"{where}: {kind} where {' or '.join(sorted(shape.types)) or 'nothing'} is allowed"
+        if shape.allowed is not None and kind not in shape.allowed:
+            return f"{where}: {kind} where {' or '.join(sorted(shape.allowed)) or 'nothing'} is allowed"
         if isinstance(value, dict):
             for key in shape.required:
                 if key not in value:
@@ -141,7 +148,7 @@ class Walk:
             return self._container(shape, value)
         if shape.options:
             return self._best(shape.options, value)
-        if shape.types is not None and type_of(value) not in shape.types:
+        if shape.allowed is not None and type_of(value) not in shape.allowed:
             return 0.0, 0.0
         # A constant tells alternatives apart (`"kind": "circle"`). Had another constant of the right type full credit,
         # every alternative would fit equally well, and the wrong one could be graded beside the value.
@@ -156,18 +163,37 @@ class Walk:
             keys, full, invented = self.known[at]
             self.invented += invented
             return keys, full
-        # The library sees in one call that a part has no fault; only parts with one are walked through in Python.
         before = self.invented
+        if shape.chosen is not None:
+            self.known[at] = (0.0, 0.0, 0)  # an alternative to itself says nothing
+        # The library sees in one call that a part has no fault; only parts with one are walked through in Python.
         if shape.perfect is not None and shape.perfect.is_valid(value):
             keys, full = 1.0, 1.0
         elif shape.options:
             keys, full = self._best(shape.options, value)
-        elif shape.types is not None and type_of(value) not in shape.types:
+        elif shape.allowed is not None and type_of(value) not in shape.allowed:
             keys, full = 0.0, 0.0
         else:
             keys, full = self._object(shape, value) if type(value) is dict else self._array(shape, value)
+        # A value may fit several alternatives, whose keys it may all have. Asked only where no single one suffices.
+        if shape.chosen is not None and min(keys, full) < 1.0:
+            keys, full = self._together(shape, value, (keys, full), before)
         self.known[at] = (keys, full, self.invented - before)
         return keys, full
+
+    def _together(self, shape: Shape, value: Any, found: tuple[float, float], before: int) -> tuple[float, float]:
+        """The better of the grade that was found and of that by all which holds for the value together."""
+        self._visit(1 + len(shape.options))
+        together = None if shape.chosen is None else shape.chosen(value)
+        if together is None or together is shape:
+            return found
+        invented, self.invented = self.invented, before
+        keys, full = self.grade(together, value)
+        if (keys, full) > found:
+            self.taken[(id(shape), id(value))] = together
+        else:
+            self.invented = invented
+        return max(keys, found[0]), max(full, found[1])
 
     def _visit(self, count: int) -> None:
         self.left -= count

@@ -22,7 +22,8 @@ structure is on, every row of the table but the first ranks below every answer, 
 above 0. Whichever components are on, a fault raises none of them, as long as the reference fits the schema. Where the
 schema has alternatives (`anyOf`, `oneOf`), a completion is judged by the one that it fits best, so a change is a fault
 only if it is one under that alternative, both before and after the change. An empty list is right where the schema asks
-for no items; `minItems` or a reference makes it cost.
+for no items; `minItems` or a reference makes it cost. An empty document is an answer where the reference is empty, or
+where the schema allows no other. A valid document without invented keys has full marks, whatever words the schema uses.
 
 Deviations from the paper: structure is judged on parsed keys and types instead of substrings, a fence is no reason to
 be invalid, correctness compares typed values instead of words, the length term is a bonus instead of a malus.
@@ -30,21 +31,35 @@ be invalid, correctness compares typed values instead of words, the length term 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
+import pydantic_core
+
 from tokalign.rewards.structured import rl_struct
-from tokalign.rewards.structured.content import TextMatch, agreement, allowed_agreement, equal
+from tokalign.rewards.structured.calls import allowed_agreement, is_allowed_reference
+from tokalign.rewards.structured.content import TextMatch, agreement, equal
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
-from tokalign.rewards.structured.documents.reading import check_limits, decode_json, read_document, text_of
+from tokalign.rewards.structured.documents.json import check_limits, decode_json
+from tokalign.rewards.structured.documents.reading import answer_of, read_document
 from tokalign.rewards.structured.grading import Grade, TooManyValues
 from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
+from tokalign.stage.errors import ContractError
 
 COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}
+NAME, SCHEMA_COLUMN, REFERENCE_COLUMN = "structured", "schema", "answer"
 FLOOR = 0.1  # structure of the least answer; what is not an answer stays below it
 _KEPT = 1024  # parsed references
+# how an object may become JSON: Pydantic's own way, by alias, and by the two options that a model's configuration has
+_KINDS: tuple[dict[str, Any], ...] = (
+    {"by_alias": False, "inf_nan_mode": "strings"},
+    {"by_alias": True},
+    {"by_alias": False, "timedelta_mode": "float", "bytes_mode": "base64"},
+)
 _PERFECT = Grade(1.0, 1.0, True)
 _NOTHING = Grade(0.0, 0.0, False)
 
@@ -66,13 +81,16 @@ class StructuredReward:
         preset: "rl-struct" is the paper's literal reward, with its weights; it is easily gamed.
         fence: whether the document stands in a Markdown fence: "optional" (either way is fine), "never", "required".
         references: "value" compares with the reference as a document; "allowed" takes lists of allowed values for
-            each argument of a tool call (`tokalign.rewards.structured.content.allowed_agreement`).
+            each argument of a tool call, or of several in any order (`tokalign.rewards.structured.calls`).
         text_match: "exact", or "tokens" to compare strings by the F1 over their words.
-        min_length, max_length: bounds in characters; the component length is off without them.
-        reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>".
-        schema_column, reference_column: dataset columns.
+        min_length, max_length: bounds in characters, the lower one of the document written as JSON on one line, the
+            upper one of the text as it is; the component length is off without them.
+        reasoning_end: only what follows the last occurrence of this text is judged, e.g. "</think>"; of a message whose
+            reasoning a chat parser has taken out, its content.
+        schema_column, reference_column: dataset columns. One of another name than the default must be there.
         limits: most bytes, depth and values of a completion.
-        name: name of the reward and prefix of its metrics.
+        name: name of the reward and prefix of its metrics, and of its columns in the table of completions if it is
+            another than the default: so several rewards lie beside one another.
 
     Attributes:
         last_scores: what the last `score_batch` gave.
@@ -95,10 +113,10 @@ class StructuredReward:
         min_length: int | None = None,
         max_length: int | None = None,
         reasoning_end: str | None = None,
-        schema_column: str = "schema",
-        reference_column: str = "answer",
+        schema_column: str = SCHEMA_COLUMN,
+        reference_column: str = REFERENCE_COLUMN,
         limits: Limits | None = None,
-        name: str = "structured",
+        name: str = NAME,
     ):
         for option, value, known in (
             ("output_format", output_format, FORMATS),
@@ -138,7 +156,8 @@ class StructuredReward:
 
         Args:
             completion: text, or messages.
-            reference: right document, as an object or as text in the output format or in JSON; None if unknown.
+            reference: right document, as text in JSON or in the output format, or as an object: of JSON's types, a
+                Pydantic model or dataclass, or its `model_dump()`; None if unknown.
             schema: of this row; None is the constructor's.
 
         Returns:
@@ -156,7 +175,9 @@ class StructuredReward:
     def _components(self, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
         if self.preset is not None:
             bounds = (self.min_length, self.max_length)
-            return self._total(rl_struct.components(completion, reference, schema.schema, bounds, self.limits))
+            text = answer_of(completion, self.reasoning_end) or ""
+            first = _forms(reference)[0]
+            return self._total(rl_struct.components(text, first, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)
@@ -182,7 +203,7 @@ class StructuredReward:
                 "validity": 1.0,
                 "schema": 0.5 * grade.full + 0.5 * perfect,
                 "correctness": self._correctness(document.value, reference),
-                "length": self._length(completion, perfect),
+                "length": self._length(completion, document, perfect),
                 "_reason": None if perfect else lambda: self._fault(document, schema, grade),
             }
         )
@@ -200,11 +221,13 @@ class StructuredReward:
     def _grade(self, value: Any, reference: Any, schema: CompiledSchema) -> tuple[Grade, bool]:
         """Grade, and whether the document is valid without an invented key."""
         if not value and type(value) in (dict, list):
-            # right only where the reference is empty too: else the cheapest of all answers would be worth something
-            right = value == reference and schema.is_valid(value)
+            # right only where the reference is empty too, or where the schema allows nothing else: else the cheapest of
+            # all answers would be worth something
+            right = (value in _forms(reference) or schema.only_empty) and schema.is_valid(value)
             return (_PERFECT, True) if right else (_NOTHING, False)
         perfect = schema.is_perfect(value)
-        if perfect and ((not schema.shape.options and schema.shape.required) or isinstance(value, list)):
+        asked = schema.shape.allowed is not None and (schema.shape.required or isinstance(value, list))
+        if perfect and asked and not schema.shape.options:
             return _PERFECT, True  # required keys or items, all of them right: surely an attempt
         grade = schema.grade(value, max_values=self.limits.max_values)
         if perfect is None:
@@ -216,13 +239,19 @@ class StructuredReward:
             return None
         if self.references == "allowed":
             return allowed_agreement(value, reference)
+        if type(reference) is tuple:
+            return max([agreement(value, form, text_match=self.text_match) for form in reference])
         return agreement(value, reference, text_match=self.text_match)
 
-    def _length(self, completion: Source, perfect: bool) -> float | None:
+    def _length(self, completion: Source, document: Document, perfect: bool) -> float | None:
         if self.min_length is None and self.max_length is None:
             return None
-        length = len(text_of(completion))
-        within = (self.min_length or 0) <= length and (self.max_length is None or length <= self.max_length)
+        # What is too short is judged by the document alone, or white space and comments would fill it up; what is too
+        # long by all that was written, or they would be free. A message's parsed tool calls stand in no text.
+        said = len(json.dumps(document.value, ensure_ascii=False))
+        text = answer_of(completion, self.reasoning_end)
+        written = len(text) if text else said
+        within = (self.min_length or 0) <= said and (self.max_length is None or written <= self.max_length)
         return 1.0 if perfect and within else 0.0
 
     def _of_nothing(self, reason: Any, reference: Any) -> dict[str, Any]:
@@ -275,16 +304,44 @@ class StructuredReward:
                 if document is MISSING:
                     raise ValueError(f"is not JSON ({str(error)[:200]}); give the right document as JSON") from None
                 reference = document
-        if self.references == "allowed" and not _is_allowed_reference(reference):
+        else:
+            reference = _plain(reference, NO_SCHEMA if self.references == "allowed" else schema)
+        if self.references == "allowed" and not is_allowed_reference(reference):
             raise ValueError(
-                'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}}; give it so, or set '
-                "references to 'value'"
+                'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}} or a list of such calls; '
+                "give it so, or set references to 'value'"
             )
         return reference
 
     def check_row(self, schema: Any = None, reference: Any = None) -> None:
         """Raise what scoring a row of the dataset would raise for its schema or reference."""
         self._reference(reference, self._compiled(schema))
+
+    def check_columns(self, names: Collection[str], what: str) -> None:
+        """Raise where rows lack a column without which this reward would judge something else than it was asked to.
+
+        Args:
+            names: columns of the rows.
+            what: what to call the rows, e.g. "The training dataset".
+
+        Raises:
+            ContractError: naming the column and the remedy.
+        """
+        # A column that the caller named must be there; one of the default name only where nothing stands in for it
+        if self.schema_column not in names and (self.schema is None or self.schema_column != SCHEMA_COLUMN):
+            otherwise = " and no schema is given for all rows; set `schema` to a JSON Schema file, or"
+            raise ContractError(
+                f"{what} has no column `{self.schema_column}`{otherwise if self.schema is None else '; set'} "
+                "`schema_column` to the column that holds them, and leave `remove_unused_columns` false."
+            )
+        if self.reference_column in names or "correctness" not in self.active:
+            return
+        if self.reference_column != REFERENCE_COLUMN:
+            raise ContractError(
+                f"{what} has no column `{self.reference_column}`; set `reference_column` to the column that holds the "
+                "right documents, or leave the component correctness out of the weights."
+            )
+        warnings.warn(f"Rows have no column `{REFERENCE_COLUMN}`: the component correctness is off.", stacklevel=1)
 
     # -------------------------------------------------------------------------------------------------------- a batch
 
@@ -306,7 +363,13 @@ class StructuredReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[dict[str, Any]]:
-        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch."""
+        """`score` of every completion, without "reason"; kept as `last_scores` until the next batch.
+
+        Raises:
+            ContractError, SchemaError, ValueError: a column that is missing, a bad schema or reference, with its row.
+        """
+        if completions:
+            self.check_columns(columns, "The batch")
         schemas = columns.get(self.schema_column) or [None] * len(completions)
         references = columns.get(self.reference_column) or [None] * len(completions)
         rows: list[dict[str, Any]] = []
@@ -314,6 +377,8 @@ class StructuredReward:
         for index, completion in enumerate(completions):
             schema, reference = schemas[index], references[index]
             try:
+                if schema is None and self.schema is None:
+                    raise SchemaError("is missing; give it a JSON Schema, or drop the row")
                 compiled = self._compiled(schema)
                 parsed = self._reference(reference, compiled)
             except ValueError as error:
@@ -326,14 +391,15 @@ class StructuredReward:
                 reasons.append(reason() if callable(reason) else reason)
             rows.append(row)
         self.last_scores = rows
+        prefix = "" if self.__name__ == NAME else f"{self.__name__}/"
         for component in self.active:
             values = [row[component] for row in rows if row[component] is not None]
             if log_metric is not None and values:
                 log_metric(f"{self.__name__}/{component}", sum(values) / len(values))
             if log_extra is not None:
-                log_extra(component, [row[component] for row in rows])
+                log_extra(f"{prefix}{component}", [row[component] for row in rows])
         if log_extra is not None:
-            log_extra("reason", reasons)
+            log_extra(f"{prefix}reason", reasons)
         return rows
 
     def score_shared(self, component: str, completions: Sequence[Any], **columns: Any) -> list[dict[str, Any]]:
@@ -399,10 +465,27 @@ def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) 
     return {name: float(weights[name]) for name in COMPONENTS if weights.get(name)}
 
 
-def _is_allowed_reference(reference: Any) -> bool:
-    return (
-        isinstance(reference, dict)
-        and reference.keys() == {"name", "arguments"}
-        and isinstance(reference["arguments"], dict)
-        and all(isinstance(values, list) for values in reference["arguments"].values())
-    )
+def _forms(reference: Any) -> tuple[Any, ...]:
+    """The forms that a parsed reference has: several where the JSON of an object depends on its model, else one."""
+    return reference if type(reference) is tuple else (reference,)
+
+
+def _plain(reference: Any, schema: CompiledSchema) -> Any:
+    """An object of any kind (a Pydantic model, a dataclass, dates within) as JSON's types; see `_forms`.
+
+    Raises ValueError where it has no JSON, or none that fits the schema.
+    """
+    try:
+        plain = pydantic_core.to_jsonable_python(reference, **_KINDS[0])
+        if plain == reference:
+            return plain
+        forms = [plain, *(pydantic_core.to_jsonable_python(reference, **kind) for kind in _KINDS[1:])]
+    except ValueError as error:
+        raise ValueError(f"cannot be read as JSON ({str(error)[:200]}); give the right document as JSON") from None
+    # What was not JSON has its form from the model that it is a dump of. That is not known here, so each form that fits
+    # the schema is right.
+    fitting = [form for index, form in enumerate(forms) if form not in forms[:index] and schema.is_valid(form)]
+    if not fitting:
+        reason = schema.first_error(plain)
+        raise ValueError(f"as JSON does not fit the schema ({reason}); give the right document as JSON")
+    return tuple(fitting) if len(fitting) > 1 else fitting[0]

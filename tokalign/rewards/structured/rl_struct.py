@@ -16,8 +16,9 @@ import json
 from typing import Any
 
 from tokalign.rewards.structured.content import token_f1
-from tokalign.rewards.structured.documents.document import MISSING, Fault, Limits, Source
-from tokalign.rewards.structured.documents.reading import check_limits, text_of, unreadable
+from tokalign.rewards.structured.documents.document import MISSING, Fault, Limits, Source, unreadable
+from tokalign.rewards.structured.documents.json import check_limits
+from tokalign.rewards.structured.documents.reading import text_of
 
 WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "correctness": 0.5, "length": 0.1}
 
@@ -33,14 +34,13 @@ def components(
 
     Args:
         reference: parsed; MISSING makes correctness None.
-        schema: JSON Schema; only its `required` is read.
+        schema: JSON Schema; only its `required` is read, of alternatives what each of them requires.
         bounds: fewest and most characters; without any, length is None.
     """
     text = text_of(completion)
     fault = unreadable(text, limits)
     if fault is not None:
         text = ""
-    required = schema.get("required", []) if isinstance(schema, dict) else []
     shortest, longest = bounds
     length = None
     if shortest is not None or longest is not None:
@@ -48,7 +48,7 @@ def components(
         length = 0.0 if within else -0.1
     error = fault or _syntax_error(text, limits)
     return {
-        "structure": float(bool(text) and all(key in text for key in required)),
+        "structure": float(bool(text) and all(key in text for key in _required(schema))),
         "format": 0.5 * ("```" in text) + 0.3 * ("json" in text),
         "validity": float(error is None),
         "schema": None,
@@ -56,6 +56,13 @@ def components(
         "length": length,
         "_reason": error,
     }
+
+
+def _required(schema: Any) -> list[str]:
+    if not isinstance(schema, dict):
+        return []
+    each = [_required(option) for option in schema.get("anyOf", ())] or [[]]
+    return [*schema.get("required", ()), *(key for key in each[0] if all(key in keys for keys in each))]
 
 
 def _syntax_error(text: str, limits: Limits) -> str | None:

@@ -19,13 +19,13 @@ import jsonschema_rs
 
 from tokalign.rewards.structured import validators
 from tokalign.rewards.structured.grading import Grade, Walk
-from tokalign.rewards.structured.shapes import ARRAY_WORDS, DATA, NAMED, OBJECT_WORDS, ShapeCompiler, subschemas
+from tokalign.rewards.structured.shapes import DATA, NAMED, OBJECT_WORDS, ShapeCompiler, subschemas
 from tokalign.rewards.structured.validators import short
 
 _MAX_VALUES = 10_000
 _MODEL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
-_IN_PLACE = {"allOf", "anyOf", "oneOf", "if", "not", "$ref", "$dynamicRef", "dependentSchemas", "dependencies"}
+_IN_PLACE = set("allOf anyOf oneOf if not $ref $dynamicRef dependentSchemas dependencies dependentRequired".split())
 
 
 class SchemaError(ValueError):
@@ -41,7 +41,13 @@ def load_schema(schema: Any) -> dict[str, Any] | bool:
     if isinstance(schema, str) and _MODEL.fullmatch(schema):
         schema = _model(schema)
     if hasattr(schema, "model_json_schema"):
-        return schema.model_json_schema()
+        from tokalign.rewards.structured import models  # Pydantic is slow to import; who gives a model has done so
+
+        try:
+            forms = models.forms(schema)
+        except ValueError as error:
+            raise SchemaError(f"The Pydantic model {schema.__name__} has no JSON Schema ({short(error)}).") from None
+        return forms[0] if len(forms) == 1 else {"anyOf": [_close(form) for form in forms]}
     if isinstance(schema, Path) or (isinstance(schema, str) and not _is_text(schema)):
         try:
             schema = Path(schema).read_text(encoding="utf-8")
@@ -116,25 +122,39 @@ class CompiledSchema:
     def __init__(self, schema: dict[str, Any] | bool):
         self.schema = schema
         try:
-            self._validator = validators.validator(schema)
+            parts = list(subschemas(schema, "#"))
+            formats = validators.own_formats(schema, parts)
+            self._validator = validators.validator(schema, formats)
         except jsonschema_rs.ReferencingError as error:
             raise SchemaError(f"{_place(schema, str(error))}: {short(error)}; put it under `$defs`.") from None
         except jsonschema_rs.ValidationError as error:
             where = "".join(f"/{part}" for part in error.instance_path) or _place(schema, error.message)
             remedy = "only references within the schema are followed" if "esource" in error.message else "mend it there"
-            raise SchemaError(f"The schema is invalid at {where}: {short(error)}; {remedy}.") from None
+            what = short(error)
+            found = _bad_pattern(parts)
+            if found is not None:
+                where, what = found[0], f"the pattern {found[1][:200]!r} is no regular expression that can be used"
+            raise SchemaError(f"The schema is invalid at {where}: {what}; {remedy}.") from None
         except (ValueError, RecursionError) as error:
             raise SchemaError(f"The schema cannot be compiled ({short(error)}); simplify it.") from None
         try:
-            parts = list(subschemas(schema, "#"))
             # where closing every object says the same as the grade, one call tells a perfect part from the others
-            closed = validators.validator_map(_close(schema)) if all(_closable(part) for _, part in parts) else None
-            self.shape = ShapeCompiler(schema, closed).shape((schema,))
+            closed = (
+                validators.validator_map(_close(schema), formats) if all(_closable(part) for _, part in parts) else None
+            )
+            shapes = ShapeCompiler(schema, parts, closed, formats)
+            self.shape = shapes.shape((schema,))
+            self._exact = not shapes.overlapping
         except RecursionError:
             raise SchemaError("The schema is nested too deep; simplify it.") from None
         # closed alternatives may exclude one another where the schema's own do not
         self._exclusive = any("oneOf" in part for _, part in parts)
         self._refers = any(_REFERENCES & part.keys() for _, part in parts)
+
+    @property
+    def only_empty(self) -> bool:
+        """Whether no object or array that holds anything is right, so that an empty one is all that can be asked."""
+        return all(option.empty for option in self.shape.options or [self.shape])
 
     @property
     def wants_list(self) -> bool:
@@ -153,9 +173,11 @@ class CompiledSchema:
         if self.shape.perfect is None:
             return None
         try:
-            return self.shape.perfect.is_valid(value) and (not self._exclusive or self._validator.is_valid(value))
+            if self.shape.perfect.is_valid(value):
+                return not self._exclusive or self._validator.is_valid(value)
         except (ValueError, TypeError, RecursionError):
             return False
+        return False if self._exact else None
 
     def first_error(self, value: Any, grade: Grade | None = None) -> str | None:
         """The first fault in words, with its place: by the grade, else a breach of the schema; None if there is none.
@@ -185,6 +207,21 @@ class CompiledSchema:
         return self.grade(value, max_values=max_values).invented
 
 
+def _bad_pattern(parts: list[tuple[str, dict[str, Any]]]) -> tuple[str, str] | None:
+    """(place, pattern) of the first pattern that cannot be compiled."""
+    for at, part in parts:
+        keys = part.get("patternProperties")
+        patterns = [("pattern", part.get("pattern"))]
+        patterns += [("patternProperties", key) for key in (keys if isinstance(keys, dict) else ())]
+        for word, pattern in patterns:
+            if isinstance(pattern, str):
+                try:
+                    validators.validator({"pattern": pattern})
+                except (jsonschema_rs.ValidationError, ValueError):
+                    return f"{at[1:]}/{word}", pattern
+    return None
+
+
 def _place(schema: Any, message: str) -> str:
     """Path of the reference that an error message speaks of; "/" (the whole schema) if none is found."""
     for path, word, reference in _references(schema, ""):
@@ -211,12 +248,9 @@ def _references(schema: Any, path: str) -> Iterator[tuple[str, str, str]]:
 def _closable(schema: dict[str, Any]) -> bool:
     """Whether `additionalProperties: false` would refuse exactly the keys that the grade calls invented."""
     in_place = _IN_PLACE & schema.keys()
-    if in_place - {"anyOf", "oneOf", "$ref"} or (in_place and (OBJECT_WORDS | {"type"}) & schema.keys()):
+    if in_place - {"anyOf", "oneOf", "$ref"} or len(in_place) > 1 or (in_place and OBJECT_WORDS & schema.keys()):
         return False
-    if "$id" in schema or "unevaluatedProperties" in schema or "$recursiveRef" in schema:
-        return False
-    # without a type the grade takes it for an object or an array, JSON Schema does not
-    return not (OBJECT_WORDS | ARRAY_WORDS) & schema.keys() or isinstance(schema.get("type"), str)
+    return not {"unevaluatedProperties", "$recursiveRef", "contains"} & schema.keys()
 
 
 def _close(schema: Any) -> Any:
@@ -232,7 +266,7 @@ def _close(schema: Any) -> Any:
             closed[word] = {name: _close(member) for name, member in item.items()}
         else:
             closed[word] = item if word in DATA else _close(item)
-    keyed = schema.get("type") == "object" and ("properties" in schema or "patternProperties" in schema)
+    keyed = "properties" in schema or "patternProperties" in schema
     properties, required = closed.get("properties", {}), schema.get("required", [])
     # the metaschema sees to these types, but for what stands under a keyword that it does not know
     if not isinstance(properties, dict) or not isinstance(required, list):

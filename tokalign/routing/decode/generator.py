@@ -120,6 +120,11 @@ class RoutedGenerator:
             policy.router.to(embedding.device)
             policy.router.attach_embedding(embedding)
 
+    @property
+    def prompts(self) -> dict[str, Any] | None:
+        """How the prompts of the labels were rendered that the router was trained on; None if that is not known."""
+        return self.policy.router.config.prompts if isinstance(self.policy, RouterPolicy) else None
+
     @classmethod
     def from_pretrained(
         cls,

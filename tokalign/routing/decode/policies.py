@@ -17,7 +17,7 @@ import torch
 
 from tokalign.generation.sampling import entropy, uniforms
 from tokalign.routing.decode.backend import check_threshold
-from tokalign.routing.router.model import TokenRouter
+from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,11 @@ class ReplayPolicy:
         self._routed = self._routed.to(tokens.steps.device)
         rows, columns = self._routed.shape
         return self._routed[tokens.seeds % rows, tokens.steps.clamp(max=columns - 1)]
+
+
+def prompts_of_labels(router: str) -> dict[str, Any] | None:
+    """How the prompts of the labels were rendered that a router, by hub id or folder, was trained on; None: unknown."""
+    return TokenRouterConfig.from_pretrained(router).prompts
 
 
 def named_policy(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tokalign.prompts import PromptArguments
+
 STAGES = ("answers", "prefill", "branches", "labels")
 
 
 @dataclass
-class LabelArguments:
+class LabelArguments(PromptArguments):
     """Problems, small model, stages and their folder."""
 
     slm: str = field(metadata={"help": "Small model: hub id or path."})
@@ -32,10 +34,6 @@ class LabelArguments:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longer prompts are dropped and counted; unset is what the model can hold."}
     )
-    prompt_format: Literal["chat", "raw"] = field(
-        default="chat",
-        metadata={"help": "`chat` renders a prompt by the chat template, `raw` encodes a string as it is."},
-    )
     top_k: int = field(default=100, metadata={"help": "Largest logits of the SLM kept a position (paper: 100)."})
     slm_dtype: str = field(default="auto", metadata={"help": "Type of the SLM's weights."})
     prefill_token_budget: int = field(default=16384, metadata={"help": "Tokens of one forward pass, padding included."})
@@ -47,6 +45,7 @@ class LabelArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ValueError(f"There is no stage {unknown[0]!r}: --stages takes {', '.join(STAGES)}.")
         if (self.dataset is None) == (self.on_policy is None):

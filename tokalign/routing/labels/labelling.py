@@ -27,6 +27,7 @@ from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import Engine, SamplingParams
 from tokalign.generation.rollouts import sampler
 from tokalign.generation.vocabulary import check_pair, end_ids, stored_generation_config
+from tokalign.prompts import recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.labels.arguments import STAGES, LabelArguments, VerdictArguments
 from tokalign.routing.labels.branches import BranchGrower, BranchLookup, Fork, continue_forks
@@ -72,7 +73,8 @@ class Labelling:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             llm.tokenizer or llm.model, trust_remote_code=trust
         )
-        slm_tokenizer = AutoTokenizer.from_pretrained(arguments.slm, trust_remote_code=trust)
+        # One rule for labels, decoding and serving: the SLM's chat template renders the prompts that both models read
+        slm_tokenizer = self.slm_tokenizer = AutoTokenizer.from_pretrained(arguments.slm, trust_remote_code=trust)
         slm_config, llm_config = (
             AutoConfig.from_pretrained(path, trust_remote_code=trust).get_text_config()
             for path in (arguments.slm, llm.model)
@@ -122,8 +124,15 @@ class Labelling:
         arguments = self.arguments
         problems = self._first(load_stage(arguments.dataset or "", split=arguments.split, stage="problems"))
         params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, stop=tuple(arguments.stop or ()))
+        rendering = rendering_of(
+            arguments,
+            self.slm_tokenizer,
+            recorded=recorded_beside(arguments.slm, self.llm.adapter, self.llm.model),
+            of="the models' training",
+            folder=self.folders["answers"],
+        )
         limits: dict[str, Any] = {
-            "prompt_format": arguments.prompt_format,
+            "prompt_format": rendering.format,
             "max_prompt_length": arguments.max_prompt_length,
         }
 
@@ -133,19 +142,21 @@ class Labelling:
                 params,
                 extract=extract_answer,
                 match=answers_match,
-                prompt_format=arguments.prompt_format,
+                rendering=rendering,
+                renderer=self.slm_tokenizer,
                 max_prompt_length=arguments.max_prompt_length,
             )
             return [finished_answer(item) for item in sample(rows)]
 
         parameters = {"max_tokens": arguments.max_tokens, "stop": arguments.stop, "split": arguments.split}
         parameters |= {"engine": self.llm.engine, "dtype": self.llm.dtype}
-        self._job("answers", answer, problems, {**limits, **parameters})
+        prompts = rendering.record(self.slm_tokenizer)
+        self._job("answers", answer, problems, {**limits, **parameters}, prompts=prompts)
 
     def routed_answers(self) -> None:
         """Answers that routed decoding has written, with the LLM's greedy choice at every position."""
         arguments = self.arguments
-        routed = load_stage(arguments.on_policy or "", split=arguments.split, tokenizer=self.tokenizer)
+        routed = load_stage(arguments.on_policy or "", split=arguments.split, tokenizer=self.slm_tokenizer)
         for name in ("prompt", "answer", "prompt_ids", "completion_ids", "written_by"):
             if name not in routed.column_names:
                 raise ContractError(f"{arguments.on_policy} has no column `{name}`; make it with `tokalign generate`.")
@@ -167,7 +178,7 @@ class Labelling:
     def prefill(self) -> None:
         """The SLM's choice at every position of the answers, and what a router will read there."""
         arguments = self.arguments
-        rows = load_stage(self.folders["answers"], tokenizer=self.tokenizer)
+        rows = load_stage(self.folders["answers"], tokenizer=self.slm_tokenizer)
         folder = self.folders["prefill"] / "features"
         scorer = cache(
             lambda: DivergenceScorer(
@@ -190,7 +201,7 @@ class Labelling:
     def branches(self) -> None:
         """From every difference the LLM's greedy continuation behind the SLM's token."""
         arguments, verdict = self.arguments, self.verdict
-        rows = load_stage(self.folders["prefill"], tokenizer=self.tokenizer)
+        rows = load_stage(self.folders["prefill"], tokenizer=self.slm_tokenizer)
         if self.outcome and "answer" not in rows.column_names:
             raise ContractError(
                 f"{self.folders['prefill']} has no column `answer`, which --verdict outcome needs; build the problems "
@@ -220,7 +231,7 @@ class Labelling:
     def labels(self) -> None:
         """The verdict on every difference, in a stage for each split."""
         arguments = self.arguments
-        rows = load_stage(self.folders["prefill"], tokenizer=self.tokenizer)
+        rows = load_stage(self.folders["prefill"], tokenizer=self.slm_tokenizer)
         grown = read_manifest(self.folders["branches"])
         if grown["parameters"]["verdict"] != self.verdict.verdict:
             raise ContractError(
@@ -228,7 +239,7 @@ class Labelling:
                 f"{self.verdict.verdict!r}; choose that one or another folder."
             )
         agree = grown.get("rows") == 0  # two models that agree everywhere
-        branches = None if agree else load_stage(self.folders["branches"], tokenizer=self.tokenizer)
+        branches = None if agree else load_stage(self.folders["branches"], tokenizer=self.slm_tokenizer)
         judge = Judge(self.verdict, self.llm)
         by_judge = None if self.outcome else judge.verdicts
         # By outcome the labeller compares the answers itself
@@ -290,6 +301,7 @@ class Labelling:
         rows: Dataset,
         parameters: dict[str, Any],
         split: str = "",
+        prompts: dict[str, Any] | None = None,
         **manifest: Any,
     ) -> None:
         """One stage, or one split of it, over its rows."""
@@ -300,8 +312,9 @@ class Labelling:
             name=f"routing {stage} {split}".rstrip(),
             parameters={**self.identity, **parameters},
             shard_size=self.arguments.shard_size,
-            # The ids of every stage are the LLM's tokenizer's
-            tokenizer=self.tokenizer,
+            # The ids of every stage mean the same to both; the SLM's tokenizer is the one that decoding goes by
+            tokenizer=self.slm_tokenizer,
+            prompts=prompts,
             extra_manifest={"models": self.models, "shared_vocab": self.shared_vocab, **manifest},
         )
 

@@ -77,7 +77,8 @@ def build_label_report(folders: Mapping[str, Path], splits: Mapping[str, Path], 
     for folder in splits.values():
         manifest = read_manifest(folder)
         seconds += manifest["seconds"]
-        for reason, count in manifest["dropped"].items():
+        # labels of an earlier version count their tokens under `dropped`
+        for reason, count in {**manifest["dropped"], **manifest.get("left_out", {})}.items():
             if reason.startswith(_INVALID):
                 invalid[reason.removeprefix(_INVALID)] = invalid.get(reason.removeprefix(_INVALID), 0) + count
     report["invalid"] = invalid

@@ -19,7 +19,7 @@ from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.labels.features import finite_positions, open_features
 from tokalign.stage.contract import check_lists, check_values
 from tokalign.stage.errors import ContractError
-from tokalign.stage.loading import load_stage
+from tokalign.stage.loading import folder_of, load_stage
 from tokalign.stage.manifest import manifest_of
 
 _OPEN = 64  # files mapped at a time, several times a sampler's window
@@ -60,7 +60,7 @@ class RouterDataset(Dataset):
             if column not in rows.column_names:
                 raise ContractError(f"{stage} has no column `{column}`; run `tokalign label`.")
         self.manifest = manifest_of(rows) or {}
-        folder = Path(stage) / split if any((Path(stage) / split).glob("*.parquet")) else Path(stage)
+        folder = folder_of(stage, split)
         if "features" not in self.manifest:
             raise ContractError(f"The manifest of {folder} has no `features`; run `tokalign label` again.")
         self.folder = folder

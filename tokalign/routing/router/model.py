@@ -50,6 +50,7 @@ class TokenRouterConfig(PreTrainedConfig):
         threshold: route if and only if score >= threshold; None until calibrated.
         calibration: how the threshold was found: target, what it achieves, split, hash of the labels' manifest.
         slm: the small model: `name`, `weights_hash`, `tokenizer_hash`.
+        prompts: how the prompts of the labels were rendered (`tokalign.prompts.PromptRendering.record`).
         pos_weight: weight of divergent tokens in training. σ(logit − ln pos_weight) is a probability; σ(logit), the
             score, is not.
     """
@@ -69,6 +70,7 @@ class TokenRouterConfig(PreTrainedConfig):
     threshold: float | int | None = None
     calibration: dict[str, Any] | None = None
     slm: dict[str, Any] | None = None
+    prompts: dict[str, Any] | None = None
     pos_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from tokalign.prompts import RECORD
 from tokalign.routing.labels.classes import DIVERGENT
 from tokalign.routing.router.calibration import check_dataset, router_inputs
 from tokalign.routing.router.card import write_model_card
@@ -136,6 +137,7 @@ def new_router(slm: str | Path, dataset: RouterDataset, **shape: Any) -> TokenRo
             embedding_size=width,
             shared_vocab=dataset.manifest.get("shared_vocab", rows),
             top_k=dataset.top_k,
+            prompts=dataset.manifest.get(RECORD),
             slm={"name": str(slm), "weights_hash": own, "tokenizer_hash": made_by.get("tokenizer_hash")},
             **shape,
         )
@@ -172,6 +174,10 @@ class RouterTrainer(Trainer):
         **kwargs: Any,
     ):
         args = args or RouterConfig()
+        if not isinstance(args, RouterConfig):
+            raise TypeError(
+                f"`args` must be a RouterConfig, got {type(args).__name__}; it has the same fields and more."
+            )
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
                 check_dataset(model, dataset)

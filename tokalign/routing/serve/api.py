@@ -7,15 +7,16 @@ and `chat_template_kwargs`, and `routing_trace` (who wrote each token, and its s
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic_core
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.protocol import SamplingParams
+from tokalign.prompts import now, render_prompt, reserved
+from tokalign.stage.errors import ContractError
 
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 256  # of one string: looking for it decodes as many of the last tokens at every token
@@ -140,8 +141,12 @@ class Request(_Model):
         """How many other tokens' log-probs are asked for a position."""
         raise NotImplementedError
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Token ids of each prompt; runs off the event loop, so it touches nothing but the tokenizer."""
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[list[int]]:
+        """Token ids of each prompt; runs off the event loop, so it touches nothing but the tokenizer.
+
+        Args:
+            variables: of the chat template, where the client gives none.
+        """
         raise NotImplementedError
 
 
@@ -159,7 +164,7 @@ class CompletionRequest(Request):
     def alternatives(self) -> int:
         return self.logprobs or 0
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[list[int]]:
         several: Any = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if several and all(type(item) is int for item in several):
             several = [several]
@@ -199,24 +204,19 @@ class ChatRequest(Request):
     def alternatives(self) -> int:
         return self.top_logprobs
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[list[int]]:
         if tokenizer.chat_template is None:
             raise ApiError(400, "This model has no chat template: use /v1/completions.", param="messages")
         messages = [{"role": message.role, "content": _text(message)} for message in self.messages]
-        own = inspect.signature(tokenizer.apply_chat_template).parameters
-        for name in self.chat_template_kwargs:
-            if name in own:  # e.g. `chat_template`: what the template is, is not the client's to say
-                raise ApiError(400, f"`chat_template_kwargs` cannot set `{name}`: give variables of the template.")
+        # What the template is, say, or that it is followed by the answer's beginning, is not the client's to set
+        if taken := reserved(self.chat_template_kwargs):
+            raise ApiError(400, f"`chat_template_kwargs` cannot set `{taken}`: give variables of the template.")
         try:
-            variables: dict[str, Any] = dict(self.chat_template_kwargs)
-            encoded: Any = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, **variables
-            )
-        except (TemplateError, TypeError, ValueError) as error:  # e.g. roles that must alternate
-            raise ApiError(
-                400, f"The chat template refused these messages: {_one_line(error)}", param="messages"
-            ) from error
-        return [list(encoded["input_ids"])]
+            # A server runs for weeks: its template is told today's date
+            given = {**variables, **self.chat_template_kwargs}
+            return [render_prompt(messages, tokenizer, chat_template_kwargs=given, date=now())]
+        except (ContractError, ValueError) as error:  # e.g. roles that must alternate
+            raise ApiError(400, _one_line(error), param="messages") from error
 
 
 def _text(message: Message) -> str:

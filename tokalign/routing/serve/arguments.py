@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tokalign.prompts import TemplateArguments
+
 
 @dataclass
 class PairEngineArguments:
@@ -44,8 +46,8 @@ class PairEngineArguments:
 
 
 @dataclass
-class ServerArguments:
-    """Address, name, key and budget of the server."""
+class ServerArguments(TemplateArguments):
+    """Address, name, key and budget of the server, and what its chat template is given."""
 
     target_rate: float | None = field(
         default=None, metadata={"help": "Share of LLM tokens that the threshold is steered to; unset leaves it alone."}

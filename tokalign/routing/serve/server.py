@@ -12,7 +12,7 @@ import asyncio
 import ipaddress
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -51,11 +51,13 @@ class ServerSettings(ServerLimits):
         model: name under which the pair is served.
         api_key: clients must send it as bearer token, to everything but /health; None asks for none.
         llm_required: whether /health is 503 while the LLM is out of reach (`on_llm_outage` "error").
+        chat_template_kwargs: variables of the chat template, where a client gives none.
     """
 
     model: str
     api_key: str | None = field(default=None, repr=False)
     llm_required: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,7 +153,9 @@ class _Server:
     async def encode(self, asked: Request) -> list[list[int]]:
         """Its prompts' ids, within the limits."""
         loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(self._encoder, asked.prompts, self.backend.tokenizer)
+        prompts = await loop.run_in_executor(
+            self._encoder, asked.prompts, self.backend.tokenizer, self.settings.chat_template_kwargs
+        )
         most, choices = self.settings.max_prompt_tokens, len(prompts) * max(1, asked.n)
         if choices > self.settings.max_choices:
             raise ApiError(

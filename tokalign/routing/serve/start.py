@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
+from tokalign.prompts import rendering_of
 from tokalign.routing.decode.arguments import PairArguments
 from tokalign.routing.decode.backend import RoutedBackend
+from tokalign.routing.decode.policies import prompts_of_labels
 from tokalign.routing.serve.arguments import PairEngineArguments, ServerArguments, ServerLimits
 from tokalign.routing.serve.budget import BudgetController
 from tokalign.routing.serve.server import GracefulServer, ServerSettings, create_app, exposure_warning
@@ -32,6 +35,10 @@ async def serve(
     except ValueError:
         await backend.close()
         raise
+    # Prompts as the router knows them: those of its labels, unless the command says otherwise
+    recorded = prompts_of_labels(str(pair.router))
+    rendering = rendering_of(server, backend.tokenizer, recorded=recorded, of="the router's labels")
+    settings = replace(settings, chat_template_kwargs=rendering.chat_template_kwargs)
     warning = exposure_warning(server.host, settings.api_key)
     if warning is not None:
         logger.warning(warning)

@@ -67,3 +67,16 @@ class Document:
 
 class Fault(ValueError):
     """A document that no reading can mend: repeated keys, NaN, too deep. Its text says which."""
+
+
+def unreadable(text: str, limits: Limits) -> str | None:
+    """Why a text is not even looked at: too long, or not text."""
+    # characters first: 50 MB must not be encoded to find out that they are too many
+    if len(text) > limits.max_bytes:
+        return f"longer than {limits.max_bytes} bytes"
+    if text.isascii():
+        return None
+    try:
+        return None if len(text.encode()) <= limits.max_bytes else f"longer than {limits.max_bytes} bytes"
+    except UnicodeEncodeError:
+        return "a lone surrogate, which is not text"

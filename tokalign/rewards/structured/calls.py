@@ -1,0 +1,257 @@
+"""Whether tool calls are right, by lists of allowed values, as the Berkeley Function-Calling Leaderboard has it.
+
+A reference is one call, or a list of calls whose order is free:
+
+    {"name": …, "arguments": {argument: [allowed value, …]}, "types": …, "required": …, "language": …}
+
+"" among the values lets the argument be left out. In an allowed object every value is such a list too. The last three
+keys may be missing: "types" names the declared type of each argument as the leaderboard does (`PYTHON`; of a container
+`[type, type of its items]`), "required" the arguments that may not be left out although "" is among their values, and
+"language" ("java", "javascript") says that arguments are source text (`tokalign.rewards.structured.literals`).
+
+`calls_match` is the leaderboard's AST accuracy, the figure `exact_match`:
+
+- There are as many calls as in the reference. Each of the reference, in its order, takes the first call that fits it
+  and that none before it took.
+- A call fits if its name is the reference's, no argument is unknown and none is missing that may not be left out.
+- A value has exactly the declared type (True is no integer; a whole number passes for a float), or the type of the
+  first allowed value: then it is taken for a variable's name or the like, and must equal an allowed value.
+- Strings are compared without case, spaces and the signs , . / - _ * ^, and ' is ".
+- An array equals an allowed one item by item, its strings compared as above; each item has the declared type of items
+  or that of the first item of an allowed array. As an array of no items and as a string of no letters, "" is a value.
+- An object has known keys with allowed values, and lacks only keys that may be left out; an array of objects is such
+  objects in the allowed order.
+
+`allowed_agreement` is its graded form for the reward: the share of arguments that are right, over calls matched as well
+as they can be. Without a declared type, and for the grade, a value is right if it equals an allowed one as JSON (1.0 is
+1, at any depth), its strings compared as above.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokalign.rewards.structured.content import equal
+from tokalign.rewards.structured.literals import read_literal
+
+PYTHON: dict[str, type] = {
+    "string": str,
+    "integer": int,
+    "float": float,
+    "boolean": bool,
+    "array": list,
+    "tuple": list,
+    "dict": dict,
+    "any": str,
+}
+_OTHERS: dict[str, type] = {
+    **dict.fromkeys(("byte", "short", "integer", "long", "Bigint"), int),
+    **dict.fromkeys(("float", "double"), float),
+    **dict.fromkeys(("boolean", "Boolean"), bool),
+    **dict.fromkeys(("char", "String", "any"), str),
+    **dict.fromkeys(("Array", "ArrayList", "array", "Queue", "Stack"), list),
+    **dict.fromkeys(("HashMap", "Hashtable", "dict"), dict),
+}
+_KEYS = {"name", "arguments", "types", "required", "language"}
+_IGNORED = re.compile(r"[ ,./\-_*^]")
+
+Reference = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def is_allowed_reference(reference: Any) -> bool:
+    """Whether a parsed reference has the form that the top of this file describes."""
+    calls = reference if isinstance(reference, list) and reference else [reference]
+    return all(
+        isinstance(call, dict)
+        and {"name", "arguments"} <= call.keys() <= _KEYS
+        and isinstance(call["arguments"], dict)
+        and all(isinstance(values, list) for values in call["arguments"].values())
+        for call in calls
+    )
+
+
+def calls_match(value: Any, reference: Reference) -> bool:
+    """Whether the calls of a completion are right by the leaderboard's AST accuracy.
+
+    Args:
+        value: a call `{"name": …, "arguments": {…}}`, or a list of them.
+        reference: see the top of this file.
+    """
+    given, wanted = _listed(value), _listed(reference)
+    if len(given) != len(wanted):
+        return False
+    left = list(given)
+    for one in wanted:
+        index = next((i for i, call in enumerate(left) if _fits(call, one)), None)
+        if index is None:
+            return False
+        del left[index]
+    return True
+
+
+def allowed_agreement(value: Any, reference: Reference) -> float:
+    """How far the calls of a completion are right, in [0, 1].
+
+    One call for one wanted has (1 + right arguments) / (1 + arguments), and 0 if it calls another function. Of several,
+    the best pairing of calls with wanted ones counts, divided by the number of either side, whichever is larger: an
+    invented call and one made twice cost as a missing one does.
+
+    Args:
+        value: a call `{"name": …, "arguments": {…}}`, or a list of them.
+        reference: see the top of this file.
+    """
+    given, wanted = _listed(value), _listed(reference)
+    shares = [[_agreement(call, one) for call in given] for one in wanted]
+    if not given:
+        return 0.0
+    if len(wanted) == 1:
+        return max(shares[0]) / len(given)
+    from scipy.optimize import linear_sum_assignment  # only now: most references are one call
+
+    rows, columns = linear_sum_assignment(shares, maximize=True)
+    total = sum(shares[row][column] for row, column in zip(rows, columns, strict=True))
+    return float(total / max(len(given), len(wanted)))
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _arguments(call: Any, reference: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The arguments of a call of the function that the reference names; None for anything else."""
+    if not isinstance(call, dict) or call.get("name") != reference["name"]:
+        return None
+    arguments = call.get("arguments")
+    return arguments if isinstance(arguments, dict) else None
+
+
+def _fits(call: Any, reference: Mapping[str, Any]) -> bool:
+    arguments, allowed = _arguments(call, reference), reference["arguments"]
+    return (
+        arguments is not None
+        and all(key in arguments for key in reference.get("required", ()))
+        and all(key in arguments or "" in values for key, values in allowed.items())
+        and all(key in allowed and _right(value, key, reference) for key, value in arguments.items())
+    )
+
+
+def _agreement(call: Any, reference: Mapping[str, Any]) -> float:
+    arguments, allowed = _arguments(call, reference), reference["arguments"]
+    if arguments is None:
+        return 0.0
+    needed = reference.get("required", ())
+    right = total = 0
+    # Over the arguments of either side, so that an invented argument costs as a missing one does.
+    for key in allowed.keys() | arguments.keys():
+        if key not in arguments and key not in needed and "" in allowed[key]:
+            continue
+        total += 1
+        if key in arguments and key in allowed:
+            value = arguments[key]
+            right += _right(value, key, reference) or any(_is_allowed(value, one) for one in allowed[key])
+    # The function counts as one more argument that is right, so a call of the right function is worth something even if
+    # all its arguments are wrong, and less than one with a right argument.
+    return (1 + right) / (1 + total)
+
+
+# ------------------------------------------------------------------------------------------- values, by declared type
+
+
+def _right(value: Any, key: str, reference: Mapping[str, Any]) -> bool:
+    """Whether an argument's value is right by the leaderboard's rules."""
+    allowed, kind = reference["arguments"][key], reference.get("types", {}).get(key)
+    if kind is None:
+        return any(_is_allowed(value, one) for one in allowed)
+    outer, inner = kind if isinstance(kind, list) else (kind, None)
+    language = reference.get("language")
+    if language is None:
+        types = PYTHON
+        if outer == "float" and type(value) is int:
+            value = float(value) if abs(value) < 2**1023 else value
+    else:
+        if not isinstance(value, str):
+            return False
+        types, value = _OTHERS, read_literal(value, kind, language)
+        inner = None if inner == "any" else inner  # such items were read by their look
+    if outer not in types:
+        return any(_is_allowed(value, one) for one in allowed)
+    return _typed_right(value, allowed, types[outer], types.get(inner) if inner else None)
+
+
+def _typed_right(value: Any, allowed: list[Any], expected: type, items: type | None) -> bool:
+    given, first = type(value), _first_type(allowed)
+    if given is not expected:
+        # a variable, written as its name where another type is declared: only an equal value is right
+        return given is first and value in allowed
+    if items is not None and not any(_items_typed(value, one, items) for one in allowed):
+        return False
+    if first is not None and first is not expected:
+        return value in allowed
+    if expected is dict:
+        return any(_object_right(value, one) for one in allowed)
+    if expected is list and items is dict:
+        return any(_objects_right(value, one) for one in allowed)
+    if expected is list:
+        plain = _plain_items(value)
+        return any(plain == ([] if one == "" else _plain_items(one)) for one in allowed if isinstance(one, str | list))
+    if expected is str:
+        return standard(value) in [standard(one) for one in allowed if isinstance(one, str)]
+    return value in allowed
+
+
+def _first_type(allowed: Any) -> type | None:
+    """Type of the first allowed value that is not the sign for a missing one."""
+    return next((type(one) for one in allowed if one != ""), None)
+
+
+def _items_typed(value: list[Any], one: Any, items: type) -> bool:
+    return not isinstance(one, list) or all(type(item) in (items, _first_type(one)) for item in value)
+
+
+def standard(text: str) -> str:
+    """A string as the leaderboard compares it: without case, spaces and most punctuation."""
+    return _IGNORED.sub("", text).lower().replace("'", '"')
+
+
+def _plain(value: Any) -> Any:
+    return standard(value) if isinstance(value, str) else value
+
+
+def _plain_items(value: list[Any] | str) -> list[Any]:
+    return [_plain(item) for item in value]
+
+
+def _object_right(value: Any, one: Any) -> bool:
+    if not isinstance(one, dict) or not isinstance(value, dict):
+        return False
+    lists = {key: values if isinstance(values, list) else [values] for key, values in one.items()}
+    return all(key in lists and _plain(item) in _plain_items(lists[key]) for key, item in value.items()) and all(
+        key in value or "" in values for key, values in lists.items()
+    )
+
+
+def _objects_right(value: list[Any], one: Any) -> bool:
+    if one == "":
+        return not value
+    return isinstance(one, list) and len(one) == len(value) and all(map(_object_right, value, one))
+
+
+# ---------------------------------------------------------------------------------------------------- values, as JSON
+
+
+def _is_allowed(value: Any, allowed: Any) -> bool:
+    """Whether a value equals an allowed one as JSON; objects in `allowed` hold lists of allowed values."""
+    if isinstance(allowed, dict) and isinstance(value, dict):
+        if not all(isinstance(values, list) for values in allowed.values()):
+            return equal(value, allowed)  # an object of plain values, not of lists of allowed ones
+        return all(
+            any(_is_allowed(value[key], one) for one in allowed.get(key, ())) if key in value else "" in allowed[key]
+            for key in allowed.keys() | value.keys()
+        )
+    if isinstance(allowed, list) and isinstance(value, list):
+        return len(value) == len(allowed) and all(map(_is_allowed, value, allowed))
+    if isinstance(allowed, str) and isinstance(value, str):
+        return standard(value) == standard(allowed)
+    return equal(value, allowed)
