@@ -27,11 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from trl import DPOConfig, ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser
 
 from tokalign.cli.train import DataArguments, train
 from tokalign.stage.processes import end_processes
-from tokalign.trainers.token_preference import TokenPreferenceTrainer
+from tokalign.trainers.token_preference import TokenPreferenceConfig, TokenPreferenceTrainer
 
 CHUNK = 1024  # completion tokens whose logits exist at once
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -78,7 +78,7 @@ def tdpo_loss(
 
 
 @dataclass
-class TDPOConfig(DPOConfig):
+class TDPOConfig(TokenPreferenceConfig):
     r"""
     Configuration class for the [`TDPOTrainer`]; for all other parameters see [`~trl.DPOConfig`].
 

@@ -1,6 +1,7 @@
 """`tokalign evaluate answers` and `tokalign view` on a tiny model."""
 
 import json
+import shutil
 
 import pytest
 from datasets import Dataset
@@ -8,6 +9,9 @@ from datasets import Dataset
 from tests.support import tiny_tokenizer
 from tokalign.cli.main import main
 from tokalign.stage.errors import ContractError
+from tokalign.stage.jobs import run_job
+from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import note_beside_model
 
 
 def _run(verb, *arguments):
@@ -48,6 +52,32 @@ def test_evaluate_compare_and_resume(tiny_path, tmp_path, capsys):
     assert second["comparison"]["greedy"]["difference"] == 0 and second["comparison"]["greedy"]["p"] == 1
     assert second["comparison"]["logps"]["chosen"]["difference"] == 0
     assert "greedy accuracy" in capsys.readouterr().out
+
+
+def test_evaluation_stops_where_sampling_stopped(tiny_path, tmp_path, capsys):
+    """By the manifest of the rollouts, of the pairs, or of what the model was trained on; and it says which."""
+    problems, pairs = _stages(tmp_path)
+    rows = load_stage(pairs)
+    sampling = {"stop": ["\n\n"], "end_ids": [1], "end_token_id": 1, "base_model": True}
+    extra, ids = {"sampling": sampling}, {"parameters": {}, "tokenizer": tiny_tokenizer()}
+    run_job(lambda batch: batch, rows, tmp_path / "stage", name="pairs", extra_manifest=extra, **ids)
+    shutil.copytree(tiny_path, tmp_path / "trained")
+    note_beside_model(tmp_path / "trained", "DPO", load_stage(tmp_path / "stage"), allowed=False)
+    common = ["--problems", problems, "--split", "train", "--max_tokens", 2]
+    stage, trained = tmp_path / "stage", tmp_path / "trained"
+    for name, options, path in (
+        ("rollouts", ["--model", tiny_path, "--rollouts", stage], stage),
+        ("pairs", ["--model", tiny_path, "--preferences", stage], stage),
+        ("model", ["--model", trained, "--preferences", pairs], trained),
+    ):
+        _run("evaluate answers", *common, *options, "--output_dir", tmp_path / "eval" / name)
+        assert json.loads((tmp_path / "eval" / name / "metrics.json").read_text())["stop"] == ["\n\n"]
+        said = " ".join(capsys.readouterr().out.split())
+        assert "Completions end at ['\\n\\n'], as the rollouts behind" in said and path.name in said
+    _run("evaluate answers", *common, "--model", trained, "--stop", "END", "--output_dir", tmp_path / "given")
+    assert json.loads((tmp_path / "given" / "metrics.json").read_text())["stop"] == ["END"]
+    with pytest.raises(ContractError, match="does not say where its rollouts stopped; give --stop"):
+        _run("evaluate answers", *common, "--model", tiny_path, "--rollouts", pairs, "--output_dir", tmp_path / "no")
 
 
 def test_view_writes_one_page(tiny_path, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -15,7 +17,7 @@ from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.hashes import tokenizer_hash, weights_hash
 from tokalign.stage.loading import load_stage
-from tokalign.stage.manifest import read_manifest
+from tokalign.stage.manifest import read_manifest, stop_strings, write_manifest
 
 
 class Scripted:
@@ -46,8 +48,9 @@ def problems(folder, count: int = 10, prompt=lambda k: f"What is {k}+1?") -> str
     return str(folder)
 
 
-def sample(tmp_path, monkeypatch, tiny_path, texts, **changes):
-    monkeypatch.setattr(sample_rollouts, "load_engine", lambda arguments: Scripted(tiny_path, texts))
+def sample(tmp_path, monkeypatch, tiny_path, texts, engine=None, **changes):
+    make = engine or Scripted
+    monkeypatch.setattr(sample_rollouts, "load_engine", lambda arguments: make(tiny_path, texts))
     where = tmp_path / "problems"
     arguments = sample_rollouts.SampleArguments(
         dataset=str(where) if where.exists() else problems(where), output_dir=str(tmp_path / "rollouts"), shard_size=4
@@ -101,6 +104,96 @@ def test_sft_rows_reach_the_trainer_as_they_are(tmp_path, monkeypatch, tiny_path
     for row, prepared in zip(rows, trainer.train_dataset, strict=True):
         assert prepared["input_ids"] == row["prompt_ids"] + row["completion_ids"]
         assert prepared["labels"] == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
+
+
+def test_a_rollout_with_an_id_of_no_token_is_dropped_and_counted(tmp_path, monkeypatch, tiny_path):
+    """vLLM draws from every row of the model's matrix, of which some only pad it."""
+
+    class Padded(Scripted):
+        def generate(self, prompts, params, *, adapter=None):
+            results = super().generate(prompts, params)
+            results[0][2].token_ids[1] = len(self.tokenizer) + 3
+            for completion in results[1]:
+                completion.token_ids[0] = 2**30
+            return results
+
+    manifest = sample(tmp_path, monkeypatch, tiny_path, TEXTS, Padded)
+    reason = "a completion holds an id that the tokenizer does not know"
+    assert manifest["dropped"] == {reason: 3} and manifest["left_out"] == {reason: 3 * 7}  # in each of three shards
+    assert manifest["rows"] == 60 - 3 * 7
+    rollouts = load_stage(tmp_path / "rollouts")
+    assert rollouts["id"].count("p0") == 5 and "p1" not in rollouts["id"]
+
+
+class StopsAtBlankLine(Scripted):
+    """A base model: it ends an answer with a blank line, by which it is stopped, and never by an end token."""
+
+    def generate(self, prompts, params, *, adapter=None):
+        results = super().generate(prompts, params)
+        for completion in (completion for completions in results for completion in completions):
+            completion.token_ids[-1:] = self.tokenizer("\n\n")["input_ids"]
+            completion.logprobs.append(-1.0)
+        return results
+
+
+@pytest.fixture
+def base_path(tiny_path, tmp_path) -> str:
+    """The tiny model without a chat template, as base models come."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_path, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("options", "ended"), [({}, True), ({"end_token": False}, False)])
+def test_rows_that_a_stop_string_ended_get_the_models_end_token(tmp_path, monkeypatch, base_path, options, ended):
+    """Or a model that is trained on them never learns to end its answers."""
+    manifest = sample(tmp_path, monkeypatch, base_path, TEXTS, StopsAtBlankLine, stop=["\n\n"], prompt_format="raw")
+    sampling = {"stop": ["\n\n"], "end_ids": [1], "end_token_id": 1, "base_model": True}
+    assert manifest["sampling"] == sampling and stop_strings(manifest) == ["\n\n"]
+    manifests = pair(tmp_path, **options)
+    assert manifests["pairs"]["sampling"] == sampling
+    assert manifests["pairs"]["parameters"].get("end_token_id") == (1 if ended else None)
+    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    blank = tokenizer("\n\n")["input_ids"]
+    pairs = load_stage(tmp_path / "out" / "pairs", tokenizer=tokenizer)
+    check_preferences(pairs, tokenizer)
+    positive = load_stage(tmp_path / "out" / "positive")
+    for ids in [*pairs["chosen_ids"], *pairs["rejected_ids"], *positive["completion_ids"], *positive["input_ids"]]:
+        assert ids[-3:] == [*blank, 1] if ended else ids[-2:] == blank
+    assert all(sum(row["completion_mask"]) == len(row["completion_ids"]) for row in positive)
+
+
+def test_end_tokens_where_the_manifest_does_not_say_them(tmp_path, monkeypatch, base_path):
+    """Rollouts of an earlier version, and rows that ended by themselves."""
+    sample(tmp_path, monkeypatch, base_path, TEXTS, StopsAtBlankLine, stop=["\n\n"], prompt_format="raw")
+    manifest = read_manifest(tmp_path / "rollouts")
+    del manifest["sampling"]
+    write_manifest(tmp_path / "rollouts", manifest)
+    assert stop_strings(manifest) == ["\n\n"]
+    assert "end_token_id" not in pair(tmp_path)["pairs"]["parameters"]
+    with pytest.raises(ContractError, match=r"does not say which id ends a completion .* give end_token_id"):
+        pair(tmp_path, end_token=True, output_dir=str(tmp_path / "again"))
+    pair(tmp_path, end_token_id=1, output_dir=str(tmp_path / "given"))
+    assert {ids[-1] for ids in load_stage(tmp_path / "given" / "pairs")["chosen_ids"]} == {1}
+
+
+def test_rows_that_end_by_themselves_stay_as_they_are(tmp_path, monkeypatch, base_path):
+    sample(tmp_path, monkeypatch, base_path, TEXTS, stop=["\n\n"], prompt_format="raw")
+    pair(tmp_path)
+    rollouts = {tuple(ids) for ids in load_stage(tmp_path / "rollouts")["completion_ids"]}
+    assert {tuple(ids) for ids in load_stage(tmp_path / "out" / "pairs")["chosen_ids"]} <= rollouts
+
+
+def test_an_answer_behind_a_stop_string_is_not_read(tmp_path, monkeypatch, tiny_path):
+    """Which the token that completes the string may hold."""
+    sample(tmp_path, monkeypatch, tiny_path, ["#### 2\n\n#### 3"], stop=["\n\n"])
+    rollouts = load_stage(tmp_path / "rollouts")
+    assert set(rollouts["extracted"]) == {"2"} and all(rollouts["correct"])
+    assert set(rollouts["completion"]) == {"#### 2\n\n#### 3"}  # the text is still what the ids say
 
 
 def test_shards_do_not_change_rollouts_of_the_real_engine(tmp_path, tiny_path):

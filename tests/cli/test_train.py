@@ -8,7 +8,7 @@ import string
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from tests.support import tiny_model, tiny_tokenizer
@@ -17,8 +17,9 @@ from tokalign.cli.main import main
 from tokalign.internals.trl import ids_of_dpo_trainer
 from tokalign.prompts import PromptRendering
 from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.loading import load_stage
-from tokalign.stage.manifest import read_manifest
+from tokalign.stage.manifest import read_manifest, write_manifest
 
 SHORT = {"max_steps": 3, "learning_rate": 1e-2, "beta": 0.5, "report_to": "none", "use_cpu": True, "bf16": False}
 
@@ -110,6 +111,43 @@ def test_another_dataset_is_evaluated_on(tiny_path, tmp_path):
     trainer = main(["critical-dpo", *words({**SHORT, **names, **evaluation, "dtype": "float32"})])
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_sft_rows_of_another_tokenizer(tiny_path, tmp_path, stored):
+    """TRL trains on `input_ids` as they are; whose they are, the manifest or the text tells."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    rows = []
+    for i in range(4):
+        ids = [[*tokenizer(text)["input_ids"], 1] for text in (f"{i} + 1?", f"It is {i + 1}.")]
+        row = {"id": str(i), "prompt": f"{i} + 1?", "completion": f"It is {i + 1}.", "prompt_ids": ids[0]}
+        row |= {"completion_ids": ids[1], "input_ids": ids[0] + ids[1]}
+        rows.append(row | {"completion_mask": [0] * len(ids[0]) + [1] * len(ids[1])})
+    sampling = {"stop": ["\n\n"], "end_ids": [1], "end_token_id": 1, "base_model": True}
+    manifest = {"name": "pairs", "status": "complete", "sampling": sampling}
+    short = {key: value for key, value in SHORT.items() if key != "beta"} | {"max_steps": 1, "dtype": "float32"}
+
+    def sft(name: str, rows: list[dict], made_with: str, *more: str):
+        Dataset.from_list(rows).to_parquet(tmp_path / name / "train.parquet")
+        if stored:
+            write_manifest(tmp_path / name, manifest | {"tokenizer_hash": made_with})
+        names = {
+            "model_name_or_path": tiny_path,
+            "dataset_name": tmp_path / name,
+            "output_dir": tmp_path / f"{name}_out",
+        }
+        return main(["sft", *words({**short, **names}), *more])
+
+    sft("own", rows, tokenizer_hash(tokenizer))
+    assert (tmp_path / "own_out" / "manifest.json").exists() == stored
+    if stored:  # evaluation will stop where these rollouts stopped
+        assert read_manifest(tmp_path / "own_out")["sampling"] == sampling
+    other = [row | {"completion_ids": [6 + (i + 20) % 80 for i in row["completion_ids"]]} for row in rows]
+    message = "made with another tokenizer" if stored else "Row 0 .*`completion` is not what this tokenizer reads"
+    with pytest.raises(ContractError, match=message):
+        sft("other", other, "0" * 64)
+    sft("other", other, "0" * 64, "--allow_other_tokenizer", "true")
+    assert read_manifest(tmp_path / "other_out")["allow_other_tokenizer"] is True
 
 
 @pytest.mark.parametrize("verb", ["critical-dpo", "dpo", "treg", "sft"])

@@ -94,6 +94,35 @@ def test_truncated_answers_are_counted(tmp_path):
     assert metrics["truncated"] == 1 and metrics["greedy_accuracy"] == 0
 
 
+def test_what_comes_after_a_stop_string_is_no_answer(tmp_path):
+    """The last `####` of a model that ran on is the answer to a question of its own."""
+
+    class RunsOn(Solver):
+        def _answer(self, prompt, params, sample):
+            answer = super()._answer(prompt, params, sample)
+            more = TOKENIZER("\n\n1 + 1\n#### 99")["input_ids"]
+            return Completion([*answer.token_ids[:-1], *more, 1], [0.0] * (len(answer.token_ids) + len(more)), "stop")
+
+    engine = RunsOn(15)
+    options = dict(tokenizer=TOKENIZER, match=lambda prediction, reference: prediction == reference, samples=2)
+    options["extract"] = lambda text: text.rpartition("#### ")[2].strip() or None
+    ran_on = evaluate(lambda: engine, _problems(), tmp_path / "a", **options)
+    cut = evaluate(lambda: engine, _problems(), tmp_path / "b", stop=["\n\n"], **options)
+    assert (ran_on["greedy_accuracy"], cut["greedy_accuracy"]) == (0, 0.75)
+    assert ran_on["sampled_accuracy"] == 0 < cut["sampled_accuracy"]
+
+
+def test_prompt_ids_of_another_tokenizer_are_refused(tmp_path):
+    """A problem that has `prompt_ids`, such as a rollout, is not rendered again."""
+    rows = [row | {"prompt_ids": TOKENIZER(f"<|user|>{row['prompt']}<|end|>")["input_ids"]} for row in _problems()]
+    metrics, _ = _evaluate(tmp_path / "own", problems=Dataset.from_list(rows))
+    assert metrics["greedy_accuracy"] == 0.75
+    for row in rows:
+        row["prompt_ids"] = [6 + (i + 20) % 80 for i in row["prompt_ids"]]
+    with pytest.raises(ContractError, match=r"Row 0 \(id 'p0'\): `prompt` is not what .* reads in `prompt_ids`"):
+        _evaluate(tmp_path / "other", problems=Dataset.from_list(rows))
+
+
 def test_runs_are_compared_by_problem(tmp_path):
     _evaluate(tmp_path / "weak", skill=5, samples=2)
     # The same problems in another order.

@@ -165,6 +165,21 @@ def test_a_banned_id_in_the_answer_is_refused(tiny_path):
         engine_at(tiny_path, server.url).generate(PROMPTS[:1], SamplingParams(banned_token_ids=(8,)))
 
 
+def test_a_probability_above_one_is_no_answer(tiny_path):
+    """A log-prob that rounding has lifted over 0 is 0; one far above it comes from something else than a model."""
+
+    def answer(attempt, body, value):
+        payload = good(body)
+        payload["choices"][0]["logprobs"]["token_logprobs"][0] = value
+        return 200, payload
+
+    with serving(lambda attempt, body: answer(attempt, body, 1e-7)) as server:
+        assert engine_at(tiny_path, server.url).generate([[7]], SamplingParams())[0][0].logprobs[0] == 0
+    message = r"holds the log-prob 0.7, and a probability is at most 1"
+    with serving(lambda *request: answer(*request, 0.7)) as server, pytest.raises(ConnectionError, match=message):
+        engine_at(tiny_path, server.url, max_retries=1).generate([[7]], SamplingParams())
+
+
 def test_no_more_requests_in_flight_than_allowed(tiny_path):
     now, most, lock = [0], [0], threading.Lock()
     gate = threading.Barrier(3)

@@ -200,6 +200,24 @@ def save_adapter(base: str, path, seed: int) -> str:
     return str(path)
 
 
+@torch.no_grad()
+def test_an_id_that_the_tokenizer_does_not_know_is_never_drawn():
+    """Rows that only pad the matrix, and a hole in the vocabulary, though the model wants nothing else."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer) + 7)
+    model.lm_head.weight[-7:] += 5 * model.lm_head.weight[:6].abs().sum()
+    model.lm_head.weight[-7:-4] *= -1  # whatever the sign of the state, some of them are wanted
+    wanted = model(torch.tensor([[9, 10]])).logits[0, -1].argmax().item()
+    assert wanted >= len(tokenizer)
+    engine = TransformersEngine(EngineArguments("", token_budget=400), model=model, tokenizer=tokenizer)
+    for params in (SamplingParams(temperature=0, max_tokens=12), SamplingParams(n=8, seed=0, max_tokens=12)):
+        for completions in engine.generate([[9, 10], [11]], params):
+            for completion in completions:
+                assert max(completion.token_ids) < len(tokenizer)
+    (completion,), _ = engine.generate([[9, 10], [11]], SamplingParams(n=1, seed=0, max_tokens=4))
+    assert completion.logprobs == pytest.approx(plain_logprobs(model, [9, 10], completion.token_ids), rel=1e-4)
+
+
 def test_adapters_by_path_on_one_base(tiny_path, tmp_path):
     one, two = (save_adapter(tiny_path, tmp_path / name, seed) for seed, name in enumerate(["one", "two"]))
     engine = load_engine(EngineArguments(model=tiny_path))

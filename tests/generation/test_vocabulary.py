@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ALPHABET, tiny_tokenizer
-from tokalign.generation.vocabulary import check_pair, end_ids, stored_generation_config
+from tokalign.generation.vocabulary import check_pair, end_ids, stored_generation_config, unknown_ids
 
 END = 1
 
@@ -25,8 +25,12 @@ def test_end_ids_are_the_models_and_the_tokenizers(tiny_path, tmp_path):
 def test_a_pair_shares_the_ids_below_both_vocabularies_and_may_differ_in_chat_template():
     slm, llm = tiny_tokenizer(), tiny_tokenizer()
     llm.chat_template = "another"
-    assert check_pair(slm, llm, 96, 128) == 96
-    assert check_pair(slm, llm, 128, 100) == 100
+    llm.add_special_tokens({"pad_token": "<|padding|>"})
+    assert len(slm) == 89 and len(llm) == 90
+    assert check_pair(slm, llm, 80, 128) == 80
+    assert check_pair(slm, llm, 128, 85) == 85
+    assert check_pair(slm, llm, 96, 128) == 89  # what pads both models is an id of neither
+    assert unknown_ids(llm, 93) == [90, 91, 92] and unknown_ids(slm, 80) == []
     assert (slm.chat_template, llm.chat_template) == (tiny_tokenizer().chat_template, "another")
     with pytest.raises(ValueError, match=r"The SLM's tokenizer .* is not the LLM's .*: route between") as error:
         check_pair(slm, tiny_tokenizer(ALPHABET[::-1]), 96, 96)

@@ -293,7 +293,9 @@ def test_script_refuses_another_tokenizers_ids(tiny_path, tmp_path):
     rows.to_parquet(tmp_path / "foreign" / "train.parquet")
     other = save_tiny(tmp_path / "other")
     tiny_tokenizer(alphabet="zyxwvutsrqponmlkjihgfedcbaABCDEW0123456789 #+?").save_pretrained(other)
-    with pytest.raises(ContractError, match=r"were made with another tokenizer .* use the tokenizer of the model"):
+    with pytest.raises(
+        ContractError, match=r"were made with another tokenizer .* use the model that they were made for"
+    ):
         prompting.main(arguments(other, tmp_path / "stage", tmp_path / "a"))
     with pytest.raises(ContractError, match=r"Row 0 \(id 'p0'\): .*use the tokenizer that made these ids"):
         prompting.main(arguments(other, tmp_path / "foreign", tmp_path / "b"))

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.signals.support import save_adapter
-from tests.support import save_tiny, tiny_tokenizer
+from tests.support import ALPHABET, save_tiny, tiny_tokenizer
 from tokalign.cli import compare, first_error, rollout
 from tokalign.generation.arguments import EngineArguments
 from tokalign.signals import ContrastiveScorer, contrast, likelihood, prompting
@@ -91,13 +91,15 @@ def test_score_contrast_counts_what_it_drops(stage, tmp_path):
     rows = load_stage(stage["pairs"]).to_list()
     rows[1]["rejected_ids"] = []
     rows[2]["prompt_ids"] = [7] * 600
+    rows[3]["chosen_ids"][0] = len(tokenizer) + 3  # of a model's padding
     run_job(
         lambda batch: batch, Dataset.from_list(rows), tmp_path / "odd", name="odd", parameters={}, tokenizer=tokenizer
     )
     contrast.main(arguments(stage, tmp_path / "scored", dataset=str(tmp_path / "odd")))
     manifest = read_manifest(tmp_path / "scored")
-    assert manifest["rows"] == 4
+    assert manifest["rows"] == 3
     assert manifest["dropped"] == {
+        "a completion holds an id that the tokenizer does not know": 1,
         "chosen: prompt and completion are longer than the model's 512 positions": 1,
         "rejected: the completion is empty": 1,
     }
@@ -194,3 +196,6 @@ def test_every_scorer_refuses_another_tokenizers_ids_without_a_manifest(stage, t
             module.main(arguments)
     with pytest.raises(ContractError, match="use the tokenizer that made these ids"):
         rollout.main(rollout.Arguments(**out), EngineArguments(model=other, dtype="float32"))
+    tiny_tokenizer(ALPHABET[::-1]).save_pretrained(other)  # whose ids are all inside the vocabulary
+    likelihood.main(likelihood.Arguments(model=other, allow_other_tokenizer=True, **out))
+    assert read_manifest(out["output_dir"])["allow_other_tokenizer"] is True

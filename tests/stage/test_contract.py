@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from tests.support import ALPHABET, tiny_tokenizer
@@ -18,7 +21,15 @@ from tokalign.stage import hashes
 from tokalign.stage.contract import check_preferences
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_json_atomically
-from tokalign.stage.hashes import content_hash, model_identity, tokenizer_hash, weights_hash
+from tokalign.stage.hashes import (
+    added_tokens,
+    allowance,
+    content_hash,
+    model_identity,
+    other_tokenizer,
+    tokenizer_hash,
+    weights_hash,
+)
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
@@ -65,12 +76,75 @@ def test_tokenizer_hash_survives_saving_processes_and_what_trainers_change(tiny_
 def test_tokenizer_hash_differs_where_ids_differ():
     own = tokenizer_hash(tiny_tokenizer())
     assert tokenizer_hash(tiny_tokenizer(ALPHABET[1:] + ALPHABET[0])) != own
-    added = tiny_tokenizer()
-    added.add_tokens(["<|new|>"])
-    assert tokenizer_hash(added) != own
-    template = tiny_tokenizer()
-    template.chat_template = template.chat_template.replace("assistant", "helper")
-    assert tokenizer_hash(template) != own
+    lowered = tiny_tokenizer()
+    lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert tokenizer_hash(lowered) != own
+
+
+def added(*tokens: str, **special: str):
+    """The tiny tokenizer with tokens, and perhaps other special ones, that were added later."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def test_what_changes_no_id_makes_no_other_tokenizer():
+    """A padding token that a trainer adds, `eos_token` of `SFTConfig`, a chat template."""
+    made_with = {"tokenizer_hash": tokenizer_hash(tiny_tokenizer()), "added_tokens": added_tokens(tiny_tokenizer())}
+    later = [added("<|new|>"), added(pad_token="<|padding|>"), added(eos_token="<|user|>"), added()]
+    later[-1].chat_template = "another"
+    for tokenizer in later:
+        assert other_tokenizer(made_with, tokenizer) is None
+        theirs = {"tokenizer_hash": tokenizer_hash(tokenizer), "added_tokens": added_tokens(tokenizer)}
+        assert other_tokenizer(theirs, tiny_tokenizer()) is None  # an id that is not here is found in the row
+    two = {"tokenizer_hash": tokenizer_hash(added("<|a|>", "<|b|>")), "added_tokens": {"89": "<|a|>", "90": "<|b|>"}}
+    assert added_tokens(added("<|a|>", "<|b|>")) == two["added_tokens"]
+    reason = other_tokenizer(two, added("<|a|>", "<|c|>"))
+    assert reason == "id 90 is '<|b|>' there and '<|c|>' here"
+
+
+def test_a_manifest_of_an_earlier_version_names_its_tokenizer_still(tmp_path):
+    """Its hash held added and special tokens and the template too (written out here as it was)."""
+    tokenizer = tiny_tokenizer()
+    serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+    former = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "added": [[i, str(t.content), bool(t.special)] for i, t in sorted(tokenizer.added_tokens_decoder.items())],
+        "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token],
+        "chat_template": tokenizer.chat_template,
+        "merges": serialised["model"].get("merges"),
+        "pipeline": [serialised.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")],
+    }
+    hashed = hashlib.sha256(json.dumps(former, sort_keys=True).encode()).hexdigest()
+    assert other_tokenizer({"tokenizer_hash": hashed}, tokenizer) is None
+    assert other_tokenizer({"tokenizer_hash": hashed}, tiny_tokenizer(ALPHABET[::-1])) is not None
+
+    # A job that such a version began goes on, and what it finished is finished
+    rows = Dataset.from_list([{"id": f"r{k}"} for k in range(4)])
+    job = dict(name="job", parameters={}, tokenizer=tokenizer, shard_size=2)
+    with pytest.MonkeyPatch.context() as before:
+        before.setattr("tokalign.stage.jobs.tokenizer_hash", lambda tokenizer: hashed)
+        run_job(lambda batch: batch, rows, tmp_path, **job)
+    (tmp_path / "part-00001-of-00002.parquet").unlink()
+    calls = []
+    run_job(lambda batch: calls.append(len(batch)) or batch, rows, tmp_path, **job)
+    assert calls == [2] and read_manifest(tmp_path)["tokenizer_hash"] == hashed
+    load_stage(tmp_path, tokenizer=tokenizer)
+
+
+def test_ids_of_another_tokenizer_can_be_allowed_and_what_is_made_of_them_says_so(tmp_path, caplog):
+    Dataset.from_list(preferences(tiny_tokenizer())).to_parquet(tmp_path / "train.parquet")
+    write_manifest(tmp_path, {"name": "pairs", "status": "complete", "tokenizer_hash": "0" * 64})
+    with pytest.raises(ContractError, match="or set `allow_other_tokenizer` if they mean the same"):
+        load_stage(tmp_path, tokenizer=tiny_tokenizer())
+    rows = load_stage(tmp_path, tokenizer=tiny_tokenizer(), allow_other_tokenizer=True)
+    assert "made with another tokenizer (hash 000000000000" in caplog.text
+    extra = allowance(True)
+    run_job(lambda batch: batch, rows, tmp_path / "scored", name="scored", parameters={}, extra_manifest=extra)
+    again = load_stage(tmp_path / "scored")
+    manifest = run_job(lambda batch: batch, again, tmp_path / "again", name="again", parameters={})
+    assert manifest["allow_other_tokenizer"] is True and allowance(False) == {}
 
 
 def test_weights_hash_is_of_the_content(tiny_path, tmp_path):
@@ -257,5 +331,83 @@ def test_text_around_an_answer_in_messages_is_the_templates(tmp_path):
     with pytest.raises(ContractError, match=r"Row 1 .*`chosen` is not what this tokenizer reads"):
         check_preferences(Dataset.from_list(rows), tokenizer)
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    write_manifest(tmp_path, {"name": "pairs", "status": "complete", "tokenizer_hash": tokenizer_hash(tokenizer)})
+    made_with = {"tokenizer_hash": tokenizer_hash(tokenizer), "added_tokens": {}}
+    write_manifest(tmp_path, {"name": "pairs", "status": "complete", **made_with})
     check_preferences(load_stage(tmp_path), tokenizer)  # the manifest says whose ids these are
+
+
+def test_a_text_that_was_edited_is_not_what_its_ids_say(tmp_path):
+    """`DPOTrainer` would train on the new text, ours on the old ids: nobody is left to believe the first."""
+    tokenizer = tiny_tokenizer()
+    Dataset.from_list(preferences(tokenizer)).to_parquet(tmp_path / "train.parquet")
+    made_with = {"tokenizer_hash": tokenizer_hash(tokenizer), "added_tokens": {}}
+    write_manifest(tmp_path, {"name": "pairs", "status": "complete", **made_with})
+    edited = load_stage(tmp_path).map(lambda row: {"chosen": row["chosen"] + ", thanks"})
+    with pytest.raises(ContractError, match=r"Row 0 .*`chosen` is not what .* leave the columns of ids out"):
+        check_preferences(edited, tokenizer)
+
+
+def test_rows_need_no_id_and_no_text():
+    tokenizer = tiny_tokenizer()
+    rows = Dataset.from_list(preferences(tokenizer)).remove_columns("id")
+    check_preferences(rows, tokenizer, signals=["contrast"])
+    check_preferences(rows.remove_columns(["prompt", "chosen", "rejected"]), tokenizer)
+    broken = rows.to_list()
+    broken[3]["chosen_ids"] = []
+    with pytest.raises(ContractError, match=r"^Row 3: `chosen_ids` is empty"):
+        check_preferences(Dataset.from_list(broken), tokenizer)
+    with pytest.raises(ContractError, match=r"^Row 0: `chosen` is not what this tokenizer reads"):
+        check_preferences(rows, tiny_tokenizer(ALPHABET[::-1]))
+
+
+def test_rows_of_two_tokenizers_are_found_wherever_they_meet():
+    tokenizer, other = tiny_tokenizer(), tiny_tokenizer(ALPHABET[::-1])
+    rows = preferences(tokenizer, 400) + preferences(other, 100)
+    with pytest.raises(ContractError, match=r"^Row 4\d\d .*not what this tokenizer reads"):
+        check_preferences(Dataset.from_list(rows), tokenizer)
+
+
+def test_an_end_that_ends_nothing_here_is_another_tokenizers():
+    """Two tokenizers of one vocabulary whose special tokens differ read the same text, but not the same end."""
+    tokenizer = tiny_tokenizer()
+    rows = preferences(tokenizer)
+    for row in rows:
+        row["rejected_ids"][-1] = 2
+    with pytest.raises(ContractError, match=r"`rejected_ids` ends with id 2, which is '<\|user\|>' here and ends no"):
+        check_preferences(Dataset.from_list(rows), tokenizer)
+    check_preferences(Dataset.from_list(rows), tokenizer, text_rows=0)
+    tokenizer.chat_template += "{{ '<|user|>' }}"  # this one does end with it
+    check_preferences(Dataset.from_list(rows), tokenizer)
+
+
+def test_texts_that_the_tokenizer_does_not_keep_whole_are_read_as_it_keeps_them():
+    """A tokenizer that lowers capitals; TRL's rows, whose end token is text too; a prompt's end that joined."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    row = {"prompt": "Who?", "chosen": "ME", "rejected": "You<|end|>"}
+    row |= {f"{name}_ids": tokenizer(text)["input_ids"] for name, text in row.items()}
+    row["prompt_ids"], row["chosen_ids"] = row["prompt_ids"][:-1], [row["prompt_ids"][-1], *row["chosen_ids"], 1]
+    check_preferences(Dataset.from_list([row]), tokenizer)
+    row["chosen"] = "He"
+    with pytest.raises(ContractError, match="`chosen` is not what"):
+        check_preferences(Dataset.from_list([row]), tokenizer)
+
+
+@pytest.mark.parametrize("bad", [1, 5])
+@pytest.mark.parametrize("identity", [500, 90])
+def test_an_id_of_no_token_is_an_accident_in_one_row_and_another_tokenizers_in_many(bad, identity):
+    """90 lies in a hole between the vocabulary and a token that was added behind it."""
+    tokenizer = tiny_tokenizer()
+    rows = preferences(tokenizer)
+    for row in rows[-bad:]:
+        row["rejected_ids"].append(identity)
+        row["rejected_contrast"].append(0.5)
+    vocabulary = tokenizer.get_vocab() | {"<|far|>": 91}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
+        with pytest.raises(
+            ContractError, match=f"holds id {identity}, but the tokenizer has no token of that"
+        ) as error:
+            check_preferences(Dataset.from_list(rows), tokenizer)
+    remedy = "drop the row" if bad == 1 else r"use the tokenizer that made these ids \(5 of 5 rows"
+    assert re.search(remedy, str(error.value))

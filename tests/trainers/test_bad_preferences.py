@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from tests.support import save_tiny
 from tests.trainers.preferences import as_text, make_trainer, preference_rows, settings
 from tokalign.internals.trl import head_needs_triton
 from tokalign.signals.registry import Signal, register
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.hashes import added_tokens, tokenizer_hash
+from tokalign.stage.manifest import MANIFEST, read_manifest
 from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegTrainer
 
 
@@ -110,6 +112,80 @@ def test_ids_of_another_tokenizer(tiny_path, tmp_path, rows):
         row["rejected_ids"] = [i + 1 for i in row["rejected_ids"]]
     with pytest.raises(ContractError, match="use the tokenizer that made these ids"):
         make_trainer(tiny_path, tmp_path, rows)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("with_id", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (CriticalTokenDPOTrainer, {"weight_side": "none"}),
+        (CriticalTokenDPOTrainer, {}),
+        (TRegTrainer, {"alpha": 0.0}),
+        (TRegTrainer, {}),  # the reference gives the rewards
+    ],
+)
+def test_ids_of_another_tokenizer_on_every_path(tiny_path, tmp_path, rows, method, options, with_id, streamed):
+    """Inside the vocabulary, without a manifest, with a signal or without: only the text tells."""
+    data = Dataset.from_list(rows)
+    make_trainer(tiny_path, tmp_path, data, method=method, **options)
+    for row in rows:
+        row["chosen_ids"] = [6 + (i + 20) % 80 for i in row["chosen_ids"]]
+    data = Dataset.from_list(rows)
+    data = data if with_id else data.remove_columns("id")
+    with pytest.raises(ContractError, match=r"Row 0.*: `chosen` is not what this tokenizer reads in `chosen_ids`"):
+        trainer = make_trainer(
+            tiny_path, tmp_path, data.to_iterable_dataset() if streamed else data, method=method, **options
+        )
+        trainer.train()
+
+
+def test_streamed_rows_are_called_by_their_number(tiny_path, tmp_path, rows):
+    many = [row | {"id": f"r{i}"} for i, row in enumerate(rows * 20)]
+    many[70] = many[70] | {"chosen_ids": []}
+    data = Dataset.from_list(many).remove_columns("id").to_iterable_dataset()
+    with pytest.raises(ContractError, match=r"^Row 70: `chosen_ids` is empty"):
+        list(make_trainer(tiny_path, tmp_path, data, weight_side="none").train_dataset)
+
+
+def test_text_that_trl_has_prepared_is_read_with_its_end_token(tiny_path, tmp_path, rows):
+    """Rows of a `DPOTrainer`: their texts end with the end token that TRL has written behind them."""
+    text = [{"prompt": f"{i}?", "chosen": row["chosen"], "rejected": row["rejected"]} for i, row in enumerate(rows)]
+    plain = make_trainer(tiny_path, tmp_path, text, weight_side="none")
+    assert plain.train_dataset[0]["chosen"].endswith("<|end|>")
+    again = make_trainer(tiny_path, tmp_path, plain.train_dataset, weight_side="none")
+    assert again.train_dataset[0]["chosen_ids"] == plain.train_dataset[0]["chosen_ids"]
+
+
+@pytest.mark.parametrize("method", [CriticalTokenDPOTrainer, TRegTrainer])
+def test_ids_of_another_tokenizer_are_trained_on_where_it_is_allowed_and_the_model_says_so(
+    tiny_path, tmp_path, rows, method
+):
+    options = {"weight_side": "none"} if method is CriticalTokenDPOTrainer else {"alpha": 0.0}
+    for row in rows:
+        row["rejected_ids"] = [6 + (i + 20) % 80 for i in row["rejected_ids"]]
+    data = _with_manifest(rows, tokenizer_hash="0" * 64)
+    trainer = make_trainer(tiny_path, tmp_path, data, method=method, allow_other_tokenizer=True, max_steps=1, **options)
+    trainer.train()
+    trainer.save_model()
+    assert read_manifest(tmp_path)["allow_other_tokenizer"] is True
+    own = make_trainer(tiny_path, tmp_path / "own", preference_rows(tiny_path, 4), method=method, **options)
+    own.save_model()
+    assert not (tmp_path / "own" / MANIFEST).exists()
+
+
+def test_a_padding_token_that_was_added_later(tmp_path):
+    """Llama 3 has none: people add one, and every stage that was made before is still theirs."""
+    base = save_tiny(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    made_with = {"tokenizer_hash": tokenizer_hash(tokenizer), "added_tokens": added_tokens(tokenizer)}
+    data = _with_manifest(preference_rows(base, 4), **made_with)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "padded")
+    assert len(make_trainer(str(tmp_path / "padded"), tmp_path / "out", data).train_dataset) == 4
 
 
 def test_beta_of_the_estimate_is_recorded_from_the_data(tiny_path, tmp_path, rows):

@@ -613,8 +613,14 @@ def test_a_probe_of_another_tokenizer_is_refused(tiny_path, tmp_path, rows):
     Dataset.from_list(rows).to_parquet(folder / shard_name(0, 1))
     write_manifest(folder, {"status": "complete", "rows": 8, "shards": 1, "tokenizer_hash": "another"})
     trainer = make_trainer(tiny_path, tmp_path, rows)
-    with pytest.raises(ContractError, match="ids were made with another tokenizer; rebuild it with this model's"):
+    with pytest.raises(ContractError, match="ids of the probe were made with another tokenizer"):
         CriticalTokenEntropyCallback(trainer, WORDS, probe=load_stage(folder), side="rejected")
+    for row in rows:  # without a manifest the text tells
+        row["rejected_ids"] = [6 + (i + 20) % 80 for i in row["rejected_ids"]]
+    with pytest.raises(ContractError, match="`rejected` is not what this tokenizer reads in `rejected_ids`"):
+        CriticalTokenEntropyCallback(
+            trainer, probe=Dataset.from_list(rows), side="rejected", signal="contrast", threshold=0.5
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- processes

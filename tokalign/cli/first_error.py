@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from tokalign.signals.job import PairsArguments, load_pairs
 from tokalign.stage.errors import ContractError
+from tokalign.stage.hashes import allowance
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.processes import process_state
@@ -59,4 +60,5 @@ def main(arguments: Arguments) -> None:
         parameters={"rendering": arguments.rendering, "split": arguments.split},
         tokenizer=tokenizer,
         shard_size=arguments.shard_size,
+        extra_manifest=allowance(arguments.allow_other_tokenizer),
     )

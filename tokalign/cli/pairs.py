@@ -44,6 +44,16 @@ class PairsArguments:
     min_margin: float = field(
         default=0.0, metadata={"help": "best_worst: the two rewards must be further apart than this."}
     )
+    end_token: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put the model's end token behind rollouts that a stop string ended; unset is for base models "
+            "(prompts as they are, or no chat template)."
+        },
+    )
+    end_token_id: int | None = field(
+        default=None, metadata={"help": "The model's end token, where the rollouts' manifest does not say it."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the random trajectories."})
     shard_size: int = field(default=512, metadata={"help": "Problems a shard."})
 
@@ -76,4 +86,6 @@ def main(arguments: PairsArguments) -> dict[str, dict[str, Any]]:
         extract=extract_answer,
         name=arguments.dataset,
         shard_size=arguments.shard_size,
+        end_token=arguments.end_token,
+        end_token_id=arguments.end_token_id,
     )

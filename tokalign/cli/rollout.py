@@ -18,10 +18,12 @@ from typing import Any
 
 from tokalign.generation.arguments import EngineArguments
 from tokalign.generation.engines import load_engine
+from tokalign.generation.protocol import cut_at_stop
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.signals.job import PairsArguments, load_pairs, run_scoring
 from tokalign.signals.rollout import estimated_rows, summarise
 from tokalign.stage.errors import ContractError
+from tokalign.stage.manifest import manifest_of, stop_strings
 from tokalign.stage.processes import process_state
 
 
@@ -33,7 +35,10 @@ class Arguments(PairsArguments):
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the continuations."})
     top_p: float = field(default=1.0, metadata={"help": "Top-p of the continuations."})
     max_tokens: int = field(default=512, metadata={"help": "Most tokens of a continuation."})
-    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a continuation."})
+    stop: list[str] | None = field(
+        default=None,
+        metadata={"help": "Strings that end a continuation; unset is those that ended the rollouts, by the manifest."},
+    )
     threshold: float = field(default=0.05, metadata={"help": "Scores after the critical token stay below this."})
     seed: int = field(default=0, metadata={"help": "Fixes all continuations."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first rows; the estimate is costly."})
@@ -48,13 +53,14 @@ def main(arguments: Arguments, engine_arguments: EngineArguments) -> None:
         raise ContractError(f"{arguments.dataset} has no column `answer` to verify continuations with; add it by `id`.")
     rows = rows.select(range(min(len(rows), arguments.max_rows or len(rows))))
     sampling: dict[str, Any] = {key: getattr(arguments, key) for key in ("n", "temperature", "top_p", "max_tokens")}
-    sampling["stop"] = tuple(arguments.stop or ())
+    stop = stop_strings(manifest_of(rows)) if arguments.stop is None else arguments.stop
+    sampling["stop"] = tuple(stop or ())
 
     def estimate(batch: list[dict[str, Any]]) -> Iterable[Any]:
         return estimated_rows(
             batch,
             engine,
-            lambda text, answer: answers_match(extract_answer(text), answer),
+            lambda text, answer: answers_match(extract_answer(cut_at_stop(text, sampling["stop"])), answer),
             sampling,
             threshold=arguments.threshold,
             seed=arguments.seed,

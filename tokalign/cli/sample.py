@@ -21,8 +21,10 @@ from tokalign.generation.arguments import SamplingArguments, engine_identities
 from tokalign.generation.rollouts import sampler
 from tokalign.prompts import recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
+from tokalign.stage.ids import answer_ends
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
+from tokalign.stage.manifest import SAMPLING
 from tokalign.stage.processes import process_state
 
 
@@ -76,7 +78,15 @@ def main(arguments: SampleArguments, sampling: SamplingArguments, engine_argumen
             tokenizer=engine.tokenizer,
             shard_size=arguments.shard_size,
             prompts=rendering.record(engine.tokenizer),
-            extra_manifest={"models": models},
+            extra_manifest={
+                "models": models,
+                SAMPLING: {
+                    "stop": list(sampling.stop or []),
+                    "end_ids": sorted(answer_ends(engine.tokenizer) | set(getattr(engine, "end_ids", ()))),
+                    "end_token_id": engine.tokenizer.eos_token_id,
+                    "base_model": engine.tokenizer.chat_template is None or rendering.format == "raw",
+                },
+            },
         )
     finally:
         engine.close()

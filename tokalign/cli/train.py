@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
@@ -26,9 +27,11 @@ from trl import (
 )
 
 from tokalign.prompts import TemplateArguments, give_variables, refused_row
-from tokalign.stage.contract import first_row
+from tokalign.stage.contract import TEXT_ROWS, check_sft, check_tokenizer, first_row, reader_of
 from tokalign.stage.errors import ContractError, OptionError
-from tokalign.stage.loading import Rows, check_made_with, check_one_tokenizer, manifest_at, open_rows
+from tokalign.stage.hashes import ALLOW_OTHER_TOKENIZER
+from tokalign.stage.loading import Rows, check_one_tokenizer, manifest_at, open_rows
+from tokalign.stage.manifest import note_beside_model
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.prompts import note_prompts, training_prompts
 from tokalign.trainers.registry import TRAINERS
@@ -131,6 +134,9 @@ def train(
     note_prompts(training_args.output_dir, rendering, renderer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
+    if tokenizer is not None and training_args.should_save:
+        name, allowed = trainer_class.__name__, _allows(script_args)
+        note_beside_model(training_args.output_dir, name, trainer.train_dataset, allowed=allowed)
     if before_push is not None:
         before_push(trainer)
     if training_args.push_to_hub:
@@ -224,9 +230,10 @@ def _open(name: str, split: str, script_args: DataArguments, tokenizer: Any) -> 
         config=script_args.dataset_config if own else None,  # names none of another folder's
         streaming=script_args.dataset_streaming,
         tokenizer=tokenizer,
+        allow_other_tokenizer=_allows(script_args),
     )
     first_row(rows, f"The split {split!r} of {name}")
-    return rows
+    return rows if tokenizer is None else _with_checked_ids(rows, tokenizer, script_args)
 
 
 def _mixture(script_args: DataArguments, seed: int, tokenizer: Any) -> dict[str, Rows]:
@@ -238,7 +245,7 @@ def _mixture(script_args: DataArguments, seed: int, tokenizer: Any) -> dict[str,
     manifests = [manifest_at(part.path, part.split) for part in script_args.datasets]
     for part, manifest in zip(script_args.datasets, manifests, strict=True):
         if manifest is not None and tokenizer is not None:
-            check_made_with(manifest, tokenizer, part.path)
+            check_tokenizer(manifest, tokenizer, part.path, allow=_allows(script_args))
     hashes = [manifest.get("tokenizer_hash") for manifest in manifests if manifest is not None]
     check_one_tokenizer(hashes, "the mixture")
     set_seed(seed)
@@ -247,4 +254,26 @@ def _mixture(script_args: DataArguments, seed: int, tokenizer: Any) -> dict[str,
         first_row(rows, f"The split {split!r} of the mixture")
         if len(hashes) == len(manifests) and None not in hashes:
             rows.info.description = json.dumps({"tokenizer_hash": hashes[0]})
+        if tokenizer is not None:
+            mixture[split] = _with_checked_ids(rows, tokenizer, script_args)
     return mixture
+
+
+def _with_checked_ids(dataset: Rows, tokenizer: Any, script_args: DataArguments) -> Rows:
+    """Rows whose `input_ids` TRL will train on as they are, once they are known to be this tokenizer's."""
+    if "input_ids" not in first_row(dataset, "The dataset"):
+        return dataset
+    reader, text_rows = reader_of(dataset, tokenizer), 0 if _allows(script_args) else TEXT_ROWS
+    if isinstance(dataset, Dataset):
+        check_sft(dataset, reader, text_rows=text_rows)
+        return dataset
+
+    def check(batch: dict[str, list]) -> dict[str, list]:
+        check_sft(Dataset.from_dict(batch), reader, text_rows=text_rows)
+        return batch
+
+    return dataset.map(check, batched=True, batch_size=64)
+
+
+def _allows(script_args: DataArguments) -> bool:
+    return getattr(script_args, ALLOW_OTHER_TOKENIZER, False)

@@ -30,6 +30,10 @@ from tokalign.stage.errors import OptionError
 class SFTScriptArguments(TemplateDataArguments):
     """Data and start, besides TRL's script arguments."""
 
+    allow_other_tokenizer: bool = field(
+        default=False,
+        metadata={"help": "Train on ids that another tokenizer has made; it is noted beside the model."},
+    )
     from_scratch: bool = field(default=False, metadata={"help": "Draw fresh weights instead of loading them."})
 
 

@@ -33,6 +33,7 @@ from tokalign.prompts import TEMPLATE_COLUMNS
 from tokalign.stage.errors import ContractError
 from tokalign.stage.hashes import content_hash
 from tokalign.stage.jobs import Dropped, Kept, Row, run_job
+from tokalign.stage.manifest import SAMPLING, manifest_of, stop_strings
 from tokalign.stage.processes import process_state
 
 NO_CORRECT, NO_WRONG = "no correct rollout", "no wrong rollout"
@@ -373,20 +374,28 @@ def write_pairs(
     extract: Callable[[str], str | None],
     name: str = "the dataset",
     shard_size: int = 512,
+    end_token: bool | None = None,
+    end_token_id: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write the stages of a rule: `pairs`, `positive` and, by answer frequency, `negative`.
+
+    A rollout that a stop string ended holds no end token, and a model trained on such rows never learns to end: at
+    evaluation it writes on behind its answer. With `end_token` these rows get the model's end token.
 
     Args:
         rollouts: stage whose problems' rows are contiguous; verified, or with `reward` for `BestWorstOptions`.
         extract: reads the final answer out of a text, for rollouts without `extracted`.
         name: what errors call the rollouts.
         shard_size: problems a shard.
+        end_token: whether; None is yes for a base model (prompts as they are, or no chat template), by the manifest.
+        end_token_id: the model's end token, where the manifest of the rollouts does not say it.
 
     Returns:
         The manifest of each stage.
 
     Raises:
-        ContractError: a column is missing, a problem's rows are not contiguous, or a stage would be empty.
+        ContractError: a column is missing, a problem's rows are not contiguous, a stage would be empty, or nobody says
+            which id the end token is.
     """
     by_reward = isinstance(options, BestWorstOptions)
     if by_reward and "reward" not in rollouts.column_names:
@@ -394,6 +403,9 @@ def write_pairs(
             f"{name} has no column `reward`, which the rule best_worst needs; make it with `tokalign reward`."
         )
     parameters: dict[str, Any] = {"rule": "best_worst", **vars(options)} if by_reward else dict(vars(options))
+    ends = _end_tokens(manifest_of(rollouts) or {}, end_token, end_token_id, name)
+    if ends:
+        parameters["end_token_id"] = ends[0]
     # In this order: the hash of the input, by which a run resumes, depends on it.
     read = (*_READ, "reward") if by_reward else (*_READ, "correct", "extracted")
     read = (*read, *TEMPLATE_COLUMNS)
@@ -405,7 +417,7 @@ def write_pairs(
     manifests = {}
     for stage, select in _stages(options, extract).items():
         manifests[stage] = run_job(
-            partial(_select_all, rollouts=rollouts, select=select),
+            partial(_select_all, rollouts=rollouts, select=select, ends=ends),
             problems,
             Path(output_dir) / stage,
             name=f"build_pairs: {stage}",
@@ -434,12 +446,32 @@ def _stages(
     }
 
 
+def _end_tokens(manifest: Mapping[str, Any], wanted: bool | None, given: int | None, name: str) -> list[int]:
+    """The id that ends rows which a stop string has ended, and the others that end a completion; empty for none."""
+    sampling = manifest.get(SAMPLING) or {}
+    end = sampling.get("end_token_id") if given is None else given
+    if wanted is None:
+        wanted = given is not None or bool(sampling.get("base_model") and end is not None)
+    if not wanted or not (stop_strings(manifest) or given is not None):
+        return []
+    if end is None:
+        raise ContractError(
+            f"{name} does not say which id ends a completion of its model, and a stop string has ended some: give "
+            "end_token_id, or set end_token to false."
+        )
+    return [end, *sampling.get("end_ids", [])]
+
+
 def _select_all(
-    groups: list[Row], *, rollouts: Dataset, select: Callable[[list[Row]], Selection]
+    groups: list[Row], *, rollouts: Dataset, select: Callable[[list[Row]], Selection], ends: Sequence[int] = ()
 ) -> Iterator[Dropped | Kept]:
     """The job's function: `group_consecutive`'s rows in, each problem's selection out."""
     for group in groups:
         rows = rollouts.select(range(group["first"], group["first"] + group["count"])).to_list()
+        for row in rows:
+            ids = row["completion_ids"]
+            if ends and ids and row["finish_reason"] == "stop" and ids[-1] not in ends:
+                ids.append(ends[0])
         selection = select(rows)
         if selection.reason is not None:
             yield Dropped(selection.reason, selection.left_out)

@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.scorer import CompletionScorer
-from tokalign.stage.contract import SIDES, check_preferences
-from tokalign.stage.hashes import weights_hash
+from tokalign.stage.contract import SIDES, TEXT_ROWS, check_preferences
+from tokalign.stage.hashes import allowance, weights_hash
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.statistics import mean_interval
@@ -74,17 +74,19 @@ def completion_logps(
     dtype: str = "auto",
     token_budget: int = 32768,
     shard_size: int = 256,
+    allow_other_tokenizer: bool = False,
 ) -> dict[str, Any]:
     """Score both sides of a preferences stage as a resumable job and average them.
 
     Args:
         dataset: preferences stage (`id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, …).
         output_dir: folder of the job's rows: `id`, `chosen_logp`, `rejected_logp`, `chosen_tokens`, `rejected_tokens`.
+        allow_other_tokenizer: score ids that another tokenizer has made.
 
     Returns:
         For "chosen", "rejected" and "margin" (chosen − rejected): `mean` in nats, `ci95`, `n`.
     """
-    check_preferences(dataset, tokenizer)
+    check_preferences(dataset, tokenizer, text_rows=0 if allow_other_tokenizer else TEXT_ROWS)
     loaded: list[LogProbScorer] = []  # a finished job loads no model
 
     def score(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -115,7 +117,7 @@ def completion_logps(
         },
         tokenizer=tokenizer,
         shard_size=shard_size,
-        extra_manifest={"model_path": model, "adapter_path": adapter},
+        extra_manifest={"model_path": model, "adapter_path": adapter, **allowance(allow_other_tokenizer)},
     )
     scored = load_stage(output_dir)
     chosen, rejected = list(scored["chosen_logp"]), list(scored["rejected_logp"])

@@ -14,12 +14,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.generation.protocol import Engine, SamplingParams
+from tokalign.generation.protocol import Engine, SamplingParams, cut_at_stop
 from tokalign.generation.rollouts import Extract, Match
 from tokalign.prompts import AS_CHAT, RECORD, PromptRendering
-from tokalign.stage.contract import SIDES, check_problems
+from tokalign.stage.contract import SIDES, check_problems, check_prompt_ids
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_json_atomically
+from tokalign.stage.hashes import allowance
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
@@ -47,6 +48,7 @@ def evaluate(
     shard_size: int = 256,
     parameters: Mapping[str, Any] | None = None,
     extra_manifest: Mapping[str, Any] | None = None,
+    allow_other_tokenizer: bool = False,
 ) -> dict[str, Any]:
     """Answer every problem greedily and `samples` times, verify, and write rows and `metrics.json`.
 
@@ -55,21 +57,25 @@ def evaluate(
         problems: problems stage; ids must be unique, because runs are compared by id.
         extract, match: read the final answer out of a text, and compare it with the reference
             (`tokalign.rewards.extract_answer`, `answers_match`).
-        stop: strings that end a completion; base models run on past their answer without.
+        stop: strings that end a completion, as they did when the training data were sampled; base models run on past
+            their answer without. What comes after one is no answer.
         seed: each problem draws from a seed of its own made from this one and its id, so that neither shards nor
             other problems change its samples.
         rendering: how prompts become ids; use what the rollouts used.
         parameters: what else determines the rows, e.g. hashes of the weights.
+        allow_other_tokenizer: take `prompt_ids` of the problems that another tokenizer has made.
 
     Returns:
         `metrics_of` the rows.
 
     Raises:
-        ContractError: no problems, a prompt that is missing, or an id that occurs twice.
+        ContractError: no problems, a prompt that is missing, an id that occurs twice, or `prompt_ids` of another
+            tokenizer.
     """
     if samples < 0:
         raise ValueError(f"samples is {samples}: use 0 for greedy decoding alone, or more.")
     check_problems(problems, "the problems")
+    check_prompt_ids(problems, tokenizer, "the problems", allow_other_tokenizer=allow_other_tokenizer)
     engines: list[Engine] = []
 
     def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,15 +98,15 @@ def evaluate(
         return [_row(row, g[0], s) for row, g, s in zip(rows, greedy, sampled, strict=True)]
 
     def _row(row: dict[str, Any], greedy: Any, sampled: Sequence[Any]) -> dict[str, Any]:
-        text = str(tokenizer.decode(greedy.token_ids, skip_special_tokens=True))
-        answers = [extract(str(tokenizer.decode(s.token_ids, skip_special_tokens=True))) for s in sampled]
+        text, *texts = (str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in (greedy, *sampled))
+        answer, *answers = (extract(cut_at_stop(each, stop)) for each in (text, *texts))
         return {
             "id": row["id"],
             "answer": row["answer"],
             "greedy_ids": greedy.token_ids,
             "greedy": text,
-            "greedy_answer": extract(text),
-            "greedy_correct": match(extract(text), row["answer"]),
+            "greedy_answer": answer,
+            "greedy_correct": match(answer, row["answer"]),
             "greedy_finish_reason": greedy.finish_reason,
             "sampled_answers": answers,
             "sampled_correct": [match(a, row["answer"]) for a in answers],
@@ -126,7 +132,7 @@ def evaluate(
             tokenizer=tokenizer,
             shard_size=shard_size,
             prompts=rendering.record(tokenizer),
-            extra_manifest=extra_manifest,
+            extra_manifest={**(extra_manifest or {}), **allowance(allow_other_tokenizer)},
         )
     finally:
         for engine in engines:

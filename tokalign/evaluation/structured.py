@@ -34,7 +34,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.evaluation.run import prompt_ids, rendering_settings
-from tokalign.generation.protocol import Completion, Engine, SamplingParams
+from tokalign.generation.protocol import Completion, Engine, SamplingParams, cut_at_stop
 from tokalign.prompts import AS_CHAT, PromptRendering
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.calls import calls_match
@@ -43,7 +43,7 @@ from tokalign.rewards.structured.documents.json import decode_json
 from tokalign.rewards.structured.grading import TooManyValues
 from tokalign.rewards.structured.reward import COMPONENTS
 from tokalign.rewards.structured.schemas import SchemaError, compile_text
-from tokalign.stage.contract import check_problems
+from tokalign.stage.contract import check_problems, check_prompt_ids
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
@@ -105,6 +105,7 @@ def evaluate_structured(
     if reward.preset is not None:
         raise ValueError(f"preset {reward.preset!r} cannot judge structure and schema: use the default reward.")
     _check(problems, reward, schema)
+    check_prompt_ids(problems, tokenizer, "the problems")
     started: list[tuple[Engine, Timing]] = []
 
     def answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ def evaluate_structured(
         return [_row(row, one) for row, (one,) in zip(rows, completions, strict=True)]
 
     def _row(row: dict[str, Any], completion: Completion) -> dict[str, Any]:
-        text = str(tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        text = cut_at_stop(str(tokenizer.decode(completion.token_ids, skip_special_tokens=True)), stop)
         judged = judge(reward, text, row["answer"], row.get("schema") or schema)
         return {
             "id": row["id"],

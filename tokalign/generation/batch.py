@@ -59,6 +59,7 @@ class Plan:
     most_stops: int
     longest: int
     bans: bool
+    unknown: torch.Tensor | None  # ids that no row may draw: the tokenizer has none of them
     stop_strings: bool
     plain: bool
     decode: Callable[[list[list[int]]], list[str]]
@@ -128,9 +129,11 @@ class Batch:
             part = slice(a, a + chunk)
             logits = self.logits[part].float()
             allowed = logits
+            if self.plan.unknown is not None:
+                allowed = logits.index_fill(1, self.plan.unknown, -torch.inf)
             if self.plan.bans:
                 now = c["age"][part] < c["banned_steps"][part]
-                allowed = logits.masked_fill(c["banned"][part] & now[:, None], -torch.inf)
+                allowed = allowed.masked_fill(c["banned"][part] & now[:, None], -torch.inf)
             if grammars is not None:
                 allowed = logits.clone() if allowed is logits else allowed
                 rows = self.rows[part]

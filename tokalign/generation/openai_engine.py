@@ -38,7 +38,9 @@ from tokalign.generation.protocol import (
     params_of_each,
     repeat_greedy,
 )
+from tokalign.stage.hashes import known_ids
 
+ROUNDING = 1e-3  # how far above 0 a log-prob may lie that a server computed in a short type
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # vLLM fills what a request leaves out from the model's generation_config.json, and a repetition penalty there changes
@@ -71,7 +73,7 @@ class OpenAIEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(
             arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
         )
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = len(known_ids(self.tokenizer))  # what the server's model has besides is not known
         self._leading_space = needs_leading_space(self.tokenizer)
 
     def generate(
@@ -192,7 +194,7 @@ def read_choice(choice: Any) -> tuple[list[int] | None, list[float] | None]:
     """Ids and log-probs of a choice in a server's answer, None where it has none; the client checks no types.
 
     Raises:
-        BrokenAnswer: ids that are none, or not one finite log-prob an id.
+        BrokenAnswer: ids that are none, or not one finite log-prob of at most 0 an id.
     """
     ids = getattr(choice, "token_ids", None)
     logprobs = getattr(getattr(choice, "logprobs", None), "token_logprobs", None)
@@ -205,6 +207,9 @@ def read_choice(choice: Any) -> tuple[list[int] | None, list[float] | None]:
         numbers = [p for p in _list(logprobs) if type(p) in (int, float) and abs(p) <= sys.float_info.max]
         if numbers != logprobs or len(numbers) != len(ids):
             raise BrokenAnswer("the answer does not hold one log-prob a token")
+        if any(p > ROUNDING for p in logprobs):
+            raise BrokenAnswer(f"the answer holds the log-prob {max(logprobs):g}, and a probability is at most 1")
+        logprobs = [min(p, 0.0) for p in logprobs]
     return list(ids), logprobs
 
 

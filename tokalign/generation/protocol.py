@@ -139,6 +139,13 @@ class Engine(Protocol):
         ...
 
 
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """A completion's text up to and with the first of these strings: what its last token writes after it, or a model
+    that ran on, is no part of the answer."""
+    ends = [at + len(one) for one in stop if (at := text.find(one)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
 def continue_from_prefixes(
     engine: Engine,
     prompt_ids: Ids,

@@ -44,7 +44,7 @@ from tokalign.generation.protocol import (
     prefixes_of,
     repeat_greedy,
 )
-from tokalign.generation.vocabulary import end_ids
+from tokalign.generation.vocabulary import end_ids, unknown_ids
 from tokalign.stage.processes import model_device
 
 # Rows leave, and waiting ones join, once this share of the batch has finished or is free: each change copies the cache.
@@ -93,6 +93,7 @@ class TransformersEngine:
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.end_ids = sorted(end_ids(model.generation_config, self.tokenizer))
+        self._unknown = unknown_ids(self.tokenizer, self.vocab_size)
         accepted = inspect.signature(model.forward).parameters
         self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
         # Only such caches can be padded, joined and masked inside.
@@ -190,6 +191,7 @@ class TransformersEngine:
             most_stops=max(1, len(self.end_ids) + max(len(row.params.stop_token_ids) for row in rows)),
             longest=max(row.limit for row in rows),
             bans=any(row.params.banned_token_ids for row in rows),
+            unknown=torch.tensor(self._unknown, device=self.device) if self._unknown else None,
             stop_strings=any(row.params.stop for row in rows),
             plain=self._plain,
             grammars=self._grammars if any(row.params.json_schema is not None for row in rows) else None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tokalign.stage.hashes import tokenizer_hash
+from tokalign.stage.hashes import added_tokens, known_ids, other_tokenizer, tokenizer_hash
 
 
 def check_pair(
@@ -16,10 +15,10 @@ def check_pair(
     slm_vocab: int,
     llm_vocab: int,
 ) -> int:
-    """How many ids a small model (SLM) and a large one (LLM) share: those below both vocabulary sizes.
+    """How many ids a small model (SLM) and a large one (LLM) share: those that both models and the tokenizer have.
 
-    Vocabularies are often padded to different sizes; no decoder may write an id above the smaller one. Chat templates
-    may differ, because they do not change what an id means.
+    Vocabularies are often padded, to different sizes; no decoder may write an id above the smallest one. What changes
+    no id may differ: chat templates, the end token, a padding token that one of them has added.
 
     Args:
         slm_vocab, llm_vocab: rows of the models' LM heads (`config.vocab_size`).
@@ -28,21 +27,20 @@ def check_pair(
         ValueError: the ids mean different things.
     """
     if slm_tokenizer is not llm_tokenizer:
-        slm, llm = (_ids_hash(tokenizer) for tokenizer in (slm_tokenizer, llm_tokenizer))
-        if slm != llm:
+        slm = {"tokenizer_hash": tokenizer_hash(slm_tokenizer), "added_tokens": added_tokens(slm_tokenizer)}
+        if (reason := other_tokenizer(slm, llm_tokenizer)) is not None:
             raise ValueError(
-                f"The SLM's tokenizer ({slm_tokenizer.name_or_path}, {len(slm_tokenizer)} tokens, hash {slm[:12]}) is "
-                f"not the LLM's ({llm_tokenizer.name_or_path}, {len(llm_tokenizer)} tokens, hash {llm[:12]}): route "
-                "between two models of one family."
+                f"The SLM's tokenizer ({slm_tokenizer.name_or_path}, {len(slm_tokenizer)} tokens) is not the LLM's "
+                f"({llm_tokenizer.name_or_path}, {len(llm_tokenizer)} tokens; {reason}): route between two models of "
+                "one family."
             )
-    return min(slm_vocab, llm_vocab)
+    return min(slm_vocab, llm_vocab, len(known_ids(slm_tokenizer)), len(known_ids(llm_tokenizer)))
 
 
-def _ids_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`tokenizer_hash` without the chat template."""
-    bare = copy.copy(tokenizer)
-    bare.chat_template = None
-    return tokenizer_hash(bare)
+def unknown_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """Ids that a model of this vocabulary size could draw and the tokenizer has no token for, most often padding."""
+    known = known_ids(tokenizer)
+    return [i for i in range(vocab_size) if i >= len(known) or not known[i]]
 
 
 def end_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

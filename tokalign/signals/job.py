@@ -19,11 +19,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.data.text_pairs import IDS, tokenize_pairs
+from tokalign.generation.rollouts import UNKNOWN_ID
 from tokalign.prompts import RECORD, TemplateArguments, rendering_of
 from tokalign.signals.registry import get
-from tokalign.stage.contract import check_columns, check_preferences
+from tokalign.stage.contract import SIDES, TEXT_ROWS, check_columns, check_preferences
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import model_identity
+from tokalign.stage.hashes import allowance, known_ids, model_identity
 from tokalign.stage.jobs import Dropped, Item, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import manifest_of, read_manifest, write_manifest
@@ -42,6 +43,9 @@ class PairsArguments(TemplateArguments):
     output_dir: str = field(metadata={"help": "Folder of the scored stage."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     shard_size: int = field(default=256, metadata={"help": "Rows a shard: what a kill can lose."})
+    allow_other_tokenizer: bool = field(
+        default=False, metadata={"help": "Take ids that another tokenizer has made; the manifest then says so."}
+    )
 
     @property
     def template(self) -> TemplateArguments:
@@ -89,8 +93,8 @@ def load_pairs(arguments: PairsArguments, tokenizer: PreTrainedTokenizerBase) ->
         ContractError: as `load_stage`, `tokenize_pairs` and `check_preferences`, the dataset holds no pairs, or its
             prompts were rendered otherwise than the arguments say.
     """
-    path_or_id = arguments.dataset
-    rows = load_stage(path_or_id, split=arguments.split, tokenizer=tokenizer)
+    path_or_id, allow = arguments.dataset, arguments.allow_other_tokenizer
+    rows = load_stage(path_or_id, split=arguments.split, tokenizer=tokenizer, allow_other_tokenizer=allow)
     columns = set(rows.column_names)
     if not columns & {*IDS} and not columns >= {"chosen", "rejected"}:
         raise ContractError(
@@ -110,7 +114,7 @@ def load_pairs(arguments: PairsArguments, tokenizer: PreTrainedTokenizerBase) ->
     check_columns(rows, path_or_id, "preferences", ())
     manifest = manifest_of(rows) or {}
     if manifest.get("tokenizer_hash") is None:
-        check_preferences(rows, tokenizer)
+        check_preferences(rows, tokenizer, text_rows=0 if allow else TEXT_ROWS)
     rendering_of(arguments.template, tokenizer, recorded=manifest.get(RECORD), of=path_or_id, must_agree=True)
     return rows
 
@@ -144,6 +148,7 @@ def score_pairs(
         prompts: ids of the prompts behind which the scorer reads a side of a row.
     """
     sides, counted = get(signals[0]).sides, get(signals[0]).counted
+    known = known_ids(tokenizer)
 
     def score(batch: list[Row]) -> list[Item]:
         """All rows of a shard at once, so that the scorer can put completions of one length together."""
@@ -152,7 +157,10 @@ def score_pairs(
         for row in batch:
             ids = {side: [*prompts(row, side), row[f"{side}_ids"]] for side in sides}
             problems = (f"{side}: {p}" for side in sides if (p := scorer.problem(*ids[side])) is not None)
-            if (problem := next(problems, None)) is not None:
+            problem = next(problems, None)
+            if problem is None and not all(i < len(known) and known[i] for side in SIDES for i in row[f"{side}_ids"]):
+                problem = UNKNOWN_ID  # sampled by an engine that draws from padding; no trainer would take the row
+            if problem is not None:
                 items.append(Dropped(problem))
                 continue
             if counted:
@@ -202,7 +210,7 @@ def run_scoring(
         parameters={**parameters, **hashes, "split": arguments.split},
         tokenizer=tokenizer,
         shard_size=arguments.shard_size,
-        extra_manifest={**weights, **(extra_manifest or {})},
+        extra_manifest={**weights, **allowance(arguments.allow_other_tokenizer), **(extra_manifest or {})},
     )
     if process_state().is_main_process:
         report_rate(arguments.output_dir, signals[0])

@@ -9,6 +9,7 @@ the hub without a manifest is accepted, and then only its rows are checked. See 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,8 +20,11 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import BATCH, tokenizer_hash
+from tokalign.stage.hashes import ALLOW_OTHER_TOKENIZER, BATCH, other_tokenizer
+from tokalign.stage.ids import IdReader
 from tokalign.stage.manifest import manifest_of
+
+logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")  # of a pair; a signal stands in the columns chosen_<signal> and rejected_<signal>
 STAGES: dict[str, tuple[str, ...]] = {
@@ -68,57 +72,174 @@ class SignalRow(Protocol):
     def command(self) -> str: ...
 
 
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_TEXTS = {"completion_ids": "completion", **{f"{side}_ids": side for side in SIDES}}  # ids and what they read as
+TEXT_ROWS = 32
+
+
 def check_preferences(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | IdReader | None = None,
     *,
     signals: Sequence[str | SignalRow] = (),
     sides: Sequence[str] = SIDES,
-    text_rows: int = 32,
+    text_rows: int = TEXT_ROWS,
     ranges: Mapping[str, tuple[float, float]] | None = None,
+    first: int = 0,
 ) -> None:
     """Check every row of a preference dataset, a batch at a time (memory does not grow with the dataset).
 
-    Each side's ids must be there, not empty and below the vocabulary size; a signal must have one finite number an
-    id, between the `low` and `high` of its row. Ids of another tokenizer read as other text, so with a tokenizer the
-    text of the first `text_rows` rows must be what it reads in their ids, unless the manifest names this tokenizer.
+    Each side's ids must be there, not empty and the tokenizer's; a signal must have one finite number an id, between
+    the `low` and `high` of its row. Whether the ids are another tokenizer's, `check_reading` says.
 
     Args:
-        dataset: Preference rows.
-        tokenizer: Gives the vocabulary size and the text check; without it both are skipped.
+        dataset: Preference rows; of their columns only those of ids and signals must be there.
+        tokenizer: Whose ids they are (or its `IdReader`); without it nothing is said of that.
         signals: Signals to check: rows of the table of signals, or names, and then no range is checked.
         sides: Sides on which the signals must be present; the ids of both sides are always checked.
         text_rows: Rows whose text is compared; decoding every row would cost more than it finds.
         ranges: Lowest and highest value of a signal by name, where the caller needs others than the signal's own.
+        first: Number of the first row, where the dataset is a part of a stream.
 
     Raises:
         ContractError: naming the first bad row's `id` and index, its column, and what to do.
     """
-    check_columns(dataset, "The preference dataset", "preferences", ())
+    check_columns(dataset, "The preference dataset", "preferences", (), needed=IDS)
     allowed = {row.name: (row.low, row.high) for row in signals if not isinstance(row, str)} | dict(ranges or {})
-    scored = [(side, f"{side}_{_name(signal)}", _name(signal)) for signal in signals for side in sides]
+    scored = [(f"{side}_{_name(signal)}", f"{side}_ids", _name(signal)) for signal in signals for side in sides]
     for signal in signals:
         for column in (f"{side}_{_name(signal)}" for side in sides):
             if column not in dataset.column_names:
                 there = _signals_in(dataset)
                 raise ContractError(f"The preference dataset has no column `{column}`{there}; {_scored_by(signal)}.")
-    ids_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    columns = ["id", *ids_columns, *(column for _, column, _ in scored)]
-    check_lists(dataset, "The preference dataset", ids_columns, "rebuild the pairs")
-    check_lists(dataset, "The preference dataset", columns[4:], "score these rows again", decimals=True)
-    # the highest id, not the count: some vocabularies have holes
-    vocabulary = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
-    first = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
-        arrays = {name: _one_array(table.column(name)) for name in columns}
-        check_values(arrays, first)
-        lengths = {name: _check_ids(arrays, name, vocabulary, first) for name in ids_columns}
-        for side, column, signal in scored:
-            _check_scores(arrays, column, f"{side}_ids", lengths[f"{side}_ids"], first, allowed.get(signal))
-        first += len(table)
-    made_with = (manifest_of(dataset) or {}).get("tokenizer_hash")
-    if tokenizer is not None and (made_with is None or made_with != tokenizer_hash(tokenizer)):
-        _check_text(dataset, tokenizer, text_rows)
+    where = "The preference dataset"
+    check_ids(dataset, tokenizer, IDS, where, text_rows=text_rows, scored=scored, allowed=allowed, first=first)
+
+
+def check_sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | IdReader, *, text_rows: int = TEXT_ROWS) -> None:
+    """`check_ids` of SFT rows, which `SFTTrainer` trains on as they are where they hold `input_ids`."""
+    columns = [column for column in ("prompt_ids", "completion_ids", "input_ids") if column in dataset.column_names]
+    check_ids(dataset, tokenizer, columns, "The SFT dataset", text_rows=text_rows)
+
+
+def check_prompt_ids(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str, *, allow_other_tokenizer: bool = False
+) -> None:
+    """Check the ids of problems whose prompts are not rendered any more, since they have `prompt_ids`."""
+    if "prompt_ids" not in dataset.column_names:
+        return
+    check_tokenizer(manifest_of(dataset), tokenizer, where, allow=allow_other_tokenizer)
+    check_ids(dataset, tokenizer, ["prompt_ids"], where, text_rows=0 if allow_other_tokenizer else TEXT_ROWS)
+
+
+def check_ids(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | IdReader | None,
+    columns: Sequence[str],
+    where: str,
+    *,
+    text_rows: int = TEXT_ROWS,
+    scored: Sequence[tuple[str, str, str]] = (),
+    allowed: Mapping[str, tuple[float, float]] | None = None,
+    first: int = 0,
+) -> None:
+    """Check columns of ids (and of scores) in every row, and by `check_reading` whose they are.
+
+    Args:
+        where: what to call the dataset in errors.
+        scored: a column of scores, the ids that it stands beside, and its signal.
+        allowed: lowest and highest score of a signal.
+        text_rows, first: as for `check_preferences`.
+
+    Raises:
+        ContractError: likewise.
+    """
+    reader = tokenizer if tokenizer is None or isinstance(tokenizer, IdReader) else reader_of(dataset, tokenizer)
+    scores = [column for column, _, _ in scored]
+    check_lists(dataset, where, columns, "rebuild the rows")
+    check_lists(dataset, where, scores, "score these rows again", decimals=True)
+    read = [*(["id"] if "id" in dataset.column_names else []), *columns, *scores]
+    start = first
+    for table in dataset.select_columns(read).with_format("arrow").iter(batch_size=BATCH):
+        arrays = {name: _one_array(table.column(name)) for name in read}
+        check_values(arrays, start)
+        lengths = {name: _check_ids(arrays, name, reader, start) for name in columns}
+        for column, beside, signal in scored:
+            _check_scores(arrays, column, beside, lengths[beside], start, (allowed or {}).get(signal))
+        start += len(table)
+    if reader is not None and text_rows:
+        check_reading(dataset, reader, columns, text_rows, first)
+
+
+def check_reading(
+    dataset: Dataset, reader: IdReader, columns: Sequence[str], text_rows: int = TEXT_ROWS, first: int = 0
+) -> None:
+    """Refuse ids that read as another text than the row's, or that end as no answer of this tokenizer's model does.
+
+    Rows of one dataset come from one tokenizer, or from a few that were put one after the other: `text_rows` of them,
+    evenly spread, tell as much as all, at a cost that does not grow. Where the manifest names this tokenizer, texts
+    alone are compared, since a stage's texts may have been edited; what its messages and ends are, it has settled.
+
+    Raises:
+        ContractError: naming the row, the column and what to do.
+    """
+    texts = {column: _TEXTS[column] for column in columns if _TEXTS.get(column) in dataset.column_names}
+    if "prompt_ids" in columns and "prompt" in dataset.column_names and len(columns) == 1:
+        texts["prompt_ids"] = "prompt"  # beside a completion it need not be read: they are one tokenizer's
+    wanted = {"id", "prompt_ids", *columns, *texts.values()} & {*dataset.column_names}
+    rows = dataset.select_columns(sorted(wanted)).with_format(None)
+    for index in np.unique(np.linspace(0, len(rows) - 1, min(text_rows, len(rows))).round().astype(int)).tolist():
+        try:
+            row = rows[index]
+        except UnicodeDecodeError:
+            raise ContractError(f"Row {first + index}: a text is not UTF-8; rebuild the pairs.") from None
+        at = f"Row {first + index}" + (f" (id {row['id']!r})" if "id" in row else "")
+        for column in columns:
+            text = row.get(texts.get(column, ""))
+            if reader.named and not isinstance(text, str):
+                continue
+            if column == "prompt_ids":
+                wrong = column in texts and not reader.reads_prompt(row[column], text)
+            else:
+                wrong = column in texts and not reader.reads(row[column], text, row.get("prompt_ids") or ())
+            if wrong:
+                raise ContractError(
+                    f"{at}: `{texts[column]}` is not what this tokenizer reads in `{column}`; use the tokenizer that "
+                    f"made these ids, rebuild the rows with this one, leave the columns of ids out, {_OVERRIDE}."
+                )
+            end = None if reader.named or column == "prompt_ids" else reader.wrong_end(row[column])
+            if end is not None and not (isinstance(text, str) and text.endswith(end)):
+                raise ContractError(
+                    f"{at}: `{column}` ends with id {row[column][-1]}, which is {end!r} here and ends no answer of "
+                    f"this model; use the tokenizer that made these ids, rebuild the rows with this one, {_OVERRIDE}."
+                )
+
+
+_OVERRIDE = f"or set `{ALLOW_OTHER_TOKENIZER}` if they mean the same"
+
+
+def check_tokenizer(
+    manifest: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase, where: str, *, allow: bool = False
+) -> None:
+    """Refuse ids that another tokenizer has made, by the manifest of their stage; with `allow`, only say it.
+
+    Raises:
+        ContractError: naming the dataset, what differs, and what to do.
+    """
+    reason = other_tokenizer(manifest, tokenizer)
+    if reason is None:
+        return
+    if not allow:
+        raise ContractError(
+            f"The ids of {where} were made with another tokenizer ({reason}); use the model that they were made for, "
+            f"rerun the stages with this one, {_OVERRIDE}."
+        )
+    logger.warning(f"The ids of {where} were made with another tokenizer ({reason}); it is allowed.")
+
+
+def reader_of(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> IdReader:
+    """What the checks of this dataset's ids read them with."""
+    return IdReader(tokenizer, manifest_of(dataset))
 
 
 def check_lists(dataset: Dataset, where: str, columns: Sequence[str], remedy: str, *, decimals: bool = False) -> None:
@@ -232,10 +353,11 @@ def _flat(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse(arrays: dict[str, pa.Array], row: int, first: int, column: str, wrong: str, remedy: str) -> None:
-    raise ContractError(f"Row {first + row} (id {arrays['id'][row].as_py()!r}): `{column}` {wrong}; {remedy}.")
+    named = f" (id {arrays['id'][row].as_py()!r})" if "id" in arrays else ""
+    raise ContractError(f"Row {first + row}{named}: `{column}` {wrong}; {remedy}.")
 
 
-def _check_ids(arrays: dict[str, pa.Array], column: str, vocabulary: int | None, first: int) -> np.ndarray:
+def _check_ids(arrays: dict[str, pa.Array], column: str, reader: IdReader | None, first: int) -> np.ndarray:
     lengths = _lengths(arrays[column])
     if (bad := np.flatnonzero(lengths <= 0)).size:
         wrong = "is missing" if lengths[bad[0]] < 0 else "is empty"
@@ -244,9 +366,17 @@ def _check_ids(arrays: dict[str, pa.Array], column: str, vocabulary: int | None,
     if (bad := np.flatnonzero(~(values >= 0))).size:  # also true for NaN, which stands for a null
         wrong = f"holds {values[bad[0]]}, not a token id"
         _refuse(arrays, rows[bad[0]], first, column, wrong, "rebuild the pairs")
-    if vocabulary is not None and (bad := np.flatnonzero(values >= vocabulary)).size:
-        wrong = f"holds id {int(values[bad[0]])}, but the tokenizer has {vocabulary} tokens"
-        _refuse(arrays, rows[bad[0]], first, column, wrong, "use the tokenizer that made these ids")
+    if reader is not None and (bad := reader.unknown(values)).size:
+        # One such row is an accident of sampling, which no other tokenizer would mend; many are another tokenizer's
+        count = len(np.unique(rows[bad]))
+        wrong = f"holds id {int(values[bad[0]])}, but the tokenizer has no token of that number"
+        accident = "drop the row (a model whose vocabulary is padded may have drawn the id)"
+        remedy = (
+            f"{accident}, or use the tokenizer that made these ids"
+            if 2 * count <= max(2, len(lengths))
+            else (f"use the tokenizer that made these ids ({count} of {len(lengths)} rows hold such)")
+        )
+        _refuse(arrays, rows[bad[0]], first, column, wrong, remedy)
     return lengths
 
 
@@ -275,30 +405,6 @@ def _check_scores(
         _refuse(arrays, rows[bad[0]], first, column, wrong, "score these rows again")
 
 
-def _check_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_rows: int) -> None:
-    read = dataset.select_columns(["id", "chosen", "rejected", "chosen_ids", "rejected_ids"])
-    for index in range(min(text_rows, len(dataset))):
-        try:
-            row = read[index]
-        except UnicodeDecodeError:
-            raise ContractError(f"Row {index}: a text is not UTF-8; rebuild the pairs.") from None
-        for side in SIDES:
-            decoded = str(tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True))  # typed for batches too
-            text = row[side]
-            if isinstance(text, list) and text and isinstance(text[-1], dict):
-                # Messages: the template may put more around the last one's text (a line break, an empty thought), and
-                # a call of tools has no text
-                text = text[-1].get("content")
-                same = not isinstance(text, str) or text.strip() in decoded
-            else:
-                same = isinstance(text, str) and text.strip() == decoded.strip()
-            if not same:
-                raise ContractError(
-                    f"Row {index} (id {row['id']!r}): `{side}` is not what this tokenizer reads in `{side}_ids`; "
-                    "use the tokenizer that made these ids, or rebuild the pairs with this one."
-                )
-
-
 def _name(signal: str | SignalRow) -> str:
     return signal if isinstance(signal, str) else signal.name
 
@@ -311,11 +417,19 @@ def remedy_for(stage: str | None) -> str:
     return f"run {_MADE_BY[stage]} first or check the path" if stage else "check the path"
 
 
-def check_columns(dataset: Dataset, where: str, stage: str | None, signals: Sequence[str | SignalRow]) -> None:
+def check_columns(
+    dataset: Dataset,
+    where: str,
+    stage: str | None,
+    signals: Sequence[str | SignalRow],
+    *,
+    needed: Sequence[str] | None = None,
+) -> None:
+    """Refuse a dataset without the columns of its stage (`needed`: these alone) or without a signal."""
     if stage is not None:
         if stage not in STAGES:
             raise ContractError(f"Unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
-        missing = [column for column in STAGES[stage] if column not in dataset.column_names]
+        missing = [column for column in needed or STAGES[stage] if column not in dataset.column_names]
         if missing:
             raise ContractError(
                 f"{where} has no column `{missing[0]}`, which the stage {stage!r} needs (it has "

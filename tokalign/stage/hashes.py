@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
@@ -18,13 +20,73 @@ from tokalign.stage.processes import process_state
 BATCH = 1000  # rows in memory at a time while checking or hashing
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of what the ids mean, equal over save and load, processes and machines.
+ALLOW_OTHER_TOKENIZER = "allow_other_tokenizer"  # the option's name everywhere, and what a manifest records it under
 
-    Covers vocabulary, merges, added tokens, normaliser, pre-tokeniser, decoder, begin/end/unknown token and chat
-    template. Padding, truncation, the padding token and the post-processor are left out on purpose: trainers change
-    them (`pad_token = eos_token`) without changing what any id means.
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identity of what ids mean, equal over save and load, processes and machines.
+
+    Covers the vocabulary, merges, normaliser, pre-tokeniser and decoder. Left out is what changes no id of it: tokens
+    added to it (`added_tokens` lists them), which tokens begin, end and pad a text, padding, truncation, the
+    post-processor and the chat template. So a padding token that is added later makes no other tokenizer.
     """
+    return _sha256({"vocabulary": sorted(_own_vocabulary(tokenizer).items())} | _pipeline(tokenizer))
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The tokens that were added to the vocabulary of `tokenizer_hash`, by id (a text, as JSON wants it)."""
+    own = set(_own_vocabulary(tokenizer).values())
+    return {str(i): str(t.content) for i, t in sorted(tokenizer.added_tokens_decoder.items()) if i not in own}
+
+
+def other_tokenizer(manifest: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why the ids of a stage are not this tokenizer's, by its manifest; None where they are, or it does not say."""
+    made_with = (manifest or {}).get("tokenizer_hash")
+    if made_with is None:
+        return None
+    own = tokenizer_hash(tokenizer)
+    if made_with != own:
+        same = made_with == former_hash(tokenizer)
+        return None if same else f"hash {str(made_with)[:12]}, this one's is {own[:12]}"
+    theirs, mine = (manifest or {}).get("added_tokens"), added_tokens(tokenizer)
+    for identity, token in theirs.items() if isinstance(theirs, dict) else ():
+        if mine.get(identity, token) != token:  # an id that only they have is found where a row holds it
+            return f"id {identity} is {token!r} there and {mine[identity]!r} here"
+    return None
+
+
+def allowance(allowed: bool) -> dict[str, bool]:
+    """What a manifest says of rows that were made under `allow_other_tokenizer`."""
+    return {ALLOW_OTHER_TOKENIZER: True} if allowed else {}
+
+
+def known_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Booleans, one an id up to the highest: whether the tokenizer has a token of it. Some vocabularies have holes,
+    and models often have rows above the highest id, to pad their matrices."""
+    ids = np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64)
+    known = np.zeros(ids.max() + 1, dtype=bool)
+    known[ids] = True
+    return known
+
+
+def _own_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return backend.get_vocab(with_added_tokens=False)
+    return {token: i for token, i in tokenizer.get_vocab().items() if i < tokenizer.vocab_size}
+
+
+def _pipeline(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a slow (pure Python) tokenizer is identified by its vocabulary alone
+        return {}
+    serialised = json.loads(backend.to_str())
+    pipeline = [serialised.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    return {"merges": serialised["model"].get("merges"), "pipeline": pipeline}
+
+
+def former_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The hash in manifests from before 0.2; it held added and special tokens and the chat template too."""
     added = sorted((i, str(t.content), bool(t.special)) for i, t in tokenizer.added_tokens_decoder.items())
     content: dict[str, Any] = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -32,13 +94,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token],
         "chat_template": tokenizer.chat_template,
     }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # a slow (pure Python) tokenizer is identified by its vocabulary alone
-        serialised = json.loads(backend.to_str())
-        content["merges"] = serialised["model"].get("merges")
-        content["pipeline"] = [serialised.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _sha256(content | _pipeline(tokenizer))
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 _WEIGHTS: dict[tuple[tuple[str, int, int], ...], str] = {}  # hashes computed by this process

@@ -34,8 +34,8 @@ from transformers import PreTrainedTokenizerBase
 
 import tokalign
 from tokalign.stage.errors import JobError
-from tokalign.stage.hashes import content_hash, tokenizer_hash
-from tokalign.stage.manifest import MANIFEST, manifest_of, read_manifest, write_manifest
+from tokalign.stage.hashes import ALLOW_OTHER_TOKENIZER, added_tokens, content_hash, former_hash, tokenizer_hash
+from tokalign.stage.manifest import MANIFEST, SAMPLING, manifest_of, read_manifest, write_manifest
 from tokalign.stage.processes import process_state
 from tokalign.stage.progress import JobProgress
 from tokalign.stage.shards import counts_of, job_hash, shard_name, shard_problem, write_shard
@@ -221,12 +221,20 @@ def _prepare(
     except (TypeError, ValueError) as error:
         raise JobError(f"The parameters of {name} must be JSON values: {error}.") from None
     source = manifest_of(rows) or {}
+    before = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    ids = {key: source.get(key) for key in ("tokenizer_hash", "added_tokens")}
+    if tokenizer is not None:
+        ids = {"tokenizer_hash": tokenizer_hash(tokenizer), "added_tokens": added_tokens(tokenizer)}
+        theirs = before.get("tokenizer_hash") if before is not None else None
+        if theirs not in (None, ids["tokenizer_hash"]) and theirs == former_hash(tokenizer):
+            ids["tokenizer_hash"] = theirs  # begun before 0.2: it goes on under its own name
     manifest: dict[str, Any] = {
         "name": name,
         "status": "running",
         "package_version": tokalign.__version__,
         "parameters": parameters,
-        "tokenizer_hash": tokenizer_hash(tokenizer) if tokenizer is not None else source.get("tokenizer_hash"),
+        **{key: value for key, value in ids.items() if value is not None or key == "tokenizer_hash"},
+        **{key: source[key] for key in _INHERITED if key in source and key not in extra_manifest},
         "input": {"name": source.get("name"), "rows": len(rows), "content": content_hash(rows)},
         "shard_size": shard_size,
         "shards": -(-len(rows) // shard_size),
@@ -238,8 +246,7 @@ def _prepare(
     job = job_hash(manifest)
     assert job is not None
     # Compared before anything is deleted: a mistyped folder is refused whole.
-    if (folder / MANIFEST).exists():
-        before = read_manifest(folder)
+    if before is not None:
         _compare(before, manifest, folder)
         if before.get("status") == "complete":
             manifest = before
@@ -270,6 +277,7 @@ def _prepare(
     return {"manifest": manifest, "job": job, "todo": todo}
 
 
+_INHERITED = (ALLOW_OTHER_TOKENIZER, SAMPLING)  # what stays true of rows that are made of rows
 _RESULTS = ("rows", "rows_in", "dropped", "left_out", "seconds", "tokens")
 
 

@@ -17,9 +17,9 @@ from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset, lo
 from transformers import PreTrainedTokenizerBase
 
 from tokalign.internals.datasets import DatasetGenerationError, DatasetNotFoundError, loadable
-from tokalign.stage.contract import SignalRow, check_columns, check_problems, remedy_for
+from tokalign.stage.contract import SignalRow, check_columns, check_problems, check_tokenizer, remedy_for
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import is_hub_id, tokenizer_hash
+from tokalign.stage.hashes import is_hub_id
 from tokalign.stage.manifest import MANIFEST, read_manifest
 from tokalign.stage.shards import CHECKED, job_hash, page_problem, shard_name, shard_problem
 
@@ -33,6 +33,7 @@ def load_stage(
     stage: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     signals: Sequence[str | SignalRow] = (),
+    allow_other_tokenizer: bool = False,
 ) -> Dataset:
     """Open a stage: a folder written by a job, any folder of data files, one file, or a dataset on the hub.
 
@@ -44,8 +45,9 @@ def load_stage(
         path_or_id: Folder, `.jsonl`, `.json` or `.parquet` file, or hub id.
         split: Split to open, or slices and sums of splits as in `datasets`: "train[:10%]", "train+test".
         stage: one of `STAGES`: its columns must be there; problems must have a prompt and an id of their own.
-        tokenizer: Must be the one that made the ids, by the manifest's `tokenizer_hash`.
+        tokenizer: Must be the one that made the ids, by the manifest's `tokenizer_hash` and `added_tokens`.
         signals: Names, or rows of the table of signals; each needs a `chosen_<signal>` or `rejected_<signal>` column.
+        allow_other_tokenizer: Only warn of another tokenizer's ids: for those that mean the same all the same.
 
     Returns:
         The dataset; `manifest_of(dataset)` gives the manifest, if there is one.
@@ -54,7 +56,8 @@ def load_stage(
         ContractError: no such stage or split, unfinished stage, shard missing, column missing, another tokenizer's
             ids, a problem without a prompt or with another problem's id.
     """
-    dataset = cast(Dataset, open_rows(path_or_id, split=split, stage=stage, tokenizer=tokenizer))
+    options: dict[str, Any] = {"tokenizer": tokenizer, "allow_other_tokenizer": allow_other_tokenizer}
+    dataset = cast(Dataset, open_rows(path_or_id, split=split, stage=stage, **options))
     check_columns(dataset, str(path_or_id), stage, signals)
     if stage in ("problems", "structured"):
         check_problems(dataset, str(path_or_id))
@@ -69,6 +72,7 @@ def open_rows(
     streaming: bool = False,
     stage: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    allow_other_tokenizer: bool = False,
 ) -> Rows:
     """The rows of a split as `load_stage` opens them, whatever their columns.
 
@@ -106,7 +110,7 @@ def open_rows(
             ) from error
     if manifest is not None:
         if tokenizer is not None:
-            check_made_with(manifest, tokenizer, path)
+            check_tokenizer(manifest, tokenizer, str(path), allow=allow_other_tokenizer)
         rows.info.description = json.dumps(manifest, ensure_ascii=False)
     return rows
 
@@ -128,17 +132,6 @@ def complete_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("rows") == 0:
         raise ContractError(f"{folder} has no rows: all were dropped ({manifest.get('dropped')}).")
     return manifest
-
-
-def check_made_with(manifest: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:
-    """Refuse a stage whose ids another tokenizer made."""
-    made_with = manifest.get("tokenizer_hash")
-    if made_with is not None and made_with != tokenizer_hash(tokenizer):
-        raise ContractError(
-            f"The ids in {where} were made with another tokenizer (hash {str(made_with)[:12]}, not "
-            f"{tokenizer_hash(tokenizer)[:12]}); use the tokenizer of the model that made this stage, or "
-            "rerun the stage with this model."
-        )
 
 
 def _splits_asked(split: str, known: Iterable[str], where: Path, streaming: bool) -> list[str]:

@@ -30,13 +30,12 @@ import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from trl import DPOConfig
 
 from tokalign.generation.vocabulary import end_ids
 from tokalign.losses import critical_token_dpo_position_loss
 from tokalign.stage.errors import ContractError
 from tokalign.stage.manifest import manifest_of
-from tokalign.trainers.token_preference import TokenPreferenceTrainer
+from tokalign.trainers.token_preference import TokenPreferenceConfig, TokenPreferenceTrainer
 
 logger = get_logger(__name__)
 
@@ -45,7 +44,7 @@ WEIGHTED = {"rejected": ("rejected",), "chosen": ("chosen",), "both": ("chosen",
 
 
 @dataclass
-class CriticalTokenDPOConfig(DPOConfig):
+class CriticalTokenDPOConfig(TokenPreferenceConfig):
     r"""
     Configuration class for the [`CriticalTokenDPOTrainer`].
 

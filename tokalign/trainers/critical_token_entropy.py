@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -30,9 +31,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from tokalign.internals.peft import adapters_are_off
 from tokalign.stage.batching import batches_by_length
+from tokalign.stage.contract import check_reading, check_tokenizer, reader_of
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_text_atomically
-from tokalign.stage.hashes import content_hash, tokenizer_hash
+from tokalign.stage.hashes import ALLOW_OTHER_TOKENIZER, content_hash
 from tokalign.stage.manifest import manifest_of
 
 BRANCH_WORDS = ("Wait", "Alternatively")
@@ -270,32 +272,33 @@ class CriticalTokenEntropyCallback(TrainerCallback):
                     f"The probe has no column `{column}` (it has {', '.join(probe.column_names)}); choose another "
                     "`side` or `signal`, or add it."
                 )
-        made_with = (manifest_of(probe) or {}).get("tokenizer_hash")
-        if made_with is not None and made_with != tokenizer_hash(tokenizer):
-            raise ContractError("The probe's ids were made with another tokenizer; rebuild it with this model's.")
-        vocabulary = max(tokenizer.get_vocab().values()) + 1
+        allow = getattr(self.trainer.args, ALLOW_OTHER_TOKENIZER, False)
+        check_tokenizer(manifest_of(probe), tokenizer, "the probe", allow=allow)
+        reader = reader_of(probe, tokenizer)
         positions = getattr(self.trainer.model.config.get_text_config(), "max_position_embeddings", None)
         lengths: list[int] = []
         critical = 0
         for batch in probe.select_columns(self._columns).iter(batch_size=_BATCH):
             for values in zip(*(batch[column] for column in self._columns), strict=True):  # type: ignore[call-overload]
-                self._check_row(len(lengths), *values, vocabulary=vocabulary, positions=positions)
+                self._check_row(len(lengths), *values, known=reader.known, positions=positions)
                 critical += int(self._mark(*values[1:]).sum())
                 lengths.append(len(values[0]) + len(values[1]))
+        if not allow:
+            check_reading(probe, reader, self._columns[:2])
         if critical == 0:
             raise ContractError(f"The probe holds no critical token ({_brief(self._definition)}); choose other rows.")
         return lengths
 
     def _check_row(
-        self, row: int, prompt: list, completion: list, scores: list | None = None, *, vocabulary: int, positions: Any
+        self, row: int, prompt: list, completion: list, scores: list | None = None, *, known: np.ndarray, positions: Any
     ) -> None:
         for column, ids in zip(self._columns, (prompt, completion), strict=False):
             if not ids:
                 raise ContractError(f"Row {row} of the probe: `{column}` is empty; drop the row.")
-            if wrong := [i for i in ids if i is None or not 0 <= i < vocabulary]:
+            if wrong := [i for i in ids if i is None or not 0 <= i < len(known) or not known[i]]:
                 raise ContractError(
-                    f"Row {row} of the probe: `{column}` holds {wrong[0]}, not an id of this tokenizer's {vocabulary} "
-                    "tokens; rebuild it with this model's."
+                    f"Row {row} of the probe: `{column}` holds {wrong[0]}, not an id of this tokenizer's "
+                    f"{known.sum()} tokens; rebuild it with this model's."
                 )
         if positions is not None and len(prompt) + len(completion) > positions:
             raise ContractError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -42,18 +42,33 @@ from tokalign.internals.trl import (
 )
 from tokalign.prompts import refused_row
 from tokalign.signals.registry import REWARD_RANGE, get
-from tokalign.stage.contract import SIDES, STAGES, check_preferences, first_row
+from tokalign.stage.contract import IDS, SIDES, check_preferences, check_tokenizer, first_row, reader_of
 from tokalign.stage.errors import ContractError
-from tokalign.stage.hashes import tokenizer_hash
-from tokalign.stage.manifest import manifest_of
+from tokalign.stage.manifest import manifest_of, note_beside_model
 
 logger = get_logger(__name__)
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REVISION = "revision_"  # prefix of the batch keys that only T-REG's collator adds
 _ADDED = ("token_signal", "ref_token_logps")
 NEEDED = {"weight": (0.0, 1.0), "reward": REWARD_RANGE}  # what a signal becomes for a method, and its limits
 REFERENCE = {f"{side}_ids": f"ref_{side}_token_logps" for side in SIDES}  # columns of the reference cache
+
+
+@dataclass
+class TokenPreferenceConfig(DPOConfig):
+    r"""
+    What the configurations of these trainers share, besides [`~trl.DPOConfig`].
+
+    Parameters:
+        allow_other_tokenizer (`bool`, *optional*, defaults to `False`):
+            Train on ids that another tokenizer has made: for those that mean the same to this model, although its
+            tokenizer reads them otherwise. It is written into a `manifest.json` beside the model.
+    """
+
+    allow_other_tokenizer: bool = field(
+        default=False,
+        metadata={"help": "Train on ids that another tokenizer has made; it is noted beside the model."},
+    )
 
 
 @dataclass
@@ -217,8 +232,7 @@ class TokenPreferenceTrainer(DPOTrainer):
                     f"`{get(signal).command}`, or set {self._unscored}."
                 )
         self._check_manifest(dataset, args, dataset_name)
-        if sides or columns.issuperset(STAGES["preferences"]):
-            dataset = self._check_rows(dataset, args)
+        dataset = self._check_rows(dataset, args)
         if args.max_length is not None and args.truncation_mode == "keep_start":
             limit = args.max_length  # as TRL does: truncation would leave no completion token
             dataset = drop_rows(
@@ -240,27 +254,28 @@ class TokenPreferenceTrainer(DPOTrainer):
         options: dict[str, Any] = {"signals": [get(signal)] if sides else [], "sides": sides}
         if self._allowed is not None:
             options["ranges"] = {signal: self._allowed}
-        if not sides:  # text that TRL has prepared before carries an added end token, so there the ids alone count
+        if args.allow_other_tokenizer:
             options["text_rows"] = 0
-        tokenizer = self._tokenizer
+        reader = reader_of(dataset, self._tokenizer)
         if isinstance(dataset, Dataset):
-            check_preferences(dataset, tokenizer, **options)
+            check_preferences(dataset, reader, **options)
             return dataset
 
-        def check(batch: dict[str, list]) -> dict[str, list]:
-            check_preferences(Dataset.from_dict(batch), tokenizer, **options)
+        def check(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+            check_preferences(Dataset.from_dict(batch), reader, first=numbers[0], **options)
             return batch
 
-        return dataset.map(check, batched=True, batch_size=64)
+        return dataset.map(check, with_indices=True, batched=True, batch_size=64)
 
     def _check_manifest(self, dataset: Dataset | IterableDataset, args: Any, name: str) -> None:
-        made_with = (manifest_of(dataset) or {}).get("tokenizer_hash")
-        if made_with is not None and made_with != tokenizer_hash(self._tokenizer):
-            raise ContractError(
-                f"The ids of the {name} dataset were made with another tokenizer (hash {made_with[:12]}, this model's "
-                f"is {tokenizer_hash(self._tokenizer)[:12]}); train the model that they were made for, or rerun the "
-                "stages with this one."
-            )
+        allow = args.allow_other_tokenizer
+        check_tokenizer(manifest_of(dataset), self._tokenizer, f"the {name} dataset", allow=allow)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder, allowed = output_dir or self.args.output_dir, self.args.allow_other_tokenizer
+            note_beside_model(folder, self._name, self.train_dataset, allowed=allowed)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:

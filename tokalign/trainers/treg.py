@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
-from trl import DPOConfig
 
 from tokalign.data.revision import load_templates, revision_prompts, templates_hash
 from tokalign.internals.trl import global_then_local_main_first, pad
@@ -51,6 +50,7 @@ from tokalign.trainers.token_preference import (
     REVISION,
     SIDES,
     DataCollatorForTokenSignals,
+    TokenPreferenceConfig,
     TokenPreferenceTrainer,
     drop_rows,
 )
@@ -61,7 +61,7 @@ PROMPTS = {(side, kind): f"{side}_{kind}_prompt_ids" for kind in ("better", "wor
 
 
 @dataclass
-class TRegConfig(DPOConfig):
+class TRegConfig(TokenPreferenceConfig):
     r"""
     Configuration class for the [`TRegTrainer`].
 

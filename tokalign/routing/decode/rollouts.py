@@ -10,12 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tokalign.generation.protocol import Completion, Ids, SamplingParams
-from tokalign.generation.rollouts import sampler
+from tokalign.generation.rollouts import sampler, without_unknown_ids
 from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
 from tokalign.routing.decode.generator import RoutedCompletion, RoutedGenerator
 from tokalign.routing.decode.policies import RouterPolicy
-from tokalign.stage.jobs import Dropped
+from tokalign.stage.hashes import known_ids
+from tokalign.stage.jobs import Dropped, Kept
 from tokalign.stage.shards import shard_name
 
 WORK = ("handoffs", "slm_positions", "llm_positions")  # columns of `RoutedStats` beside the writers
@@ -46,7 +47,7 @@ class _Recorder:
 
 def routed_sampler(
     generator: RoutedGenerator, params: SamplingParams, **options: Any
-) -> Callable[[list[dict]], list[list[dict] | Dropped]]:
+) -> Callable[[list[dict]], list[list[dict] | Kept | Dropped]]:
     """`tokalign.generation.rollouts.sampler` of a pair, for a job.
 
     Rows get `written_by` (1 where the LLM wrote the token), `scores` (the policy's; null where the SLM was not asked)
@@ -56,19 +57,20 @@ def routed_sampler(
         options: of `sampler`, `extract` and `match` among them.
     """
     recorder: Any = _Recorder(generator)  # as much of an engine as the sampler asks for
-    sample = sampler(recorder, params, **options)
+    sample = sampler(recorder, params, keep_unknown=True, **options)
+    known = known_ids(generator.tokenizer)
 
-    def routed(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Dropped]:
+    def routed(problems: list[dict[str, Any]]) -> list[list[dict[str, Any]] | Kept | Dropped]:
         items = sample(problems)
         # The engine was asked for the problems that were not dropped, in their order
-        rows = [row for item in items if not isinstance(item, Dropped) for row in item]
+        rows = [row for item in items if isinstance(item, list) for row in item]
         completions = [completion for each in recorder.last for completion in each]
         for row, completion in zip(rows, completions, strict=True):
             row["written_by"] = [int(by_llm) for by_llm in completion.written_by]
             row["scores"] = completion.scores
             for name in WORK:
                 row[name] = getattr(completion.stats, name)
-        return items
+        return [without_unknown_ids(item, known) if isinstance(item, list) else item for item in items]
 
     return routed
 

@@ -39,7 +39,7 @@ from tokalign.routing.labels.sentences import SentenceRule, sentence_rule
 from tokalign.stage.errors import ContractError
 from tokalign.stage.files import write_text_atomically
 from tokalign.stage.hashes import content_hash, model_identity, tokenizer_hash
-from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.jobs import Dropped, Kept, run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 from tokalign.stage.processes import process_state
@@ -136,7 +136,7 @@ class Labelling:
             "max_prompt_length": arguments.max_prompt_length,
         }
 
-        def answer(rows: list[Row]) -> list[Row | Dropped]:
+        def answer(rows: list[Row]) -> list[Row | Kept | Dropped]:
             sample = sampler(
                 self.engine,
                 params,
@@ -347,9 +347,9 @@ def split_indices(ids: Sequence[Any], calibration_share: float, test_share: floa
     return parts
 
 
-def finished_answer(item: list[Row] | Dropped) -> Row | Dropped:
+def finished_answer(item: list[Row] | Kept | Dropped) -> Row | Kept | Dropped:
     """The one greedy rollout of a problem, if labels can be made of it."""
-    if isinstance(item, Dropped):
+    if not isinstance(item, list):  # never `Kept`, of one rollout
         return item
     (rollout,) = item
     if not rollout["completion"].strip():

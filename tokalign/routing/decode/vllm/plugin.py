@@ -139,7 +139,7 @@ def describe_pair(
     """Compare the pair and choose its route token.
 
     Args:
-        slm, llm: hub ids or folders; without `llm`, all of the SLM's ids are taken as shared.
+        slm, llm: hub ids or folders; without `llm`, all of the SLM's tokens are taken as shared.
 
     Raises:
         ValueError: one sentence, for a pair or route token that does not fit.
@@ -149,7 +149,7 @@ def describe_pair(
 
     tokenizer = AutoTokenizer.from_pretrained(slm, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(slm, trust_remote_code=trust_remote_code).get_text_config()
-    shared, llm_vocab = config.vocab_size, None
+    shared, llm_vocab = check_pair(tokenizer, tokenizer, config.vocab_size, config.vocab_size), None
     if llm is not None:
         llm_vocab = AutoConfig.from_pretrained(llm, trust_remote_code=trust_remote_code).get_text_config().vocab_size
         theirs = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust_remote_code)
