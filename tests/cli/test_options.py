@@ -47,7 +47,7 @@ class Recorder:
     """A trainer that trains nothing and keeps what it was given."""
 
     def __init__(self, **given: Any):
-        self.given, self.args = given, given["args"]
+        self.given, self.args, self.train_dataset = given, given["args"], given["train_dataset"]
         self.model = torch.nn.Linear(1, 1)
         self.model.register_buffer("mask", torch.ones(1, dtype=torch.bool))
         self.model.register_buffer("scale", torch.ones(1))

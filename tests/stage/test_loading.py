@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from tests.support import ALPHABET, tiny_tokenizer
 from tokalign.data.problems import open_source
-from tokalign.signals.job import load_pairs
+from tokalign.signals.job import PairsArguments, load_pairs
 from tokalign.stage import contract
 from tokalign.stage.contract import first_repeated
 from tokalign.stage.errors import ContractError
@@ -53,7 +53,7 @@ def test_an_absent_split_is_never_another_one(tmp_path, layout, split):
     with pytest.raises(ContractError, match=r"has no split .* \(it has train, test\)"):
         load_stage(tmp_path, split=split)
     with pytest.raises(ContractError, match=r"has no split"):
-        load_pairs(str(tmp_path), split, tiny_tokenizer())
+        load_pairs(PairsArguments(dataset=str(tmp_path), split=split, output_dir="unused"), tiny_tokenizer())
 
 
 def test_files_whose_names_say_no_split_are_train(tmp_path):
