@@ -47,7 +47,7 @@ def test_dpo_is_the_stock_trainer(tiny_path, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").num_parameters() == ours.model.num_parameters()
 
 
-def test_what_the_template_is_given_reaches_training_and_is_followed_by_evaluation(tmp_path):
+def test_what_the_template_is_given_reaches_training_and_is_followed_by_evaluation(tmp_path, caplog):
     """As a column for TRL, as a record beside the model, and from there to whoever samples from it or evaluates it."""
     path, off = str(tmp_path / "tiny"), {"enable_thinking": False}
     tokenizer = tiny_tokenizer(string.printable, kind="thinking")
@@ -89,6 +89,13 @@ def test_what_the_template_is_given_reaches_training_and_is_followed_by_evaluati
     del mixed["dataset_name"]
     main(["dpo", *words(mixed)])
     assert read_manifest(tmp_path / "mixed")["prompts"] == record
+    (tmp_path / "mixed.yaml").write_text(f"datasets: [{{path: {tmp_path / 'scored'}}}, {{path: rows.jsonl}}]")
+    with pytest.raises(ContractError, match="A part of the mixture cannot be read"):
+        main(["dpo", *words(mixed)])
+    evaluation |= {"dataset_name": tmp_path / "text", "eval_dataset_name": tmp_path / "scored"}
+    caplog.clear()
+    main(["dpo", *words({**once, **evaluation})])
+    assert "otherwise than those of the rows to evaluate on (chat_template_kwargs {}, there" in caplog.text
     once |= {"dataset_name": tmp_path / "scored", "chat_template_kwargs": '{"enable_thinking": true}'}
     with pytest.raises(ContractError, match=r"Prompts are rendered otherwise than those of .*scored"):
         main(["critical-dpo", *words({**once, "weight_side": "none"})])

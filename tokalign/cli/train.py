@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 from trl import (
@@ -25,12 +26,12 @@ from trl import (
     get_quantization_config,
 )
 
-from tokalign.prompts import RECORD, UNRENDERED, TemplateArguments, give_variables, refused_row
+from tokalign.prompts import RECORD, UNRENDERED, TemplateArguments, give_variables, refused_row, rendering_of
 from tokalign.stage.contract import TEXT_ROWS, check_sft, check_tokenizer, first_row, reader_of
 from tokalign.stage.errors import ContractError, OptionError
 from tokalign.stage.hashes import ALLOW_OTHER_TOKENIZER
 from tokalign.stage.loading import Rows, check_one_tokenizer, manifest_at, open_rows
-from tokalign.stage.manifest import SAMPLING, note_beside_model
+from tokalign.stage.manifest import SAMPLING, manifest_of, note_beside_model
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.prompts import note_prompts, training_prompts
 from tokalign.trainers.registry import TRAINERS
@@ -119,6 +120,10 @@ def train(
         # Text that is evaluated on is rendered as the ids that are trained on were
         followed = given_variables if rendering is None else rendering.chat_template_kwargs
         eval_dataset = None if eval_dataset is None else give_variables(eval_dataset, followed)
+    if rendering is not None and eval_dataset is not None:  # ids to evaluate on that were rendered otherwise: a warning
+        asked = TemplateArguments(chat_template_kwargs=dict(rendering.chat_template_kwargs))
+        recorded = (manifest_of(eval_dataset) or {}).get(RECORD)
+        rendering_of(asked, renderer, recorded=recorded, of="the rows to evaluate on")
     try:
         trainer = trainer_class(
             args=training_args,
@@ -251,7 +256,13 @@ def _mixture(script_args: DataArguments, seed: int, tokenizer: Any) -> dict[str,
     hashes = [manifest.get("tokenizer_hash") for manifest in manifests if manifest is not None]
     check_one_tokenizer(hashes, "the mixture")
     set_seed(seed)
-    mixture: dict[str, Rows] = dict(get_dataset(script_args))  # type: ignore[arg-type]
+    try:
+        mixture: dict[str, Rows] = dict(get_dataset(script_args))  # type: ignore[arg-type]
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise ContractError(
+            f"A part of the mixture cannot be read ({error}); check its path: of a file, `datasets` takes the format "
+            "as `path`, such as json or parquet, and the file as `data_files`."
+        ) from error
     said = {key: [(part or {}).get(key) for part in manifests] for key in ("tokenizer_hash", RECORD, SAMPLING)}
     for split, rows in mixture.items():
         first_row(rows, f"The split {split!r} of the mixture")
