@@ -79,6 +79,10 @@ def test_a_rows_own_variables_come_first_and_what_arrow_fills_in_is_none():
     rows = Dataset.from_list([{"chat_template_kwargs": {"a": 1, "b": None}}, {"chat_template_kwargs": None}])
     given = give_variables(rows, {"a": 2, "b": 3})
     assert given["chat_template_kwargs"] == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+    for some in (rows, rows.to_iterable_dataset()):  # TRL stops at None, which rows without the column hold
+        assert all(row["chat_template_kwargs"] is not None for row in give_variables(some, None))
+    with pytest.raises(ContractError, match=r"Row 0: `chat_template_kwargs` is '\{\}'; write an object"):
+        give_variables(Dataset.from_list([{"chat_template_kwargs": "{}"}]), None)
     tokenizer = tokenizer_of("thinking")
     silent = PromptRendering(chat_template_kwargs={"enable_thinking": False})
     assert tokenizer.decode(silent.ids({"prompt": "x"}, tokenizer)) == "<|user|>x<|end|><|assistant|><think></think>"
@@ -236,6 +240,19 @@ def test_a_training_is_followed_by_evaluation_and_sampling(tmp_path):
     assert training_prompts(ids, tokenizer, None, of="rows", folder=tmp_path / "i", resumed=False) == made
     with pytest.raises(ContractError, match="otherwise than those of rows"):
         training_prompts(ids, tokenizer, {"enable_thinking": True}, of="rows", folder=tmp_path / "i", resumed=False)
+
+
+def test_ids_of_another_template_train_where_they_are_allowed_and_are_noted_as_they_are(tmp_path):
+    ids = Dataset.from_list([{"prompt": "x", "prompt_ids": [1]}])
+    record = PromptRendering().record(tokenizer_of("thinking"))
+    ids.info.description = json.dumps({RECORD: record})
+    here = {"of": "rows", "folder": tmp_path, "resumed": False}
+    with pytest.raises(ContractError, match="or set `allow_other_tokenizer` if another template is meant"):
+        training_prompts(ids, tokenizer_of("system"), None, **here)
+    made = training_prompts(ids, tokenizer_of("system"), None, **here, any_template=True)
+    assert made.record(tokenizer_of("system")) == record
+    with pytest.raises(ContractError, match="rendered otherwise"):  # no tokenizer changes what the ids were made with
+        training_prompts(ids, tokenizer_of("system"), {"a": 1}, **here, any_template=True)
 
 
 def test_a_resumed_training_keeps_its_date(tmp_path):

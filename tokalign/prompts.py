@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, as TRL reads them
 RECORD = "prompts"  # key of a manifest that says how its prompts were rendered
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+UNRENDERED = (TemplateError, TypeError, json.JSONDecodeError)  # what rows raise that the chat template cannot take
 _CLOCK = "strftime_now"  # what templates call for the date
 
 
@@ -198,11 +199,13 @@ class PromptRendering:
         format: "chat" or "raw", as in `render_prompt`.
         chat_template_kwargs: variables of the template, for rows without their own.
         date: what the template is told, if it asks for the date (ISO 8601); None is as in `render_prompt`.
+        template: hash of the template that rendered them, where it is not the tokenizer's.
     """
 
     format: str = "chat"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
+    template: str | None = None
 
     def ids(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
         """Ids of a row's `prompt`, with its own `tools` and `chat_template_kwargs`; `options` of `render_prompt`."""
@@ -217,7 +220,7 @@ class PromptRendering:
 
     def record(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What a manifest says of it under `prompts`."""
-        template = None if self.format == "raw" else template_hash(tokenizer)
+        template = None if self.format == "raw" else self.template or template_hash(tokenizer)
         return {**asdict(self), "chat_template_kwargs": dict(self.chat_template_kwargs), "template": template}
 
 
@@ -249,6 +252,7 @@ def rendering_of(
     recorded: Mapping[str, Any] | None = None,
     of: str = "the model",
     must_agree: bool = False,
+    any_template: bool = False,
     folder: str | Path | None = None,
     key: str = RECORD,
     prompt_format: str = "chat",
@@ -259,6 +263,7 @@ def rendering_of(
         recorded: the record of the stage that is read, or of the model that is asked; None if there is none.
         of: whose record it is, for the sentence about a difference.
         must_agree: ids of the recorded rendering are used beside new ones, so a difference is an error; else a warning.
+        any_template: the ids may be another tokenizer's, so another template is a warning all the same.
         folder: of the stage that is written: a resumed job takes the date of its first start from there.
         key: of its manifest, where the rendering is recorded.
         prompt_format: where neither arguments nor record say it.
@@ -279,8 +284,11 @@ def rendering_of(
         if different:
             was, is_now = ({key: _short(values.get(key)) for key in different} for values in (record, here))
             sentence = f"Prompts are rendered otherwise than those of {of} ({_listed(is_now)}, there {_listed(was)})"
-            if must_agree:
-                raise ContractError(f"{sentence}; leave out --chat_template_kwargs, or use that model's tokenizer.")
+            if must_agree and not (any_template and different == ["template"]):
+                raise ContractError(
+                    f"{sentence}; leave out --chat_template_kwargs, use that model's tokenizer, or set "
+                    "`allow_other_tokenizer` if another template is meant."
+                )
             logger.warning("%s; leave out --prompt_format and --chat_template_kwargs to follow it.", sentence)
     return rendering
 
@@ -297,15 +305,30 @@ def _listed(values: Mapping[str, str]) -> str:
 
 
 def give_variables(rows: Any, variables: Mapping[str, Any] | None) -> Any:
-    """A dataset whose rows have `chat_template_kwargs`, where TRL looks for them; a row's own come before the given."""
-    if not variables:
+    """A dataset whose rows have `chat_template_kwargs`, where TRL looks for them; a row's own come before the given.
+
+    Where some rows alone have the column, the others hold None, at which TRL stops: those get an empty object.
+    """
+    if not variables and "chat_template_kwargs" not in (rows.column_names or next(iter(rows), {})):
         return rows
-    return rows.map(lambda row: {"chat_template_kwargs": merged(row.get("chat_template_kwargs"), variables)})
+
+    def filled(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        own = _variables(row.get("chat_template_kwargs"), f"Row {row.get('id', number)!r}: ")
+        return {"chat_template_kwargs": merged(own, variables or {})}
+
+    return rows.map(filled, with_indices=True)
 
 
 def refused_row(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, error: Exception) -> Exception:
-    """The sentence about the first row that the chat template refuses, where TRL names none; `error` if none is."""
+    """The sentence about the first row that TRL or the template refuses, where TRL names none; `error` if none is."""
     for number, row in enumerate(rows):
+        name = f"Row {row.get('id', number)!r}"
+        if (column := next((c for c in ("prompt", "chosen", "rejected") if row.get(c, "") is None), None)) is not None:
+            return ContractError(f"{name}: `{column}` is missing; write it, or drop the row.")
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list):
+            return ContractError(
+                f"{name}: `prompt` is text beside messages; leave it out if both answers begin with it."
+            )
         start = row["prompt"] if isinstance(row.get("prompt"), list) else []
         answers = [row[c] for c in ("chosen", "rejected", "completion", "messages") if isinstance(row.get(c), list)]
         for messages in [start, *(start + answer for answer in answers)]:

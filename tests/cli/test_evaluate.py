@@ -54,6 +54,24 @@ def test_evaluate_compare_and_resume(tiny_path, tmp_path, capsys):
     assert "greedy accuracy" in capsys.readouterr().out
 
 
+def test_pairs_that_cannot_be_read_are_found_before_anything_is_sampled(tiny_path, tmp_path):
+    problems, _ = _stages(tmp_path)
+    Dataset.from_list([{"id": "a", "prompt": "1", "chosen": "2", "rejected": "3"}]).to_parquet(tmp_path / "own.parquet")
+    asked = [
+        "--model",
+        tiny_path,
+        "--problems",
+        problems,
+        "--split",
+        "train",
+        "--preferences",
+        tmp_path / "own.parquet",
+    ]
+    with pytest.raises(ContractError, match="no column `prompt_ids`"):
+        _run("evaluate answers", *asked, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluation_stops_where_sampling_stopped(tiny_path, tmp_path, capsys):
     """By the manifest of the rollouts, of the pairs, or of what the model was trained on; and it says which."""
     problems, pairs = _stages(tmp_path)

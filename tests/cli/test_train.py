@@ -77,6 +77,18 @@ def test_what_the_template_is_given_reaches_training_and_is_followed_by_evaluati
     main(["score", "likelihood", *words({**scored, "chat_template_kwargs": json.dumps(off)})])
     assert load_stage(tmp_path / "scored")["prompt_ids"] == stock["prompt_ids"]
     assert read_manifest(tmp_path / "scored")["prompts"] == record
+    # Text that is evaluated on is rendered as the ids that are trained on; a mixture says what all its stages say
+    del once["chat_template_kwargs"]
+    evaluation = {"eval_dataset_name": tmp_path / "text", "dataset_test_split": "train", "eval_strategy": "epoch"}
+    trainer = main(["dpo", *words({**once, **evaluation, "dataset_name": tmp_path / "scored"})])
+    assert trainer.eval_dataset["prompt_ids"] == stock["prompt_ids"]
+    (tmp_path / "mixed.yaml").write_text(
+        f"datasets: [{{path: {tmp_path / 'scored'}}}, {{path: {tmp_path / 'scored'}}}]"
+    )
+    mixed = {**once, "config": tmp_path / "mixed.yaml", "output_dir": tmp_path / "mixed"}
+    del mixed["dataset_name"]
+    main(["dpo", *words(mixed)])
+    assert read_manifest(tmp_path / "mixed")["prompts"] == record
     once |= {"dataset_name": tmp_path / "scored", "chat_template_kwargs": '{"enable_thinking": true}'}
     with pytest.raises(ContractError, match=r"Prompts are rendered otherwise than those of .*scored"):
         main(["critical-dpo", *words({**once, "weight_side": "none"})])
@@ -148,6 +160,31 @@ def test_sft_rows_of_another_tokenizer(tiny_path, tmp_path, stored):
         sft("other", other, "0" * 64)
     sft("other", other, "0" * 64, "--allow_other_tokenizer", "true")
     assert read_manifest(tmp_path / "other_out")["allow_other_tokenizer"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tools": "[{"}, "Row 1: `tools` is not JSON"),
+        ({"chosen": None}, "Row 1: `chosen` is missing; write it, or drop the row"),
+        ({"chat_template_kwargs": {}}, None),  # the other row has none of its own
+    ],
+)
+def test_a_row_that_trl_cannot_read_is_named(tmp_path, change, message):
+    path = str(tmp_path / "tiny")
+    tokenizer = tiny_tokenizer(string.printable, kind="tools")
+    tokenizer.save_pretrained(path)
+    tiny_model(len(tokenizer)).save_pretrained(path)
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "1"}], **sides}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, {**row, **change})))
+    names = {"model_name_or_path": path, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out"}
+    options = words({**SHORT, **names, "max_steps": 1})
+    if message is None:
+        assert main(["dpo", *options]).state.global_step == 1
+        return
+    with pytest.raises(ContractError, match=message):
+        main(["dpo", *options])
 
 
 @pytest.mark.parametrize("verb", ["critical-dpo", "dpo", "treg", "sft"])

@@ -85,6 +85,15 @@ def main(arguments: EvaluateArguments, engine_arguments: EngineArguments) -> dic
         recorded=recorded_beside(engine_arguments.adapter, engine_arguments.model),
         folder=arguments.output_dir,
     )
+    preferences = None
+    if arguments.preferences is not None:  # before anything is sampled, which takes hours
+        preferences = load_stage(
+            arguments.preferences,
+            split=arguments.preferences_split,
+            stage="preferences",
+            tokenizer=tokenizer,
+            allow_other_tokenizer=arguments.allow_other_tokenizer,
+        )
     metrics = evaluate(
         lambda: load_engine(engine_arguments),
         problems,
@@ -109,17 +118,11 @@ def main(arguments: EvaluateArguments, engine_arguments: EngineArguments) -> dic
         allow_other_tokenizer=arguments.allow_other_tokenizer,
     )
     metrics |= {**models, "logps": None, "comparison": None}
-    if arguments.preferences is not None:
+    if preferences is not None:
         metrics["logps"] = completion_logps(
             engine_arguments.model,
             engine_arguments.adapter,
-            load_stage(
-                arguments.preferences,
-                split=arguments.preferences_split,
-                stage="preferences",
-                tokenizer=tokenizer,
-                allow_other_tokenizer=arguments.allow_other_tokenizer,
-            ),
+            preferences,
             Path(arguments.output_dir) / "logps",
             tokenizer=tokenizer,
             dtype=engine_arguments.dtype,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 from trl import (
@@ -26,12 +25,12 @@ from trl import (
     get_quantization_config,
 )
 
-from tokalign.prompts import TemplateArguments, give_variables, refused_row
+from tokalign.prompts import RECORD, UNRENDERED, TemplateArguments, give_variables, refused_row
 from tokalign.stage.contract import TEXT_ROWS, check_sft, check_tokenizer, first_row, reader_of
 from tokalign.stage.errors import ContractError, OptionError
 from tokalign.stage.hashes import ALLOW_OTHER_TOKENIZER
 from tokalign.stage.loading import Rows, check_one_tokenizer, manifest_at, open_rows
-from tokalign.stage.manifest import note_beside_model
+from tokalign.stage.manifest import SAMPLING, note_beside_model
 from tokalign.trainers.checkpoints import resume_point
 from tokalign.trainers.prompts import note_prompts, training_prompts
 from tokalign.trainers.registry import TRAINERS
@@ -111,12 +110,15 @@ def train(
         of=script_args.dataset_name or "the mixture",
         folder=training_args.output_dir,
         resumed=resume is not None,
+        any_template=_allows(script_args) or _allows(training_args),
     )
     if rendering is not None and rendering.date is not None:
         given["processing_class"] = renderer  # told the date, where TRL would load one that reads the clock
     if isinstance(script_args, TemplateArguments):  # GRPO reads its configuration, the others the rows
         train_dataset = give_variables(train_dataset, given_variables)
-        eval_dataset = None if eval_dataset is None else give_variables(eval_dataset, given_variables)
+        # Text that is evaluated on is rendered as the ids that are trained on were
+        followed = given_variables if rendering is None else rendering.chat_template_kwargs
+        eval_dataset = None if eval_dataset is None else give_variables(eval_dataset, followed)
     try:
         trainer = trainer_class(
             args=training_args,
@@ -126,7 +128,7 @@ def train(
             peft_config=get_peft_config(model_args),
             **{"model": model_of(model_args), **given},
         )
-    except TemplateError as error:
+    except UNRENDERED as error:
         raise refused_row(train_dataset, renderer, error) from error
     if script_args.ignore_bias_buffers:  # as TRL's scripts do; DDP reads it when it wraps the model
         buffers = trainer.model.named_buffers()
@@ -250,10 +252,12 @@ def _mixture(script_args: DataArguments, seed: int, tokenizer: Any) -> dict[str,
     check_one_tokenizer(hashes, "the mixture")
     set_seed(seed)
     mixture: dict[str, Rows] = dict(get_dataset(script_args))  # type: ignore[arg-type]
+    said = {key: [(part or {}).get(key) for part in manifests] for key in ("tokenizer_hash", RECORD, SAMPLING)}
     for split, rows in mixture.items():
         first_row(rows, f"The split {split!r} of the mixture")
         if len(hashes) == len(manifests) and None not in hashes:
-            rows.info.description = json.dumps({"tokenizer_hash": hashes[0]})
+            agreed = {key: each[0] for key, each in said.items() if each[0] and each == each[:1] * len(each)}
+            rows.info.description = json.dumps(agreed)
         if tokenizer is not None:
             mixture[split] = _with_checked_ids(rows, tokenizer, script_args)
     return mixture
@@ -275,5 +279,5 @@ def _with_checked_ids(dataset: Rows, tokenizer: Any, script_args: DataArguments)
     return dataset.map(check, batched=True, batch_size=64)
 
 
-def _allows(script_args: DataArguments) -> bool:
-    return getattr(script_args, ALLOW_OTHER_TOKENIZER, False)
+def _allows(arguments: Any) -> bool:
+    return getattr(arguments, ALLOW_OTHER_TOKENIZER, False)

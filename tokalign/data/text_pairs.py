@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 
 from datasets import Dataset, concatenate_datasets
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.prompts import AS_CHAT, PromptRendering, give_variables, refused_row, tell_the_date
+from tokalign.prompts import AS_CHAT, UNRENDERED, PromptRendering, give_variables, refused_row, tell_the_date
 from tokalign.stage.contract import SIDES, check_present, first_row
 from tokalign.stage.errors import ContractError
 
@@ -54,6 +53,6 @@ def tokenize_pairs(
     given = give_variables(rows, rendering.chat_template_kwargs)
     try:
         ids = ids_of_dpo_trainer(given, told).select_columns(list(IDS))
-    except TemplateError as error:
+    except UNRENDERED as error:
         raise refused_row(given, told, error) from error
     return concatenate_datasets([rows, ids], axis=1)

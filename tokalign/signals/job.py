@@ -115,7 +115,8 @@ def load_pairs(arguments: PairsArguments, tokenizer: PreTrainedTokenizerBase) ->
     manifest = manifest_of(rows) or {}
     if manifest.get("tokenizer_hash") is None:
         check_preferences(rows, tokenizer, text_rows=0 if allow else TEXT_ROWS)
-    rendering_of(arguments.template, tokenizer, recorded=manifest.get(RECORD), of=path_or_id, must_agree=True)
+    recorded = manifest.get(RECORD)
+    rendering_of(arguments.template, tokenizer, recorded=recorded, of=path_or_id, must_agree=True, any_template=allow)
     return rows
 
 

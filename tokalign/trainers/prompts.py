@@ -3,6 +3,7 @@ the model or evaluates it asks it in the same way (`tokalign.prompts.recorded_be
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from tokalign.prompts import RECORD, PromptRendering, TemplateArguments, rendering_of, tell_the_date
+from tokalign.prompts import RECORD, PromptRendering, TemplateArguments, rendering_of, tell_the_date, template_hash
 from tokalign.stage.manifest import MANIFEST, manifest_of, read_manifest, write_manifest
 
 
@@ -23,6 +24,7 @@ def training_prompts(
     of: str,
     folder: str | Path,
     resumed: bool,
+    any_template: bool = False,
 ) -> PromptRendering | None:
     """The rendering of a training on `rows`; None if nobody knows it.
 
@@ -36,6 +38,7 @@ def training_prompts(
         of: name of the rows, for errors.
         folder: where the model is written, and `note_prompts` notes the rendering.
         resumed: the training goes on, so it keeps the date that its folder says.
+        any_template: ids that another tokenizer's template rendered are taken, and noted as they are.
 
     Raises:
         ContractError: the rows hold ids that were rendered otherwise.
@@ -54,9 +57,12 @@ def training_prompts(
         recorded=record,
         of=of,
         must_agree=has_ids,
+        any_template=any_template,
         folder=folder if resumed else None,
         prompt_format="chat" if is_conversational(asked) else "raw",
     )
+    if has_ids and record is not None and record.get("template") != template_hash(tokenizer):
+        rendering = replace(rendering, template=record.get("template"))
     if rendering.date is not None:
         tell_the_date(tokenizer, rendering.date)
     return rendering

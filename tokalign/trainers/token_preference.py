@@ -26,7 +26,6 @@ import trl
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
-from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -40,7 +39,7 @@ from tokalign.internals.trl import (
     pad,
     prepare_deepspeed,
 )
-from tokalign.prompts import refused_row
+from tokalign.prompts import UNRENDERED, give_variables, refused_row
 from tokalign.signals.registry import REWARD_RANGE, get
 from tokalign.stage.contract import IDS, SIDES, check_preferences, check_tokenizer, first_row, reader_of
 from tokalign.stage.errors import ContractError
@@ -222,8 +221,9 @@ class TokenPreferenceTrainer(DPOTrainer):
         if not columns.issuperset(IDS):
             if not sides:
                 try:
+                    dataset = give_variables(dataset, None)
                     return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-                except TemplateError as error:
+                except UNRENDERED as error:
                     raise refused_row(dataset, self._tokenizer, error) from error
             if not columns & set(IDS):
                 raise ContractError(
