@@ -461,17 +461,17 @@ def test_the_literal_reward_reads_the_keys_that_all_forms_require():
         ({"a": b"\xff"}, "cannot be read as JSON"),
         (
             {"a": datetime.datetime(2024, 1, 1)},
-            r"as JSON does not fit the schema \(/a: string where integer is allowed\)",
+            r"as JSON does not fit the schema \(/a: string where boolean is allowed\)",
         ),
         (Cat(), r"as JSON does not fit the schema \(the document: the key 'a' is missing\)"),
     ],
 )
 def test_a_reference_that_cannot_be_read_is_refused(reference, message):
-    reward = StructuredReward({"type": "object", "properties": {"a": INTEGER}, "required": ["a"]})
+    reward = StructuredReward({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
     with pytest.raises(ValueError, match=message):
-        reward.score('{"a": 1}', reference)
+        reward.score('{"a": true}', reference)
     with pytest.raises(ValueError, match=f"Row 7: `answer`: {message}"):
-        reward(completions=['{"a": 1}'], answer=[reference], id=[7])
+        reward(completions=['{"a": true}'], answer=[reference], id=[7])
 
 
 def test_a_model_without_a_json_schema_is_refused():
