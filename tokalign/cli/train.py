@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets.exceptions import DatasetNotFoundError
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 from trl import (
@@ -26,6 +25,7 @@ from trl import (
     get_quantization_config,
 )
 
+from tokalign.internals.datasets import DatasetNotFoundError
 from tokalign.prompts import RECORD, UNRENDERED, TemplateArguments, give_variables, refused_row, rendering_of
 from tokalign.stage.contract import TEXT_ROWS, check_sft, check_tokenizer, first_row, reader_of
 from tokalign.stage.errors import ContractError, OptionError
