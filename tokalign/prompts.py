@@ -336,8 +336,8 @@ def refused_row(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenize
                 if messages:
                     named = {**row, "id": row.get("id", number), "prompt": messages}
                     AS_CHAT.ids(named, tokenizer, add_generation_prompt=messages is start)
-            except ContractError as found:
-                return found
+            except ContractError as refusal:
+                return refusal
     return error
 
 

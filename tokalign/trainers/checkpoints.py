@@ -42,14 +42,14 @@ def resume_point(args: TrainingArguments) -> str | None:
     given = str(args.resume_from_checkpoint or "false")
     if given.lower() == "false":
         return None
-    found: str | None = given
+    checkpoint: str | None = given
     if given.lower() == "true":
-        found = last_whole_checkpoint(args.output_dir or "")
+        checkpoint = last_whole_checkpoint(args.output_dir or "")
     elif Path(given).is_dir() and (problem := problem_of(Path(given))):
         raise ContractError(f"Checkpoint {given} is damaged: {problem}; give one that is whole.")
-    if found is not None and Path(found).is_dir():
-        _check_processes(Path(found), args)
-    return found
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        _check_processes(Path(checkpoint), args)
+    return checkpoint
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
@@ -89,7 +89,7 @@ def problem_of(folder: Path) -> str | None:
         except ValueError:
             return f"{file.name} cannot be read"
         if file.name.endswith(".index.json"):
-            named |= {file.parent / shard for shard in said["weight_map"].values()}
+            named |= {file.parent / shard for shard in said.get("weight_map", {}).values()}
     latest = folder / "latest"  # DeepSpeed's: the folder of the weights and of every process's part of the optimizer
     if latest.exists():
         named.add(folder / latest.read_text(encoding="utf-8").strip())
