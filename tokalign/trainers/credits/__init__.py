@@ -1,0 +1,1 @@
+"""Credit functions, one file each: a number for every token of a completion."""
