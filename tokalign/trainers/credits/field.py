@@ -9,7 +9,7 @@ its own tokens. A^form is the group-relative advantage of what the reward's form
 right number in a malformed document is praised as number, and the malformed rest is blamed as form.
 
 Where the reward cannot say which characters are at fault (YAML, XML), or a completion's ids do not spell its text, the
-completion has the sequence advantage (R_i − mean_G R) / (std_G R + ε) on all of its tokens.
+completion keeps the advantage of its sequence on all of its tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.reading import text_of
+from tokalign.rewards.structured.reward import NAME
 from tokalign.stage.pieces import spans_to_tokens, token_offsets
 
 Field = tuple[str, bool]  # JSON pointer, and whether it is an invented field's (a reference may have the same pointer)
@@ -35,12 +36,10 @@ class Judged:
     Attributes:
         values: c of each field that it has, lacks or invented, in [0, 1].
         form: what its form components are worth.
-        total: its whole reward.
     """
 
     values: Mapping[Field, float]
     form: float
-    total: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Charged:
 
     Attributes:
         length: its tokens.
-        tokens: indices of each field's tokens; None gives the sequence advantage to all tokens.
+        tokens: indices of each field's tokens; None if they are not known.
         faults: indices of tokens that are no part of a document: text around it, and all from where it broke.
     """
 
@@ -63,20 +62,20 @@ class FieldCredit:
     """Credit of a structured reward's fields, as a credit function of [`TokenCreditGRPOTrainer`].
 
     Args:
-        reward: whose sequence advantage this replaces.
+        reward: whose sequence advantage this replaces; None is the one structured reward that the trainer has.
         coefficient: factor of the whole, as a reward's weight is.
         value_weight: λ, of the fields.
         form_weight: w, of the form; 0 leaves it out.
         epsilon: ε.
         scale: "group" divides a field's advantage by its standard deviation in the group; "none" does not, so a field
             that is nearly always right moves little.
-        form_scale: the same of the form and of the sequence advantage.
+        form_scale: the same of the form.
         form_on: "all" has A^form on all tokens. "place": below 0 it falls on the text around a document and on what
             follows a break alone, above 0 on all but these; a completion without such text has it on all.
         keys: a field's name has its value's advantage too.
     """
 
-    reward: StructuredReward
+    reward: StructuredReward | None = None
     coefficient: float = 1.0
     value_weight: float = 1.0
     form_weight: float = 1.0
@@ -86,10 +85,18 @@ class FieldCredit:
     form_on: Literal["all", "place"] = "all"
     keys: bool = True
     mode: str = field(default="advantage", init=False)
+    __name__: str = field(default="field", init=False)
     trainer: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.__name__ = "field" if self.reward.__name__ == "structured" else f"field_{self.reward.__name__}"
+        if self.reward is not None:
+            self._credit(self.reward)
+
+    def _credit(self, reward: StructuredReward) -> None:
+        if reward.preset is not None:
+            raise ValueError(f"The preset {reward.preset!r} does not know fields; set credit to 'sequence'.")
+        self.reward = reward
+        self.__name__ = "field" if reward.__name__ == NAME else f"field_{reward.__name__}"
 
     @property
     def replaces(self) -> tuple[Any, ...]:
@@ -97,6 +104,14 @@ class FieldCredit:
 
     def attach(self, trainer: Any) -> None:
         self.trainer = trainer
+        if self.reward is None:
+            found = [function for function in trainer.reward_funcs if isinstance(function, StructuredReward)]
+            if len(found) != 1:
+                raise ValueError(
+                    f"The credit 'field' follows one StructuredReward, and `reward_funcs` has {len(found)}; give one, "
+                    "or pass `credit_funcs=[FieldCredit(reward), …]`."
+                )
+            self._credit(found[0])
 
     def __call__(
         self,
@@ -106,18 +121,19 @@ class FieldCredit:
         rewards: Sequence[float],
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
-    ) -> list[list[float]]:
-        """Advantages of this process's completions, one number a token.
+    ) -> list[list[float] | None]:
+        """Advantages of this process's completions, one number a token; None for one that keeps its sequence's.
 
         Groups lie next to each other in the order of all processes; one that spans processes is gathered.
         """
+        assert self.reward is not None
         schemas = columns.get(self.reward.schema_column) or [None] * len(completions)
         references = columns.get(self.reward.reference_column) or [None] * len(completions)
         rows = [self.judge(*row) for row in zip(completions, completion_ids, references, schemas, strict=True)]
         if log_metric is not None and rows:
             unread = sum(charged.tokens is None for _, charged in rows)
             log_metric(f"credit/{self.__name__}/by_sequence", unread / len(rows))
-        group = self._group()
+        group = self.trainer._mode_and_group()[1]
         judged, charged = [row[0] for row in rows], [row[1] for row in rows]
         first = 0
         if len(rows) % group:  # every process has equally many rows, so all of them gather or none does
@@ -125,15 +141,11 @@ class FieldCredit:
             judged = gather_object(judged)
         return self.advantages(judged, charged, group, first)
 
-    def _group(self) -> int:
-        trainer = self.trainer
-        training = trainer.model is not None and trainer.model.training
-        return (trainer.num_generations if training else trainer.num_generations_eval) or 1
-
     # -------------------------------------------------------------------------------------------- from spans to tokens
 
     def judge(self, completion: Any, ids: Sequence[int], reference: Any, schema: Any) -> tuple[Judged, Charged]:
         """A completion's fields from the reward's spans, and the tokens that they are charged on."""
+        assert self.reward is not None
         credit = self.reward.credit(completion, reference, schema)
         weights, scores = self.reward.weights, credit.scores
         form = sum(w * (scores[name] or 0.0) for name, w in weights.items() if name != "correctness")
@@ -141,7 +153,7 @@ class FieldCredit:
         for span in credit.spans:
             if span.component in ("value", "missing", "invented"):
                 values[_field(span)] = span.value
-        judged = Judged(values if credit.exact else {}, form, scores["total"])
+        judged = Judged(values if credit.exact else {}, form)
         tokenizer = self.trainer.processing_class
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         offsets = token_offsets(tokenizer, ids, text_of(completion)) if credit.exact else None
@@ -163,7 +175,7 @@ class FieldCredit:
 
     def advantages(
         self, judged: Sequence[Judged], charged: Sequence[Charged], group: int, first: int = 0
-    ) -> list[list[float]]:
+    ) -> list[list[float] | None]:
         """The equation.
 
         Args:
@@ -173,18 +185,17 @@ class FieldCredit:
             first: index in `judged` of the first of `charged`.
 
         Returns:
-            one list a completion in `charged`, as long as its tokens.
+            one list a completion in `charged`, as long as its tokens; None where they are not known.
         """
-        made: list[list[float]] = []
+        made: list[list[float] | None] = []
         for start in range(first - first % group, first + len(charged), group):
             members = judged[start : start + group]
             fields = field_advantages([member.values for member in members], self.scale, self.epsilon)
             forms = relative([member.form for member in members], self.form_scale, self.epsilon)
-            wholes = relative([member.total for member in members], self.form_scale, self.epsilon)
             for index in range(max(start, first), min(start + group, first + len(charged))):
                 place, row = index - start, charged[index - first]
                 if row.tokens is None:
-                    made.append([wholes[place]] * row.length)
+                    made.append(None)
                     continue
                 numbers = self._form(self.form_weight * forms[place], row)
                 for name, indices in row.tokens.items():
