@@ -95,7 +95,8 @@ def token_heatmap(
     Args:
         rows: rows of a signals dataset: `id`, `prompt`, `<side>_ids`, `<side>_<signal>`; shown where present:
             `prompt_ids`, `answer`, `first_error` (index of the true first wrong token), `critical_index` (the rollout
-            estimate's); these two are the rejected side's, or `<side>_first_error` …; None and -1 are unknown.
+            estimate's); these two are the rejected side's, or `<side>_first_error` …; None and -1 are unknown; and
+            `<side>_notes`, names and texts that stand above the completion.
         tokenizer: the one that made the ids.
         signals: names without a side; unset shows every list of numbers found. The first one colours the page.
         sides: completions to show; one absent from the rows is left out.
@@ -232,7 +233,9 @@ def _read_row(
                 }
             )
         text = _text(tokenizer, ids, skip_special_tokens=True)
-        blocks.append({"name": side, "tokens": tokens, "answer": extract(text) if extract else None})
+        notes = row.get(f"{side}_notes") or {}
+        answer = extract(text) if extract else None
+        blocks.append({"name": side, "tokens": tokens, "answer": answer, "notes": notes})
     if not blocks:
         raise ContractError(
             f"{where} has none of the columns {', '.join(f'`{side}_ids`' for side in sides)}: "
