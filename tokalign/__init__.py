@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokalign.trainers.critical_token_dpo import CriticalTokenDPOConfig, CriticalTokenDPOTrainer
     from tokalign.trainers.critical_token_entropy import CriticalTokenEntropyCallback
     from tokalign.trainers.structured_grpo import StructuredGRPOConfig, StructuredGRPOTrainer
+    from tokalign.trainers.token_credit_grpo import TokenCreditGRPOConfig, TokenCreditGRPOTrainer
     from tokalign.trainers.treg import TRegConfig, TRegTrainer
 
 __version__ = "0.2.0"
@@ -33,6 +34,8 @@ __all__ = [
     "StructuredReward",
     "TRegConfig",
     "TRegTrainer",
+    "TokenCreditGRPOConfig",
+    "TokenCreditGRPOTrainer",
     "TokenRouter",
 ]
 _HOMES = {

@@ -2,11 +2,13 @@
 
 Each one is written from its paper's equation, and a trainer calls it. What TRL does compute (critical-token DPO's sum
 over positions, T-REG's base loss against a reference) is held to the paper's equation by the plain loops of
-tests/trainers/. Shapes: B pairs, T positions; masks are 1 on completion tokens; log-ratios are
-ρ_t = log π(y_t|·) − log π_ref(y_t|·).
+tests/trainers/. Shapes: B pairs (completions in GRPO's), T positions; masks are 1 on completion tokens; log-ratios
+are ρ_t = log π(y_t|·) − log π_ref(y_t|·).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -157,3 +159,87 @@ def wpo_weights(logps: torch.Tensor, log_sum_sq_probs: torch.Tensor, mask: torch
     aligned = (logps - log_sum_sq_probs).detach().masked_fill(mask == 0, 0.0)
     chosen, rejected = (aligned.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).exp().chunk(2)
     return chosen * rejected
+
+
+def token_advantages(
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    weights: Sequence[torch.Tensor] = (),
+    bonuses: Sequence[tuple[float, torch.Tensor]] = (),
+) -> torch.Tensor:
+    """Advantages of tokens, from those of completions and from what credit functions say of the tokens.
+
+        A_it = A_i Π_w w_it + Σ_a λ_a c^a_it
+
+    Where a credit function says nothing (NaN) its w is 1 and its c is 0, so that the token keeps A_i.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`):
+            A_i of the completions.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 on the tokens that the policy wrote; the others (padding, results of tools) get 0.
+        weights (sequence of `torch.Tensor` of shape `(B, T)`):
+            w of each credit function that weighs.
+        bonuses (sequence of `(float, torch.Tensor of shape (B, T))`):
+            λ and c of each credit function that adds an advantage of its own.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`.
+    """
+    result = advantages.unsqueeze(1).expand(mask.shape)
+    for weight in weights:
+        result = result * torch.nan_to_num(weight, nan=1.0)
+    for coefficient, credit in bonuses:
+        result = result + coefficient * torch.nan_to_num(credit, nan=0.0)
+    return result.masked_fill(mask == 0, 0.0)
+
+
+def group_advantages(
+    rewards: torch.Tensor, weights: torch.Tensor, *, group_size: int, scale_rewards: str, aggregation: str
+) -> torch.Tensor:
+    """GRPO's advantages (arXiv 2402.03300) of some reward functions, computed as TRL computes those of all.
+
+        sum_then_normalize:  A_i = (R_i − mean_G R) / (std R + ε),  R_i = Σ_k w_k R_ik
+        normalize_then_sum:  A_i = (S_i − mean S) / (std S + ε),    S_i = Σ_k w_k (R_ik − mean_G R_k) / (std_G R_k + ε)
+
+    (the second is GDPO, arXiv 2601.05242). The standard deviation of R is the group's or the batch's, or the quotient
+    is left out, as `scale_rewards` says. ε = 1e-4; NaN means that a function does not judge a completion.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, K)`):
+            R_ik of all processes' completions, a group's next to each other, by K reward functions. K may be 0.
+        weights (`torch.Tensor` of shape `(K,)`):
+            w_k.
+        group_size (`int`):
+            Completions of a prompt; it divides N.
+        scale_rewards (`"group"`, `"batch"` or `"none"`), aggregation (`"sum_then_normalize"` or
+            `"normalize_then_sum"`): TRL's arguments of these names.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`; 0 for a completion that no function judges.
+
+    Raises:
+        ValueError: unknown `scale_rewards` or `aggregation`.
+    """
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
+    if aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+        raise ValueError(f"aggregation must be 'sum_then_normalize' or 'normalize_then_sum', got {aggregation!r}.")
+    unjudged = rewards.isnan().all(dim=1)
+    if aggregation == "normalize_then_sum":
+        grouped = rewards.view(-1, group_size, rewards.size(1))
+        normal = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (_nanstd(grouped, dim=1) + 1e-4)
+        rewards, group_size, scale_rewards = normal.view(rewards.shape), len(rewards), "batch"
+    totals = (rewards * weights).nansum(dim=1).masked_fill(unjudged, torch.nan)
+    groups = totals.view(-1, group_size)
+    advantages = groups - groups.nanmean(dim=1, keepdim=True)
+    if scale_rewards != "none":
+        advantages = advantages / (_nanstd(groups if scale_rewards == "group" else totals.view(1, -1), dim=1) + 1e-4)
+    return torch.nan_to_num(advantages, nan=0.0).flatten()
+
+
+def _nanstd(values: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """Sample standard deviation of what is not NaN, the dimension kept; NaN where there are fewer than two values."""
+    variance = ((values - values.nanmean(dim=dim, keepdim=True)) ** 2).nanmean(dim=dim, keepdim=True)
+    count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    return (variance * torch.where(count > 1, count / (count - 1), torch.nan)).sqrt()

@@ -15,10 +15,18 @@ from trl import DPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
+from trl.trainer.utils import (
+    get_callable_name,
+    get_config_model_id,
+    global_then_local_main_first,
+    pad,
+    shutdown_event_loop_in_daemon,
+    start_event_loop_in_daemon,
+)
 
 __all__ = [
     "DataCollatorForPreference",
+    "get_callable_name",
     "get_config_model_id",
     "global_then_local_main_first",
     "head_needs_triton",
@@ -26,6 +34,8 @@ __all__ = [
     "pad",
     "parse_response",
     "prepare_deepspeed",
+    "shutdown_event_loop_in_daemon",
+    "start_event_loop_in_daemon",
 ]
 
 # Of DPOTrainer: the methods that ours override, and what else ours set, call or read.

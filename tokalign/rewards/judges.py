@@ -97,16 +97,16 @@ def _finite(reward: Any, row: Row, name: str) -> float:
     return value
 
 
-def load_function(where: str) -> tuple[Callable[..., Any], str]:
-    """The user's reward function and the hash of the file that holds it."""
+def load_function(where: str, option: str = "--reward_function") -> tuple[Callable[..., Any], str]:
+    """The user's function and the hash of the file that holds it; `option` is what it was given by."""
     place, _, name = where.rpartition(":")
     if not place or not name:
-        raise ContractError(f"--reward_function is {where!r}: write module.path:function or path/to/file.py:function.")
+        raise ContractError(f"{option} is {where!r}: write module.path:function or path/to/file.py:function.")
     module: ModuleType
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location("user_reward_function", place)
         if spec is None or spec.loader is None or not Path(place).is_file():
-            raise ContractError(f"--reward_function: there is no file {place}; check the path.")
+            raise ContractError(f"{option}: there is no file {place}; check the path.")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
@@ -115,8 +115,8 @@ def load_function(where: str) -> tuple[Callable[..., Any], str]:
         try:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:
-            raise ContractError(f"--reward_function: {place} cannot be imported ({error}); check the path.") from error
+            raise ContractError(f"{option}: {place} cannot be imported ({error}); check the path.") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ContractError(f"--reward_function: {place} has no function {name!r}; check the name.")
+        raise ContractError(f"{option}: {place} has no function {name!r}; check the name.")
     return function, hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()

@@ -53,6 +53,14 @@ TRAINERS = (
         main="tokalign.cli.train_treg",
     ),
     TrainerRow(
+        verb="token-credit-grpo",
+        name="TokenCreditGRPO",
+        module="token_credit_grpo",
+        text="GRPO with an advantage per token",
+        data="a folder of problems (`tokalign data`) or a dataset on the hub",
+        main="tokalign.cli.train_token_credit_grpo",
+    ),
+    TrainerRow(
         verb="structured-grpo",
         name="StructuredGRPO",
         module="structured_grpo",
