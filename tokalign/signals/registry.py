@@ -46,6 +46,8 @@ class Signal:
         sides: on which it is defined, of "chosen" and "rejected", in this order.
         meaning: what the suspicious end says, for a legend.
         module: the file whose `main` is the command `tokalign score <verb>`; empty where there is none.
+        online: "module:name" of the credit function that gives it during GRPO (`tokalign.trainers.credits`); empty
+            where there is none, and then it cannot be named as `credit`.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Signal:
     sides: tuple[str, ...] = ("chosen", "rejected")
     meaning: str = ""
     module: str = ""
+    online: str = ""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -131,6 +134,7 @@ _SIGNALS: dict[str, Signal] = {
             paper="2411.19943",
             meaning="low: likely critical",
             module="tokalign.signals.contrast",
+            online="tokalign.trainers.credits.contrast:ContrastCredit",
         ),
         Signal(
             name="rollout_accuracy",
@@ -175,6 +179,7 @@ _SIGNALS: dict[str, Signal] = {
             paper="2412.02685",
             meaning="below 0 worse, above 0 better",
             module="tokalign.signals.likelihood",
+            online="tokalign.trainers.credits.implicit_reward:ImplicitRewardCredit",
         ),
         Signal(
             name="logprob",
@@ -201,6 +206,7 @@ _SIGNALS: dict[str, Signal] = {
             command="tokalign score likelihood",
             meaning="high: uncertain next token",
             module="tokalign.signals.likelihood",
+            online="tokalign.trainers.credits.entropy:EntropyCredit",
         ),
     )
 }
