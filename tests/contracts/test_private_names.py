@@ -28,6 +28,7 @@ LISTED = {
     *datasets.DATASET_USED,
     *transformers.MODEL_DEFINED,
     *transformers.TRAINER_OVERRIDDEN,
+    *trl.CREDIT_USED,
     *trl.DPO_OVERRIDDEN,
     *trl.DPO_USED,
     *trl.GRPO_OVERRIDDEN,

@@ -9,7 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.contracts.names import shared_names
-from tokalign.internals.trl import GRPO_OVERRIDDEN, GRPO_USED, OTHERS_USED
+from tokalign.internals.trl import CREDIT_USED, GRPO_OVERRIDDEN, GRPO_USED, OTHERS_USED
 from tokalign.trainers import StructuredGRPOTrainer
 
 CALLED = {
@@ -67,6 +67,19 @@ def test_metrics_tokenizer_and_engine_are_where_we_read_them() -> None:
 def test_the_other_private_names_are_there() -> None:
     assert hasattr(GRPOConfig, "_VALID_DICT_FIELDS") and "_llm_weights_sleeping" in inspect.getsource(VLLMGeneration)
     assert set(OTHERS_USED) == {"_VALID_DICT_FIELDS", "_llm_weights_sleeping"}
+
+
+def test_what_credit_functions_use_is_there() -> None:
+    theirs = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[1:7]
+    ours = ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
+    assert theirs == ours, f"TRL's forward of the policy now takes {theirs}: adapt credits/reading.py."
+    source = inspect.getsource(GRPOTrainer)
+    assert all(f"self.{name}" in source for name in CREDIT_USED)
+    assert list(inspect.signature(GRPOTrainer.get_high_entropy_mask).parameters)[1:] == [
+        "entropies",
+        "mask",
+        "threshold",
+    ]
 
 
 def test_gdpo_is_still_trls_option() -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations import is_fsdp_enabled, unset_hf_deepspeed_config
 from transformers.models.llama import modeling_llama
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import cached_file
@@ -23,7 +24,9 @@ __all__ = [
     "bytes_to_unicode",
     "file_or_none",
     "init",
+    "is_fsdp_enabled",
     "let_old_code_load",
+    "unset_hf_deepspeed_config",
 ]
 
 # Of Trainer: the methods that ours overrides.

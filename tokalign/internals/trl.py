@@ -12,6 +12,7 @@ from datasets import Dataset
 from packaging.version import Version
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
+from trl.chat_template_utils import parse_response
 from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
@@ -31,6 +32,7 @@ __all__ = [
     "head_needs_triton",
     "ids_of_dpo_trainer",
     "pad",
+    "parse_response",
     "prepare_deepspeed",
     "shutdown_event_loop_in_daemon",
     "start_event_loop_in_daemon",
@@ -64,6 +66,9 @@ GRPO_OVERRIDDEN = (
     "_tokenize_prompts",
 )
 GRPO_USED = ("_generate_single_turn", "_metrics", "_signature_columns", "_tokenizer")
+
+# Of a GRPOTrainer, by credit functions: the policy's forward, and what reward functions have logged of a batch.
+CREDIT_USED = ("_get_per_token_logps_and_entropies", "_pending_extra_logs", "_pending_metrics")
 
 # Of GRPOConfig: fields that may be given as JSON. Of the vLLM engine that a GRPOTrainer holds: whether it is awake.
 OTHERS_USED = ("_VALID_DICT_FIELDS", "_llm_weights_sleeping")

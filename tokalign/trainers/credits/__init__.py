@@ -36,7 +36,7 @@ def credit_function(name: str) -> Any:
         if signal is None:
             raise ValueError(
                 f"There is no credit function {name!r} (there are {', '.join(CREDITS)}): use one of these, register a "
-                "signal that has an `online` form, or pass your function as `credit_funcs`."
+                "signal with an `online` form, or pass your function as `credit_funcs`."
             )
         if not signal.online:
             raise ValueError(
