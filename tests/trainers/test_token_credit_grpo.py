@@ -5,8 +5,10 @@ The completions are known beforehand: the k-th of a prompt is drawn from its tex
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
+import threading
 from itertools import product
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from tokalign.losses import group_advantages
 from tokalign.trainers import TokenCreditGRPOConfig, TokenCreditGRPOTrainer
 
 GROUP = 4
