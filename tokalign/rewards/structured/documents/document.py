@@ -64,14 +64,16 @@ class Document:
         error: why the text is not exactly one strict document, None if it is.
         fenced: it stood in one Markdown fence.
         outside: characters of the text that do not belong to the document.
-        parts: where its JSON stands in the text after the reasoning: one part, or one a tool call. Where there is no document, the place of the fault. None if the places are not known, as in YAML
-            and XML.
+        broken: the value is the beginning of a document that breaks off, or goes on with what is no document.
+        parts: where its JSON stands in the text after the reasoning: one part, or one a tool call. Where there is no
+            document, the place of the fault. None if the places are not known, as in YAML and XML.
     """
 
     value: Any
     error: str | None = None
     fenced: bool = False
     outside: int = 0
+    broken: bool = False
     parts: tuple[Part, ...] | None = None
 
     @property

@@ -161,4 +161,4 @@ def _beginning(text: str, at: int, start: int, end: int, reason: str, limits: Li
         value = pydantic_core.from_json(part, allow_partial=True, allow_inf_nan=False)
     except ValueError:
         return Document(MISSING, reason, parts=parts)
-    return Document(value, reason, outside=len(text) - len(part), parts=parts)
+    return Document(value, reason, outside=len(text) - len(part), broken=True, parts=parts)

@@ -167,8 +167,8 @@ def _unmarked(text: str, mark: str, limits: Limits, wants_list: bool) -> Documen
         parts = (parts[0]._replace(pointer="" if alone else "/0"),)
     elif parts and alone:  # the document is what stands between the brackets
         parts = (parts[0]._replace(start=parts[0].start + 1),)
-    document = _of_calls(calls, document.error, document.outside, wants_list, document.fenced)
-    return replace(document, parts=parts)
+    made = _of_calls(calls, document.error, document.outside, wants_list, document.fenced)
+    return replace(made, broken=document.broken, parts=parts)
 
 
 def _of_calls(
@@ -188,7 +188,7 @@ def _of_calls(
             for index, call in enumerate(places)
             for part in call
         )
-    return Document(calls[0] if alone else calls, error, fenced, outside, parts)
+    return Document(calls[0] if alone else calls, error, fenced, outside, parts=parts)
 
 
 # ----------------------------------------------------------------------------------------------------- formats by marks
