@@ -142,7 +142,9 @@ def _moved(document: Document, by: int) -> Document:
     """A document whose text stands so many characters further on; −1 if nobody can tell."""
     if not by or not document.parts:
         return document
-    parts = None if by < 0 else tuple(part._replace(start=part.start + by, end=part.end + by) for part in document.parts)
+    parts = (
+        None if by < 0 else tuple(part._replace(start=part.start + by, end=part.end + by) for part in document.parts)
+    )
     return replace(document, parts=parts)
 
 
