@@ -43,9 +43,10 @@ from tokalign.rewards.structured import rl_struct
 from tokalign.rewards.structured.alignment import Aligner, Alignment, CallAligner, Leaf, Target, align, target_of
 from tokalign.rewards.structured.calls import AllowedAligner, is_allowed_reference
 from tokalign.rewards.structured.content import TextMatch, equal
+from tokalign.rewards.structured.credit import Credit, credit_of, is_all_right, whole_credit
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
 from tokalign.rewards.structured.documents.json import check_limits, decode_json
-from tokalign.rewards.structured.documents.reading import answer_of, read_document
+from tokalign.rewards.structured.documents.reading import answer_of, read_document, text_of
 from tokalign.rewards.structured.grading import Grade, TooManyValues
 from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, SchemaError, compile_schema, compile_text
 from tokalign.stage.errors import ContractError
@@ -170,31 +171,67 @@ class StructuredReward:
             SchemaError, ValueError: a bad schema or reference.
         """
         compiled = self._compiled(schema)
-        result = self._components(completion, self.targets(reference, compiled), compiled)
-        reason = result.pop("_reason")
-        return {**result, "reason": reason() if callable(reason) else reason}
+        return _named(self._components(completion, self.targets(reference, compiled), compiled))
 
-    def _components(self, completion: Source, reference: Sequence[Target], schema: CompiledSchema) -> dict[str, Any]:
+    def credit(self, completion: Source, reference: Any = None, schema: Any = None) -> Credit:
+        """Which characters of a completion earned what (`tokalign.rewards.structured.credit`); arguments as of `score`.
+
+        Never raises for a completion. The same one reading and alignment gives the scores.
+        """
+        compiled = self._compiled(schema)
+        targets = self.targets(reference, compiled)
+        document = self._read(completion, compiled)
+        leaves = None if is_all_right(document, targets) else list[Leaf]()
+        scores = _named(self._components(completion, targets, compiled, document, leaves))
+        best = sum([weight for name, weight in self.weights.items() if scores[name] is not None])
+        if self.preset is not None:
+            return whole_credit(text_of(completion), scores, best)
+        shape = None if targets or scores["reason"] is None else compiled.shape
+        return credit_of(
+            completion,
+            document,
+            leaves if targets else shape,
+            scores,
+            best=best,
+            limits=self.limits,
+            reasoning_end=self.reasoning_end,
+            plain_only=self.fence == "never",
+            calls=self.output_format == "tool_call",
+        )
+
+    def _components(
+        self,
+        completion: Source,
+        reference: Sequence[Target],
+        schema: CompiledSchema,
+        document: Document | None = None,
+        leaves: list[Leaf] | None = None,
+    ) -> dict[str, Any]:
         if self.preset is not None:
             bounds = (self.min_length, self.max_length)
             text = answer_of(completion, self.reasoning_end) or ""
             first = reference[0].value if reference else MISSING
             return self._total(rl_struct.components(text, first, schema.schema, bounds, self.limits))
-        document = self._read(completion, schema)
+        document = document or self._read(completion, schema)
         if document.value is MISSING:
             return self._of_nothing(document.error, reference)
         try:
-            return self._of_document(completion, document, reference, schema)
+            return self._of_document(completion, document, reference, schema, leaves)
         except TooManyValues:
             return self._of_nothing(f"more than {self.limits.max_values} values", reference)
         except RecursionError:  # the caller's own stack is nearly used up
             return self._of_nothing("nested too deep for this interpreter's stack", reference)
 
     def _of_document(
-        self, completion: Source, document: Document, reference: Sequence[Target], schema: CompiledSchema
+        self,
+        completion: Source,
+        document: Document,
+        reference: Sequence[Target],
+        schema: CompiledSchema,
+        leaves: list[Leaf] | None,
     ) -> dict[str, Any]:
         grade, perfect = self._grade(document.value, reference, schema)
-        found = self.alignment(document.value, reference)
+        found = self.alignment(document.value, reference, leaves)
         share = 0.0 if found is None else found.share
         # Two calls where one is wanted may hold the right one, but are no document of the schema
         share = share if grade.attempt or (share and schema.takes(document.value)) else 0.0
@@ -471,6 +508,12 @@ def structure(grade: Grade) -> float:
 def presentation(document: Document, fence: str) -> float:
     """The component format of an answer: whether its fence is as asked."""
     return 1.0 if fence == "optional" or document.fenced is (fence == "required") else 0.0
+
+
+def _named(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores with their reason in words."""
+    reason = scores.pop("_reason")
+    return {**scores, "reason": reason() if callable(reason) else reason}
 
 
 def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) -> dict[str, float]:
