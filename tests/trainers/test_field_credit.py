@@ -54,16 +54,20 @@ def looped(credit: FieldCredit, judged: list[Judged], charged: list[Charged]) ->
         numbers = []
         for token in range(row.length):
             forms = [member.form for member in group]
-            form = deviation(judged[index].form, forms, credit.form_scale, credit.epsilon)
-            if credit.form_on == "place" and row.faults and (token in row.faults) != (form < 0):
-                form = 0.0
-            number = credit.form_weight * form
-            for name, indices in row.tokens.items():
-                if token in indices:
-                    values = [member.values.get(name, 1.0 if name[1] else 0.0) for member in group]
-                    value = judged[index].values[name]
-                    number += credit.value_weight * deviation(value, values, credit.scale, credit.epsilon)
-            numbers.append(number)
+            form = deviation(judged[index].form, forms, credit.form_scale, credit.epsilon) * credit.form_weight
+            here = [name for name, indices in row.tokens.items() if token in indices]
+            number = 0.0
+            for name in here:
+                values = [member.values.get(name, 1.0 if name[1] else 0.0) for member in group]
+                number += deviation(judged[index].values[name], values, credit.scale, credit.epsilon)
+            if credit.overlap == "mean" and here:
+                number /= len(here)
+            if credit.form_on == "place" and token in row.faults:
+                numbers.append(min(form, 0.0))
+            elif credit.form_on == "place" and row.faults:
+                numbers.append(max(form, 0.0) + credit.value_weight * number)
+            else:
+                numbers.append(form + credit.value_weight * number)
         every.append(numbers)
     return every
 
@@ -74,6 +78,7 @@ def looped(credit: FieldCredit, judged: list[Judged], charged: list[Charged]) ->
         {},
         {"form_weight": 0.3, "value_weight": 2.0, "epsilon": 0.1},
         {"scale": "none", "form_on": "place"},
+        {"overlap": "mean", "value_weight": 0.5},
         {"form_scale": "none", "form_on": "place", "form_weight": 0.5},
     ],
 )
@@ -222,7 +227,8 @@ def test_the_coefficient_is_of_the_fields_within_the_form(path, tmp_path) -> Non
     alone = generated(make_trainer(path, tmp_path, credit="field"))["advantages"]
     doubled = generated(make_trainer(path, tmp_path, credit="field", credit_coefficient=2.0))["advantages"]
     without = generated(make_trainer(path, tmp_path, credit="field", credit_coefficient=0.0))["advantages"]
-    torch.testing.assert_close(doubled - alone, alone - without)
+    assert without.dim() == 1  # nothing that differs from token to token is left
+    torch.testing.assert_close(doubled - alone, alone - without[:, None] * (alone != 0))
     trainer = make_trainer(path, tmp_path, credit="field", scale_rewards="none")
     assert (trainer.credit_funcs[0].scale, trainer.credit_funcs[0].form_scale) == ("none", "none")
 
