@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 
+from tests.support import ALPHABET, tiny_tokenizer
 from tests.trainers.structured import KINDS, make_trainer, problems, save_ledger_model
 from tokalign.rewards import StructuredReward
 from tokalign.stage.pieces import token_offsets
@@ -118,6 +120,22 @@ def test_a_form_that_all_have_and_fields_that_all_have_right_move_nothing() -> N
     assert FieldCredit(REWARD).advantages(judged, charged, GROUP) == [pytest.approx([0.0, 0.0], abs=1e-9)] * GROUP
 
 
+@pytest.mark.parametrize(("keys", "of_value"), [(True, '"n":"b"'), (False, '"b"')])
+def test_a_field_is_the_references_wherever_it_stands(keys, of_value) -> None:
+    """The first item is left out: what stands first is the second's, with its key, and a bracket lacks the first."""
+    tokenizer = tiny_tokenizer(ALPHABET + "[]{}")
+    credit = FieldCredit(StructuredReward({}), keys=keys)
+    credit.attach(SimpleNamespace(processing_class=tokenizer))
+    text = '{"a": [{"n": "b"}], "z": 3}'
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    judged, charged = credit.judge(text, ids, '{"a": [{"n": "a"}, {"n": "b"}]}', None)
+    assert judged.values == {("/a/0/n", False): 0.0, ("/a/1/n", False): 1.0, ("/z", True): 0.0}
+    texts = {name: tokenizer.decode([ids[i] for i in tokens]) for name, tokens in charged.tokens.items()}
+    assert texts == {("/a/0/n", False): "]", ("/a/1/n", False): of_value, ("/z", True): '"z": 3'}
+    _, after = credit.judge(text + " ok", ids[:-1] + tokenizer(" ok")["input_ids"], '{"a": []}', None)
+    assert [i for i in after.faults if i < len(text)] == [] and len(after.faults) >= 2
+
+
 # --------------------------------------------------------------------------------------------------------- in a trainer
 
 
@@ -188,16 +206,8 @@ def test_groups_that_span_processes_are_gathered(path, tmp_path, monkeypatch) ->
     credit = FieldCredit(REWARD)
     whole = credit.advantages(judged, charged, 16)
 
-    class Accelerator:
-        process_index = 1
-
-    class Trainer:
-        accelerator = Accelerator()
-
-        def _mode_and_group(self):
-            return "train", 16
-
-    credit.attach(Trainer())
+    accelerator = SimpleNamespace(process_index=1)
+    credit.attach(SimpleNamespace(accelerator=accelerator, _mode_and_group=lambda: ("train", 16)))
     monkeypatch.setattr(field, "gather_object", lambda own: [*judged[:8], *own])
     rows = dict(zip("abcdefgh", zip(judged[8:], charged[8:], strict=True), strict=True))
     monkeypatch.setattr(credit, "judge", lambda completion, *_: rows[completion])
