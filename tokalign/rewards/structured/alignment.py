@@ -1,24 +1,23 @@
 """How far a document says what a reference says, leaf by leaf: the one definition that correctness and credit share.
 
-A *leaf* is a scalar or an empty container. A pair of values has a credit and a size, and the share credit / size:
+A *leaf* is a scalar or an empty container, and the size n of a part of the reference is the number of its leaves. What
+a document has of a part is its credit, in [0, n]:
 
-- Scalars have size 1, and credit 1 where type and value are equal (True is not 1, 1.0 is 1). A string that spells the
-  scalar, or the other way round (`"18"` for 18), has `MISTYPED`. With `text_match="tokens"`, two strings have the F1
-  over their words.
-- Values of two kinds (object, array, scalar), and an empty container for a full one or the reverse, have credit 0 and
-  the reference's size.
-- An object sums over the keys of either side. A key that only the reference has adds its size; one that only the
-  document has adds 1.
-- An array sums over the pairs of the alignment that keeps the order and has the most credit (of several the one with
-  the most pairs, then the least size), and over the reference's items that are in no pair. Each item that the document
-  has more than the reference adds the mean size of the reference's items, at least 1. So an item inserted, dropped or
-  moved costs about one item, and repeats and enumerations never pay.
-- Tool calls (`CallAligner`) pair in any order, and a call of another function has no credit at all.
+- A scalar has 1 where type and value are equal (True is not 1, 1.0 is 1), and `MISTYPED` where one of the two is a
+  string that spells the other (`"18"` for 18). With `text_match="tokens"`, two strings have the F1 over their words.
+- Of two kinds (object, array, scalar), and of an empty container with a full one, nothing is right.
+- An object has the sum over the keys that both have, times n / (n + keys that only the document has).
+- An array has the sum over the pairs of the alignment that keeps the order and has the most credit (of several, one
+  with the most pairs), times n / (n + surplus · m): the surplus is the number of items more than the reference has, m
+  the mean size of the reference's items, at least 1. So an item inserted, dropped or moved costs about one item.
+- Tool calls (`CallAligner`) pair in any order, and a call of another function has nothing.
+
+The share credit / n of the whole is the reward's correctness. What is wrong has no credit, so leaving it out gains
+nothing. What is invented takes from its own container alone, so each leaf put right raises the share, whatever else is
+wrong; and repeats and enumerations gain no more than one guess.
 
 Leaves that the schema itself fixes have weight 0: copying the schema is no answer. These are a required constant (or
 enumeration of one value, or null) below no alternative; if they are all that there is, they count.
-
-A leaf put right raises the credit of the best alignment by as much as that of any other, so it raises the share.
 
 Time: the exact alignment costs rows × leaves of columns, and `_BUDGET` bounds the sum over a document. What is left of
 longer lists is first cut at equal items and then paired in order, in linear time.
@@ -29,8 +28,8 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from tokalign.rewards.structured.content import TextMatch, equal, token_f1
@@ -56,7 +55,7 @@ class Alignment(NamedTuple):
         return self.credit / self.size if self.size else 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Leaf:
     """One leaf of an alignment; over all leaves, Σ weight = size and Σ credit · weight = credit.
 
@@ -65,7 +64,8 @@ class Leaf:
             document.
         given: JSON pointer in the document of the value that stands for it; None if it is missing.
         credit: in [0, 1].
-        weight: its part of the size; 0 for an item out of place whose place is charged as missing.
+        weight: its part of the size: less than 1 in a container that holds something invented, and 0 for an item out
+            of place, whose place is charged as missing.
         kind: "value" (right, wrong or of a wrong type), "missing", or "invented" (a key or item too many).
         parent: of what is missing, the document's pointer of the container that lacks it.
     """
@@ -120,7 +120,7 @@ def align(
     """
     if leaves is None and (value == target.value if target.plain else equal(value, target.value)):
         return Alignment(target.size, target.size)
-    return Alignment(*target.kind(text_match, leaves).top(value, target.value, target.fixed))
+    return Alignment(target.kind(text_match, leaves).top(value, target.value, target.fixed), target.size)
 
 
 def mistyped(value: Any, right: Any) -> bool:
@@ -199,11 +199,12 @@ def below(pointer: str | None, key: Any) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------ the recursion
 
-Pair = tuple[float, float]
+Score = Callable[[int, int], float]
+Compare = Callable[[Any, Any, Fixed, str | None, str | None], float]
 
 
 class Aligner:
-    """One alignment; `at` and `given` are the pointers in reference and document, None where no leaves are wanted."""
+    """One alignment. Its methods return credits; `at` and `given` are pointers, None where no leaves are wanted."""
 
     def __init__(self, text_match: TextMatch, leaves: list[Leaf] | None):
         self.words = text_match == "tokens"
@@ -212,7 +213,7 @@ class Aligner:
 
     @staticmethod
     def size(reference: Any, fixed: Fixed) -> float:
-        """Size of a part of a reference, its missing leaves of weight 0 aside."""
+        """Size of a part of a reference."""
         return size_of(reference, fixed)
 
     @staticmethod
@@ -220,69 +221,56 @@ class Aligner:
         """Leaves of a reference that the schema of this shape fixes."""
         return _fixed(reference, shape)
 
-    def top(self, value: Any, reference: Any, fixed: Fixed) -> Pair:
-        """(credit, size) of a whole document."""
+    def top(self, value: Any, reference: Any, fixed: Fixed) -> float:
+        """Credit of a whole document."""
         at = None if self.leaves is None else ""
         return self.pair(value, reference, fixed, at, at)
 
-    def pair(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> Pair:
-        """(credit, size) of a value."""
+    def pair(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> float:
+        """Credit of a value."""
         if fixed is True:
-            return 0.0, 0
+            return 0.0
         kind = type(reference)
-        if kind in _CONTAINERS and reference:
-            if type(value) is kind and value:
-                both = self.objects if kind is dict else self.arrays
-                return both(value, reference, fixed, at, given)
-            # an empty container lacks all; a value of another kind stands in the place of all
-            empty = type(value) is kind
-            return 0.0, self.lost(reference, fixed, at, None if empty else given, given)
-        credit = self.scalar(value, reference)
-        if at is not None:
-            self.note(at, given, credit, 1, "value")
-        return credit, 1
+        if kind not in _CONTAINERS or not reference:
+            credit = self._leaf(value, reference)
+            if at is not None:
+                self.note(at, given, credit, "value")
+            return credit
+        if type(value) is kind and value:
+            both = self._objects if kind is dict else self._arrays
+            return both(value, reference, fixed, at, given)
+        if at is not None:  # an empty container lacks all; a value of another kind stands in the place of all
+            self.lost(reference, fixed, at, None if type(value) is kind else given, given)
+        return 0.0
 
-    def scalar(self, value: Any, reference: Any) -> float:
-        """Credit of a leaf."""
+    def _leaf(self, value: Any, reference: Any) -> float:
         if equal(value, reference):
             return 1.0
         if type(value) is str and type(reference) is str:
             return token_f1(value, reference) if self.words else 0.0
         return MISTYPED if mistyped(value, reference) else 0.0
 
-    def objects(
+    def _objects(
         self, value: dict[str, Any], reference: dict[str, Any], fixed: Fixed, at: str | None, given: str | None
-    ) -> Pair:
-        """(credit, size) of two objects with keys."""
-        credit: float = 0.0
-        size: float = 0
-        common = 0
+    ) -> float:
+        begin = len(self.leaves or ())
+        credit, invented = 0.0, 0
+        # in the value's order: the order of a set of strings, and with it the last bit, differs between processes
         for key, item in value.items():
             if key in reference:
-                common += 1
-                own, whole = self.pair(item, reference[key], below_fixed(fixed, key), below(at, key), below(given, key))
-                credit += own
-                size += whole
+                credit += self.pair(item, reference[key], below_fixed(fixed, key), below(at, key), below(given, key))
             else:
-                size += 1
+                invented += 1
                 if at is not None:
-                    self.note(below(given, key), below(given, key), 0.0, 1, "invented")
-        if common < len(reference):
+                    self.note(below(given, key), below(given, key), 0.0, "invented")
+        if at is not None:
             for key, item in reference.items():
                 if key not in value:
-                    size += self.lost(item, below_fixed(fixed, key), below(at, key), None, given)
-        return credit, size
+                    self.lost(item, below_fixed(fixed, key), below(at, key), None, given)
+        return self.diluted(credit, size_of(reference, fixed), invented, begin) if invented else credit
 
-    def arrays(
-        self,
-        value: list[Any],
-        reference: list[Any],
-        fixed: Fixed,
-        at: str | None,
-        given: str | None,
-    ) -> Pair:
-        """(credit, size) of two arrays with items."""
-        return self.listed(value, reference, fixed, at, given, self.pair, ordered=True)
+    def _arrays(self, value: list[Any], reference: list[Any], fixed: Fixed, at: str | None, given: str | None) -> float:
+        return self.listed(value, reference, fixed, at, given, self.pair)
 
     def listed(
         self,
@@ -291,78 +279,73 @@ class Aligner:
         fixed: Fixed,
         at: str | None,
         given: str | None,
-        pair: Callable[[Any, Any, Fixed, str | None, str | None], Pair],
-        ordered: bool,
-    ) -> Pair:
-        """(credit, size) of two lists of what `pair` compares."""
-        known: dict[tuple[int, int], Pair] = {}
+        compare: Compare,
+        in_order: bool = True,
+    ) -> float:
+        """Credit of a list of what `compare` compares, whose items may or may not come in any order."""
+        begin = len(self.leaves or ())
+        sizes = [self.size(item, below_fixed(fixed, column)) for column, item in enumerate(reference)]
+        known: dict[tuple[int, int], float] = {}
 
-        def scored(row: int, column: int) -> Pair:
+        def scored(row: int, column: int) -> float:
             if (row, column) not in known:
-                known[row, column] = pair(value[row], reference[column], below_fixed(fixed, column), None, None)
+                known[row, column] = compare(value[row], reference[column], below_fixed(fixed, column), None, None)
             return known[row, column]
 
-        sizes = [self.size(item, below_fixed(fixed, column)) for column, item in enumerate(reference)]
-        steps = len(value) * (sum(sizes) + len(sizes))
-        if not ordered and steps <= self.left:
-            self.left -= int(steps)
-            found = assigned([[scored(row, column) for column in range(len(reference))] for row in range(len(value))])
+        if in_order or not self.affords(value, sizes):
+            found = self.in_order(value, reference, sizes, scored)
         else:
-            found = self.ordered(value, reference, sizes, scored)
-        credit: float = 0.0
-        size: float = 0
-        for row, column in found:
-            if at is None:
-                own, whole = scored(row, column)
-            else:
-                own, whole = pair(
-                    value[row], reference[column], below_fixed(fixed, column), below(at, column), below(given, row)
-                )
-            credit += own
-            size += whole
-        surplus = len(value) - len(reference)
-        mean = max(1.0, sum(sizes) / len(sizes))
-        if surplus > 0:
-            size += surplus * mean
-        if len(found) < len(reference):
-            taken = {column for _, column in found}
-            for column, item in enumerate(reference):
-                if column not in taken:
-                    size += self.lost(item, below_fixed(fixed, column), below(at, column), None, given)
-        if at is not None and len(found) < len(value):
-            taken = {row for row, _ in found}
-            weight = max(0, surplus) * mean / (len(value) - len(found))
+            found = _assigned([[scored(row, column) for column in range(len(sizes))] for row in range(len(value))])
+        size = sum(sizes)
+        invented = max(0, len(value) - len(sizes)) * max(1.0, size / len(sizes))
+        if at is None:
+            credit = sum([scored(row, column) for row, column in found], 0.0)
+        else:
+            credit = 0.0
+            for row, column in found:
+                inner = below_fixed(fixed, column)
+                credit += compare(value[row], reference[column], inner, below(at, column), below(given, row))
+            columns = {column for _, column in found}
+            for column in range(len(sizes)):
+                if column not in columns:
+                    self.lost(reference[column], below_fixed(fixed, column), below(at, column), None, given)
+            rows = {row for row, _ in found}
             for row in range(len(value)):
-                if row not in taken:
-                    self.note(below(given, row), below(given, row), 0.0, weight, "invented")
-        return credit, size
+                if row not in rows:
+                    weight = invented / (len(value) - len(rows))
+                    self.note(below(given, row), below(given, row), 0.0, "invented", weight)
+        return self.diluted(credit, size, invented, begin) if invented else credit
 
-    def lost(self, reference: Any, fixed: Fixed, at: str | None, given: str | None, parent: str | None) -> float:
-        """Size of a part of the reference without credit; each leaf stands at `given`, or is missing in `parent`."""
-        if at is None or fixed is True:
-            return size_of(reference, fixed)
+    def diluted(self, credit: float, size: float, invented: float, begin: int) -> float:
+        """Credit of a part of this size less what the document invents in it; its leaves are those from `begin` on."""
+        share = size / (size + invented)
+        for leaf in self.leaves[begin:] if self.leaves else ():
+            leaf.weight *= share
+        return credit * share
+
+    def lost(self, reference: Any, fixed: Fixed, at: str | None, given: str | None, parent: str | None) -> None:
+        """Note the leaves of a part without credit: they stand at `given`, or are missing in `parent`."""
+        if fixed is True:
+            return
         if reference and type(reference) in _CONTAINERS:
-            items = reference.items() if type(reference) is dict else enumerate(reference)
-            return sum([self.lost(item, below_fixed(fixed, key), below(at, key), given, parent) for key, item in items])
-        if given is None:
-            self.note(at, None, 0.0, 1, "missing", parent)
+            for key, item in reference.items() if type(reference) is dict else enumerate(reference):
+                self.lost(item, below_fixed(fixed, key), below(at, key), given, parent)
+        elif given is None:
+            self.note(at, None, 0.0, "missing", 1, parent)
         else:
-            self.note(at, given, 0.0, 1, "value")
-        return 1
+            self.note(at, given, 0.0, "value")
 
-    def note(self, pointer: Any, *rest: Any) -> None:
+    def note(
+        self, pointer: Any, given: str | None, credit: float, kind: Any, weight: float = 1, parent: Any = None
+    ) -> None:
         """Append a leaf, where leaves are wanted."""
-        if self.leaves is not None:
-            self.leaves.append(Leaf(pointer, *rest))
+        if self.leaves is not None and pointer is not None:
+            self.leaves.append(Leaf(pointer, given, credit, weight, kind, parent))
 
-    # ---------------------------------------------------------------------------------------------------------- arrays
+    # ---------------------------------------------------------------------------------------------------------- pairing
 
-    def ordered(
-        self,
-        value: list[Any],
-        reference: list[Any],
-        sizes: Sequence[float],
-        scored: Callable[[int, int], Pair],
+    def in_order(
+        self, value: Sequence[Any], reference: Sequence[Any], sizes: Sequence[float], scored: Score
     ) -> list[tuple[int, int]]:
         """(row, column) pairs of the alignment that keeps the order."""
         # Equal items at either end belong together in some best alignment: whatever else one of them could be paired
@@ -374,111 +357,94 @@ class Aligner:
         while end < min(rows, columns) - start and equal(value[rows - 1 - end], reference[columns - 1 - end]):
             end += 1
         found = [(i, i) for i in range(start)]
-        found += self.between(value, reference, sizes, scored, (start, rows - end), (start, columns - end), True)
+        middle = (range(start, rows - end), range(start, columns - end))
+        best = self._best(*middle, sizes, scored)
+        if best is not None:
+            found += best
+        else:
+            row, column = middle[0].start, middle[1].start
+            for anchor in [*_anchors(value, reference, *middle), (rows - end, columns - end)]:
+                part = (range(row, anchor[0]), range(column, anchor[1]))
+                best = self._best(*part, sizes, scored)
+                found += zip(*part, strict=False) if best is None else best
+                found.append(anchor)
+                row, column = anchor[0] + 1, anchor[1] + 1
+            found.pop()
         return found + [(rows - i, columns - i) for i in range(end, 0, -1)]
 
-    def between(
-        self,
-        value: list[Any],
-        reference: list[Any],
-        sizes: Sequence[float],
-        scored: Callable[[int, int], Pair],
-        rows: tuple[int, int],
-        columns: tuple[int, int],
-        cut: bool,
-    ) -> list[tuple[int, int]]:
-        """The same of two stretches [begin, end): exact within the budget, else cut at equal items or in order."""
-        many, few = rows[1] - rows[0], columns[1] - columns[0]
-        if not many or not few:
+    def _best(self, rows: range, columns: range, sizes: Sequence[float], scored: Score) -> list[tuple[int, int]] | None:
+        """The exact alignment of two stretches; None where the budget does not allow it."""
+        if not self.affords(rows, [sizes[column] for column in columns]):
+            return None
+        if not rows or not columns:
             return []
-        if many == few == 1:
-            return [(rows[0], columns[0])]
-        steps = many * (sum(sizes[columns[0] : columns[1]]) + few)
-        if steps <= self.left:
-            self.left -= int(steps)
-            table = [[scored(row, column) for column in range(*columns)] for row in range(*rows)]
-            return [(rows[0] + row, columns[0] + column) for row, column in _best_in_order(table)]
-        if not cut:
-            return list(zip(range(*rows), range(*columns), strict=False))
-        found: list[tuple[int, int]] = []
-        row, column = rows[0], columns[0]
-        for anchor in [*_anchors(value, reference, rows, columns), (rows[1], columns[1])]:
-            found += self.between(value, reference, sizes, scored, (row, anchor[0]), (column, anchor[1]), False)
-            if anchor[0] < rows[1]:
-                found.append(anchor)
-            row, column = anchor[0] + 1, anchor[1] + 1
-        return found
+        table = [[scored(row, column) for column in columns] for row in rows]
+        return [(rows[row], columns[column]) for row, column in _best_in_order(table)]
+
+    def affords(self, rows: Sized, sizes: Sequence[float]) -> bool:
+        """Whether the budget allows a table of these rows and of columns of these sizes, which it is then less by."""
+        steps = len(rows) * (int(sum(sizes)) + len(sizes))
+        if steps > self.left:
+            return False
+        self.left -= steps
+        return True
 
 
 class CallAligner(Aligner):
     """Of tool calls, one or a list of them on either side."""
 
-    def top(self, value: Any, reference: Any, fixed: Fixed) -> Pair:
+    def top(self, value: Any, reference: Any, fixed: Fixed) -> float:
         at = None if self.leaves is None else ""
         several, wanted = type(value) is list, type(reference) is list
         if not several and not wanted:
             return self.call(value, reference, fixed, at, at)
         fixed = fixed if wanted or fixed is None else {0: fixed}
-        pair = self.listed(
-            value if several else [value], reference if wanted else [reference], fixed, at, at, self.call, ordered=False
-        )
-        if self.leaves is not None and not (several and wanted):  # the one call of a side stands in no list
-            self.leaves[:] = [_unlisted(leaf, several, wanted) for leaf in self.leaves]
-        return pair
+        given, reference = value if several else [value], reference if wanted else [reference]
+        credit = self.listed(given, reference, fixed, at, at, self.call, in_order=False)
+        for leaf in self.leaves or () if not (several and wanted) else ():  # the one call of a side stands in no list
+            if not several and leaf.kind != "missing":
+                leaf.given = "" if leaf.given is None else leaf.given.removeprefix("/0")
+            if not several and leaf.parent is not None:
+                leaf.parent = leaf.parent.removeprefix("/0")
+            if leaf.kind == "invented":
+                leaf.pointer = leaf.given or ""
+            elif not wanted:
+                leaf.pointer = leaf.pointer.removeprefix("/0")
+        return credit
 
-    def call(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> Pair:
-        """(credit, size) of two tool calls."""
+    def call(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> float:
+        """Credit of a tool call."""
         if type(value) is dict and type(reference) is dict and not equal(value.get("name"), reference.get("name")):
             # another function: its arguments say nothing of this one's
-            size: float = 0
-            for key, item in reference.items():
+            for key, item in reference.items() if at is not None else ():
                 named = below(given, key) if key == "name" and key in value else None
-                size += self.lost(item, below_fixed(fixed, key), below(at, key), named, given)
-            return 0.0, size
+                self.lost(item, below_fixed(fixed, key), below(at, key), named, given)
+            return 0.0
         return self.pair(value, reference, fixed, at, given)
 
 
-def _unlisted(leaf: Leaf, several: bool, wanted: bool) -> Leaf:
-    given, parent = leaf.given, leaf.parent
-    if not several:
-        given, parent = given and given.removeprefix("/0"), parent and parent.removeprefix("/0")
-    pointer = leaf.pointer if wanted or leaf.kind == "invented" else leaf.pointer.removeprefix("/0")
-    return replace(leaf, pointer=pointer, given=given, parent=parent)
-
-
-def _scores(table: Sequence[Sequence[Pair]]) -> list[list[float]]:
-    """One number a pair, by whose sum alignments are ordered: by credit, then number of pairs, then least size."""
-    # A pair's size is that of the reference's item and what the document invents in it; only the latter depends on the
-    # row, so the least of a column is taken off. Powers of two keep the sums exact.
-    least = [min(column) for column in zip(*[[size for _, size in row] for row in table], strict=True)]
-    excess = max(size - least[j] for row in table for j, (_, size) in enumerate(row))
-    pairs = min(len(table), len(least))
-    one = 2.0 ** -(pairs.bit_length() + 2)
-    small = one * 2.0 ** -(int(excess * pairs).bit_length() + 1)
-    return [[credit + one - small * (size - least[j]) for j, (credit, size) in enumerate(row)] for row in table]
-
-
-def assigned(table: Sequence[Sequence[Pair]]) -> list[tuple[int, int]]:
-    """(row, column) of the best pairing in any order, by row."""
+def _assigned(table: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """(row, column) of the best pairing in any order."""
     from scipy.optimize import linear_sum_assignment  # only now: most references are one call
 
-    rows, columns = linear_sum_assignment(_scores(table), maximize=True)
+    rows, columns = linear_sum_assignment(table, maximize=True)
     return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
 
 
-def _best_in_order(table: Sequence[Sequence[Pair]]) -> list[tuple[int, int]]:
+def _best_in_order(table: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
     """(row, column) of the best alignment that keeps the order: the dynamic programme of Needleman and Wunsch."""
-    scores = _scores(table)
+    # A little for each pair, so that wrong items have a place too; a power of two, which keeps the sums exact.
+    little = 2.0 ** -(min(len(table), len(table[0])).bit_length() + 12)
     # best[i][j]: of the first i rows and j columns
-    best = [[0.0] * (len(scores[0]) + 1)]
-    for row in scores:
+    best = [[0.0] * (len(table[0]) + 1)]
+    for row in table:
         above, now, left = best[-1], [0.0], 0.0
-        for j, score in enumerate(row):
-            left = max(above[j] + score, above[j + 1], left)
+        for j, credit in enumerate(row):
+            left = max(above[j] + credit + little, above[j + 1], left)
             now.append(left)
         best.append(now)
     found: list[tuple[int, int]] = []
-    i, j = len(scores), len(scores[0])
+    i, j = len(table), len(table[0])
     while i and j:
         if best[i][j] == best[i - 1][j]:
             i -= 1
@@ -490,18 +456,16 @@ def _best_in_order(table: Sequence[Sequence[Pair]]) -> list[tuple[int, int]]:
     return found[::-1]
 
 
-def _anchors(
-    value: list[Any], reference: list[Any], rows: tuple[int, int], columns: tuple[int, int]
-) -> list[tuple[int, int]]:
+def _anchors(value: Sequence[Any], reference: Sequence[Any], rows: range, columns: range) -> list[tuple[int, int]]:
     """Pairs of equal items in order: the k-th of a kind with the k-th of that kind, as many as keep the order."""
     places: dict[str, list[int]] = defaultdict(list)
-    for column in range(*columns):
+    for column in columns:
         places[_written(reference[column])].append(column)
     met: Counter[str] = Counter()
     tails: list[int] = []  # columns at which the longest increasing sequences of each length end
     ends: list[int] = []  # which pair that is
     pairs: list[tuple[int, int, int]] = []  # (row, column, the pair before it)
-    for row in range(*rows):
+    for row in rows:
         text = _written(value[row])
         own, count = places.get(text, ()), met[text]
         met[text] += 1

@@ -38,7 +38,6 @@ from tokalign.rewards.structured.alignment import (
     Aligner,
     CallAligner,
     Fixed,
-    Pair,
     below,
     below_fixed,
     mistyped,
@@ -143,44 +142,46 @@ class AllowedAligner(CallAligner):
         calls: Any = [{"name": call["name"], "arguments": {}} for call in _listed(reference)]
         return Aligner.fixed_by(calls if isinstance(reference, list) else calls[0], shape)
 
-    def call(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> Pair:
+    def call(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> float:
         arguments, allowed = _arguments(value, reference), reference["arguments"]
         if arguments is None:
             named = isinstance(value, dict) and "name" in value
-            return 0.0, self._lost_call(reference, fixed, at, given, below(given, "name") if named else None)
-        credit: float = 0.0
-        size: float = 0
+            self._lost_call(reference, fixed, at, below(given, "name") if named else None, given)
+            return 0.0
+        begin = len(self.leaves or ())
+        size = self.size(reference, fixed)
+        credit, invented = 0.0, 0
         if below_fixed(fixed, "name") is None:
-            credit, size = 1.0, 1
-            self.note(below(at, "name"), below(given, "name"), 1.0, 1, "value")
+            credit = 1.0
+            self.note(below(at, "name"), below(given, "name"), 1.0, "value")
         at, given = below(at, "arguments"), below(given, "arguments")
         for key, argument in arguments.items():
-            size += 1
             if key in allowed:
+                invented += not _needed(key, reference)  # beyond the size of what is needed
                 own = _credit(argument, key, reference)
                 credit += own
-                self.note(below(at, key), below(given, key), own, 1, "value")
+                self.note(below(at, key), below(given, key), own, "value")
             else:
-                self.note(below(given, key), below(given, key), 0.0, 1, "invented")
+                invented += 1
+                self.note(below(given, key), below(given, key), 0.0, "invented")
         for key in allowed:
             if key not in arguments and _needed(key, reference):
-                size += 1
-                self.note(below(at, key), None, 0.0, 1, "missing", given)
-        return credit, size
+                self.note(below(at, key), None, 0.0, "missing", 1, given)
+        return self.diluted(credit, size, invented, begin) if invented else credit
 
-    def lost(self, reference: Any, fixed: Fixed, at: str | None, given: str | None, parent: str | None) -> float:
-        return self._lost_call(reference, fixed, at, parent, given)
+    def lost(self, reference: Any, fixed: Fixed, at: str | None, given: str | None, parent: str | None) -> None:
+        self._lost_call(reference, fixed, at, given, parent)
 
     def _lost_call(
-        self, reference: Mapping[str, Any], fixed: Fixed, at: str | None, parent: str | None, name: str | None
-    ) -> float:
-        """Size of a call without credit: missing in `parent`, but for its name where another stands for it."""
+        self, reference: Mapping[str, Any], fixed: Fixed, at: str | None, name: str | None, parent: str | None
+    ) -> None:
+        """Note the leaves of a call without credit: missing in `parent`, but for its name if another stands for it."""
         if below_fixed(fixed, "name") is None:
-            self.note(below(at, "name"), name, 0.0, 1, "missing" if name is None else "value", parent)
+            kind = "missing" if name is None else "value"
+            self.note(below(at, "name"), name, 0.0, kind, 1, parent if name is None else None)
         for key in reference["arguments"]:
             if _needed(key, reference):
-                self.note(below(below(at, "arguments"), key), None, 0.0, 1, "missing", parent)
-        return self.size(reference, fixed)
+                self.note(below(below(at, "arguments"), key), None, 0.0, "missing", 1, parent)
 
 
 def _needed(key: str, reference: Mapping[str, Any]) -> bool:
