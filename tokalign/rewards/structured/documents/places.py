@@ -14,10 +14,12 @@ from tokalign.rewards.structured.documents.document import Limits
 
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _SPACE = r"[ \t\n\r]*+"
-# Groups, which tile the text: separators; a key, its colon and the space behind it; then one of scalar, opening bracket,
-# closing bracket, what is no JSON. No quantifier gives back what it took, so the cost is linear.
+# Groups, which tile the text: separators; a key, its colon and the space behind it; then one of scalar, opening
+# bracket, closing bracket, what is no JSON. No quantifier gives back what it took, so the cost is linear.
 _MEMBER = re.compile(
-    rf"([ \t\n\r,]*+)(?:({_STRING})({_SPACE}:)({_SPACE}))?(?:({_STRING}|[-+.\w]++)|([{{\[])|([}}\]])|(.++))", re.DOTALL
+    rf"([ \t\n\r,]*+)(?:({_STRING})({_SPACE}:)({_SPACE}))?"
+    rf"(?:({_STRING}|[-+.\w]++)|([{{\[])|([}}\]])|(.++))",
+    re.DOTALL,
 )
 _LONGEST = 1024  # characters of a container's pointer; longer ones, times their members, could fill the memory
 _ITEMS, _EMPTY, _KEYS = 0, -1, -2  # what a container has: so many items (from 0 on), or keys, or none yet
