@@ -37,7 +37,7 @@ from tokalign.rewards.structured.grading import TooManyValues, Walk
 from tokalign.rewards.structured.shapes import ANY, Shape, type_of
 
 # What a tool call's JSON may say besides its one form: `documents.tool_calls` reads all of these as "/arguments".
-_CALL = re.compile(r"((?:/\d+)?)(?:/function)?(?:/parameters(?=/|\Z)|(?=/arguments))")
+_CALL = re.compile(r"((?:/\d+)?)(?:/function(?=/))?(/parameters(?=/|\Z))?")
 _OPENS = re.compile(r"[\[{]")
 
 
@@ -213,10 +213,14 @@ def _in_one_form(places: Places) -> Places:
     """Places of tool calls by the pointers of the one form that all calls are read into."""
 
     def named(found: dict[str, Place]) -> dict[str, Place]:
-        return {_CALL.sub(r"\1/arguments" if "/parameters" in p else r"\1", p, count=1): at for p, at in found.items()}
+        return {_CALL.sub(_in_call, pointer, count=1): place for pointer, place in found.items()}
 
     names, leaves, containers, unclosed, end = places
     return Places(named(names), named(leaves), named(containers), named(unclosed), end)
+
+
+def _in_call(match: re.Match[str]) -> str:
+    return match[1] + ("/arguments" if match[2] else "")
 
 
 def _broken(text: str, at: int) -> list[Span]:
