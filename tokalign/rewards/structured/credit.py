@@ -20,9 +20,11 @@ What is in no span (brackets, commas, white space) is the document's form, which
 from __future__ import annotations
 
 import re
+import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from tokalign.rewards.structured.alignment import Aligner, Leaf, Target, below
@@ -35,7 +37,7 @@ from tokalign.rewards.structured.grading import TooManyValues, Walk
 from tokalign.rewards.structured.shapes import ANY, Shape, type_of
 
 # What a tool call's JSON may say besides its one form: `documents.tool_calls` reads all of these as "/arguments".
-_CALL = re.compile(r"((?:/\d+)?)(?:/function)?(?:/parameters(?=/|\Z)|(?=/arguments))")
+_CALL = re.compile(r"((?:/\d+)?)(?:/function(?=/))?(/parameters(?=/|\Z))?")
 _OPENS = re.compile(r"[\[{]")
 
 
@@ -115,19 +117,17 @@ def credit_of(
     if calls:
         places = _in_one_form(places)
     spans = [] if document.whole and not plain_only else _around(document, text, begin, places.end)
-    if judged is None:
-        spans += [Span(pointer, start, end, "key", 1.0) for pointer, (start, end) in places.names.items()]
-        spans += [Span(pointer, start, end, "value", 1.0) for pointer, (start, end) in places.leaves.items()]
-        return Credit(spans, scores)
-    try:
-        leaves = judged if isinstance(judged, list) else leaves_of_schema(judged, document.value, limits.max_values)
-    except (TooManyValues, RecursionError):
-        leaves = []
-    if not leaves:  # a document of more values than may be visited
+    leaves = judged if isinstance(judged, list) else []
+    if isinstance(judged, Shape):
+        try:
+            leaves = faults_of_schema(judged, document.value, limits.max_values)
+        except (TooManyValues, RecursionError):
+            judged = []
+    if judged == []:  # never aligned: a document of more values than may be visited
         return Credit(_broken(text, begin), scores)
     # What an open container lacks is charged where it breaks off, and what no container lacks at the document's end.
     last = (places.end, len(text)) if document.broken and places.end < len(text) else (places.end - 1, places.end)
-    return Credit(spans + _of_leaves(leaves, places, last), scores)
+    return Credit(spans + _spans(leaves, places, last, others_right=not isinstance(judged, list)), scores)
 
 
 def whole_credit(text: str, scores: dict[str, Any], best: float) -> Credit:
@@ -136,49 +136,48 @@ def whole_credit(text: str, scores: dict[str, Any], best: float) -> Credit:
     return Credit([Span("", 0, len(text), "document", share)] if text else [], scores, exact=False)
 
 
-def leaves_of_schema(shape: Shape, value: Any, max_values: int) -> list[Leaf]:
-    """Leaves of a document that has no reference: of each value whether it fits its place, by the walk of the grade.
+def faults_of_schema(shape: Shape, value: Any, max_values: int) -> list[Leaf]:
+    """Leaves that the schema faults in a document without a reference: values that do not fit, missing, invented.
 
     Of alternatives the one that fits best counts, as in the grade. Raises `TooManyValues`.
     """
-    leaves: list[Leaf] = []
-    _judge(Walk(max_values), shape, value, "", leaves)
-    return leaves
+    faults: list[Leaf] = []
+    _judge(Walk(max_values), shape, value, "", faults)
+    return faults
 
 
-def _judge(walk: Walk, shape: Shape | None, value: Any, at: str, leaves: list[Leaf]) -> None:
-    """Note the leaves of a part; without a shape it stands where nothing of its type may stand."""
-    right = shape is not None and min(walk.grade(shape, value)) == 1.0
-    if not value or type(value) not in (dict, list):
-        leaves.append(Leaf(at, at, float(right), 1, "value"))
+def _judge(walk: Walk, shape: Shape | None, value: Any, at: str, faults: list[Leaf]) -> None:
+    """Note the faults of a part; without a shape it stands where nothing of its type may stand."""
+    if shape is not None and min(walk.grade(shape, value)) == 1.0:
         return
-    if right:
-        shape = ANY  # so is all that it holds
-    elif shape is not None:
+    if not value or type(value) not in (dict, list):
+        faults.append(Leaf(at, at, 0.0, 1, "value"))
+        return
+    if shape is not None:
         taken = walk.taken.get((id(shape), id(value)))
         if taken is not None or shape.options:
             best = taken or max(shape.options, key=lambda option: walk.grade(option, value))
-            _judge(walk, best, value, at, leaves)
+            _judge(walk, best, value, at, faults)
             return
         if shape.allowed is not None and type_of(value) not in shape.allowed:
             shape = None
-    if type(value) is dict:
-        for key, item in value.items():
-            child = None if shape is None else shape.known(key) or (ANY if key in shape.required else None)
-            if shape is not None and child is None:
-                leaves.append(Leaf(_at(at, key), _at(at, key), 0.0, 1, "invented"))
-            else:
-                _judge(walk, child, item, _at(at, key), leaves)
-        lacking: Iterable[Any] = () if shape is None else [key for key in shape.required if key not in value]
-    else:
-        most = None if shape is None else shape.max_items
-        for index, item in enumerate(value):
-            if most is not None and index >= most:
-                leaves.append(Leaf(_at(at, index), _at(at, index), 0.0, 1, "invented"))
-            else:
-                _judge(walk, None if shape is None else shape.item(index), item, _at(at, index), leaves)
-        lacking = () if shape is None else range(len(value), shape.min_items)
-    leaves += [Leaf(_at(at, key), None, 0.0, 1, "missing", at) for key in lacking]
+    for key, item in value.items() if type(value) is dict else enumerate(value):
+        child = None if shape is None else _child(shape, key)
+        if child is None and shape is not None:
+            faults.append(Leaf(_at(at, key), _at(at, key), 0.0, 1, "invented"))
+        else:
+            _judge(walk, child, item, _at(at, key), faults)
+    if shape is not None and type(value) is dict:
+        faults += [Leaf(_at(at, key), None, 0.0, 1, "missing", at) for key in shape.required if key not in value]
+    elif shape is not None and len(value) < shape.min_items:  # one leaf, however many items are missing
+        faults.append(Leaf(_at(at, len(value)), None, 0.0, 1, "missing", at))
+
+
+def _child(shape: Shape, key: Any) -> Shape | None:
+    """Shape of a key or item, None for one too many."""
+    if type(key) is int:
+        return None if shape.max_items is not None and key >= shape.max_items else shape.item(key)
+    return shape.known(key) or (ANY if key in shape.required else None)
 
 
 def _at(pointer: str, key: Any) -> str:
@@ -214,10 +213,14 @@ def _in_one_form(places: Places) -> Places:
     """Places of tool calls by the pointers of the one form that all calls are read into."""
 
     def named(found: dict[str, Place]) -> dict[str, Place]:
-        return {_CALL.sub(r"\1/arguments" if "/parameters" in p else r"\1", p, count=1): at for p, at in found.items()}
+        return {_CALL.sub(_in_call, pointer, count=1): place for pointer, place in found.items()}
 
     names, leaves, containers, unclosed, end = places
     return Places(named(names), named(leaves), named(containers), named(unclosed), end)
+
+
+def _in_call(match: re.Match[str]) -> str:
+    return match[1] + ("/arguments" if match[2] else "")
 
 
 def _broken(text: str, at: int) -> list[Span]:
@@ -238,29 +241,50 @@ def _around(document: Document, text: str, begin: int, end: int) -> list[Span]:
     return spans + ([Span("", end, len(text), "around", 0.0)] if text[end:].strip() else [])
 
 
-def _of_leaves(leaves: Sequence[Leaf], places: Places, last: Place) -> list[Span]:
-    """Spans of values, of what is missing or invented, and of the keys."""
+_span = partial(tuple.__new__, Span)  # two thirds of the time of `Span(…)`, and a document has two a value
+
+
+def _spans(leaves: Sequence[Leaf], places: Places, last: Place, *, others_right: bool) -> list[Span]:
+    """Spans of values, of what is missing or invented, and of the keys.
+
+    Args:
+        leaves: those that are known.
+        places: of the document.
+        last: of what no closed container lacks.
+        others_right: values that are not among the leaves have full credit; otherwise they have no span.
+    """
     names, own, holding, unclosed, _ = places
-    spans: list[Span] = []
+    spans: list[Any] = []
     invented: list[Place] = []
     for leaf in leaves:
-        if leaf.given is None:
-            spans.append(Span(leaf.pointer, *_closing(places, leaf.parent or "", last), "missing", 0.0))
-            continue
-        place = own.get(leaf.given) or holding.get(leaf.given) or unclosed.get(leaf.given)
-        place = place or _nearest(places, leaf.given) or last
-        if leaf.kind == "invented":
-            place = (names.get(leaf.given, place)[0], place[1])
-            invented.append(place)
-        spans.append(Span(leaf.pointer, *place, leaf.kind, leaf.credit))
-    # A key is unknown where it stands in something invented; these do not lie within one another.
+        given = leaf.given
+        if given is None:
+            start, end = _closing(places, leaf.parent or "", last)
+        else:
+            start, end = own.get(given) or holding.get(given) or unclosed.get(given) or _nearest(places, given) or last
+            if leaf.kind == "invented":
+                start = names[given][0] if given in names else start
+                invented.append((start, end))
+        spans.append(_span((leaf.pointer, start, end, leaf.kind, leaf.credit)))
     invented.sort()
-    begins = [start for start, _ in invented]
-    for pointer, (start, end) in names.items():
-        before = bisect_right(begins, start) - 1 if begins else -1
-        unknown = before >= 0 and start < invented[before][1]
-        spans.append(Span(pointer, start, end, "key", 0.0 if unknown else 1.0))
+    if others_right:
+        wrong = {leaf.given for leaf in leaves}
+        spans += [
+            _span((pointer, start, end, "value", 1.0))
+            for pointer, (start, end) in own.items()
+            if pointer not in wrong and not (invented and _within(invented, start))
+        ]
+    spans += [
+        _span((pointer, start, end, "key", 0.0 if invented and _within(invented, start) else 1.0))
+        for pointer, (start, end) in names.items()
+    ]
     return spans
+
+
+def _within(places: Sequence[Place], position: int) -> bool:
+    """Whether a position is in one of some sorted places, none of which lies within another."""
+    before = bisect_right(places, (position, sys.maxsize)) - 1
+    return before >= 0 and position < places[before][1]
 
 
 def _nearest(places: Places, pointer: str) -> Place | None:
