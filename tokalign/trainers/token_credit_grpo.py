@@ -29,6 +29,7 @@ from tokalign.internals.trl import (
 )
 from tokalign.losses import group_advantages, token_advantages
 from tokalign.rewards.judges import load_function
+from tokalign.trainers.credits import credit_function
 
 MODES = ("weight", "advantage")
 # Losses whose gradient reaches each token's own log-prob although the importance ratio is the sequence's
@@ -334,8 +335,6 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
 def _named(name: str) -> Any:
     """A credit function by its place, or by its name in the table and among the signals. A class is called."""
     if ":" not in name:
-        from tokalign.trainers.credits import credit_function
-
         return credit_function(name)
     found, _ = load_function(name, "--credit")
     return found() if inspect.isclass(found) else found
