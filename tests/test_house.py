@@ -28,7 +28,8 @@ ROOMS: dict[str, set[str]] = {
     "rewards": {"stage"},
     "signals": {"generation", "data"},
     # Structured GRPO's greedy test decodes by the grammar of a schema. Generation lies below signals: nothing runs up.
-    "trainers": {"losses", "signals", "rewards", "data", "generation"},
+    # Every few steps a trainer writes a page of what each token was credited with; view knows nothing of trainers.
+    "trainers": {"losses", "signals", "rewards", "data", "generation", "view"},
     "routing.labels": {"generation", "data", "rewards"},
     "routing.router": {"routing.labels"},
     "routing.decode": {"routing.router", "generation"},

@@ -140,7 +140,7 @@ class StructuredSeed:
             return sft, self.stages.recipe(folder, "critical-dpo", "dpo", **start, **shared)
         start = {"model_name_or_path": sft, "dataset_name": self.worlds["json"]}
         # an engine of vLLM takes longer to start than all rollouts of so small a model take here
-        options = {"rollouts": "transformers", "max_steps": self.args.steps, **GRPO[method]}
+        options = {"rollouts": "transformers", "max_steps": self.args.steps, "beta": 0.0, **GRPO[method]}
         options["per_device_train_batch_size"] = self.args.completions
         return sft, self.stages.recipe(folder, "structured-grpo", "structured_grpo", **start, **shared, **options)
 

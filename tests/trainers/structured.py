@@ -137,8 +137,15 @@ def settings(output_dir: str | Path, **changes: Any) -> dict[str, Any]:
 def make_trainer(path: str, output_dir: str | Path, *, table: bool = True, **options: Any) -> StructuredGRPOTrainer:
     """A trainer on 16 problems, their completions known with `table`. Options are the trainer's or the config's."""
     rows = options.pop("rows", None) or problems(16)
-    of_trainer = ("reward_funcs", "reward_processing_classes", "peft_config", "eval_dataset", "callbacks")
-    given = {name: options.pop(name) for name in of_trainer if name in options}
+    of_trainer = (
+        "reward_funcs",
+        "reward_processing_classes",
+        "credit_funcs",
+        "peft_config",
+        "eval_dataset",
+        "callbacks",
+    )
+    given = {name: options.pop(name) for name in (*of_trainer, "callbacks") if name in options}
     return StructuredGRPOTrainer(
         model=path,
         args=StructuredGRPOConfig(**settings(output_dir, **options)),

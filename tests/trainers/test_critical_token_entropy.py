@@ -263,6 +263,38 @@ def test_grpo_counts_neither_the_reference_nor_the_old_policy(tiny_path, tmp_pat
     assert {key: metrics[f"eval_{key}"] for key in KEYS} == pytest.approx(expected, abs=1e-5)
 
 
+def test_what_a_tool_wrote_counts_nowhere(tiny_path, tmp_path):
+    """Every other token of a completion is the environment's, some words among them."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    sequences = []
+
+    def rollout(prompts, trainer):
+        prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        completions = [tokenizer("ab" * (number + 2))["input_ids"] for number in range(len(prompts))]
+        sequences.extend(zip(prompt_ids, completions, strict=True))
+        masks = [[1, 0] * (len(ids) // 2) for ids in completions]
+        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None, "env_mask": masks}
+
+    trainer = GRPOTrainer(
+        tiny_path,
+        reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
+        args=GRPOConfig(
+            **settings(tmp_path, learning_rate=0.0, max_steps=1, logging_steps=1),
+            num_generations=2,
+            max_completion_length=16,
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [f"{i} + {i} = " for i in range(8)]}),
+        processing_class=tokenizer,
+        rollout_func=rollout,
+    )
+    trainer.add_callback(CriticalTokenEntropyCallback(trainer, ["a", "b", "ab"]))
+    trainer.train()
+    a = plain_loop(trainer.model, sequences, lambda number, completion, t: t % 2 == 0)
+    assert a["critical_token_count"] == sum(len(ids) for _, ids in sequences) / 2
+    assert logged(trainer) == [pytest.approx({**a, "completion_entropy": a[NAME]}, abs=1e-5)]
+
+
 def test_sft(tiny_path, tmp_path, rows, forms):
     options = {
         k: v for k, v in settings(tmp_path, learning_rate=0.0, max_steps=2, logging_steps=2).items() if k != "beta"

@@ -6,9 +6,11 @@ import contextlib
 import json
 import logging
 import math
+import re
 import statistics
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -111,6 +113,53 @@ def test_a_component_that_stays_0_is_warned_about_once(path, tmp_path, caplog) -
     assert "fence: optional" in warnings[0]
     entries = [e for e in trainer.state.log_history if "structured/format/zero_groups" in e]
     assert [e["structured/format/zero_groups"] for e in entries] == [1.0] * 5
+
+
+def test_a_component_that_falls_is_warned_about_once(path, tmp_path, caplog) -> None:
+    """From the fourth log on correctness lies below the mean of the first ones; structure does not."""
+    trainer = make_trainer(path, tmp_path, fall_patience=4, beta=0.1)
+    with caplog.at_level(logging.WARNING):
+        for step in range(12):
+            low = 0.7 - 0.1 * (step > 3)
+            trainer.log({"loss": 0.0, "structured/correctness": low, "structured/structure": 0.8 - 0.04 * (step % 2)})
+    warnings = [record.getMessage() for record in caplog.records if "The component" in record.getMessage()]
+    assert len(warnings) == 1 and "structured/correctness began at 0.68" in warnings[0] and "now at 0.60" in warnings[0]
+    assert "4 logs" in warnings[0] and "`learning_rate`" in warnings[0] and "`beta` (now 0.1)" in warnings[0]
+
+
+def odd_tokens(completion_ids, **_):
+    return [[float(t % 2) for t in range(len(ids))] for ids in completion_ids]
+
+
+def test_a_page_every_few_steps_shows_what_tokens_were_credited_with(path, tmp_path) -> None:
+    """Groups as they were generated, each token with its numbers; training is the same without pages."""
+    weights = {}
+    for steps in (0, 2):
+        out = tmp_path / str(steps)
+        trainer = make_trainer(path, out, max_steps=3, credit_page_steps=steps, credit_funcs=odd_tokens)
+        trainer.train()
+        weights[steps] = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+    assert torch.equal(weights[0], weights[2]) and not (tmp_path / "0" / "credit").exists()
+    assert sorted(file.name for file in (tmp_path / "2" / "credit").iterdir()) == ["step-0.html", "step-2.html"]
+
+    trainer = make_trainer(path, tmp_path / "again", credit_page_steps=1, credit_funcs=odd_tokens)
+    batch = generated(trainer)
+    page = (tmp_path / "again" / "credit" / "step-0.html").read_text()
+    assert page.count("<article data-row>") == 2 and page.count("tokens</h3>") == 8  # two groups of four
+    assert "<span>reason <b>text around the document</b></span>" in page and "<span>structured <b>" in page
+    titles = re.findall(
+        r"position (\d+) · advantage (\S+) · credit/odd_tokens (\S+) · entropy (\S+) · logprob (\S+) ·", page
+    )
+    assert len(titles) == batch["completion_mask"].sum()
+    prompt, completion = (batch[f"{part}_ids"][0][batch[f"{part}_mask"][0].bool()] for part in ("prompt", "completion"))
+    trainer.model.eval()
+    with torch.no_grad():
+        logits = trainer.model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+    logs = logits.float().log_softmax(-1)
+    for t, (position, *numbers) in enumerate(titles[: len(completion)]):
+        entropy = -(logs[t].exp() * logs[t]).sum().item()
+        expected = [batch["advantages"][0, t].item(), t % 2, entropy, logs[t, completion[t]].item()]
+        assert int(position) == t and [float(n) for n in numbers] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def brevity(completions, **_):

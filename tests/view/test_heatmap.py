@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.support import ALPHABET, tiny_tokenizer
 from tokalign.stage.errors import ContractError
+from tokalign.stage.pieces import MAX_PENDING, token_pieces
 from tokalign.view import heatmap
-from tokalign.view.heatmap import Scale, token_heatmap, token_pieces
+from tokalign.view.heatmap import Scale, token_heatmap
 
 TEXT = "Ünïcode 🤖 café 🧮👩‍🔬 naïve\nline two — “quotes” 😀😀 end"
 
@@ -88,7 +89,7 @@ def test_pieces_of_split_characters_join_to_the_text(byte_tokenizer):
 
 
 @settings(deadline=None, max_examples=100)
-@given(ids=st.lists(st.integers(0, 299), max_size=heatmap.MAX_PENDING - 1))
+@given(ids=st.lists(st.integers(0, 299), max_size=MAX_PENDING - 1))
 def test_pieces_of_any_bytes_join_to_the_decoded_ids(byte_tokenizer, ids):
     pieces = token_pieces(byte_tokenizer, ids)
     assert len(pieces) == len(ids)

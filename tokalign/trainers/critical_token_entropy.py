@@ -10,7 +10,8 @@ sources:
   anyway, so it costs no forward pass. Forwards of the reference and GRPO's old-policy passes are left out;
 - a probe: a fixed dataset, scored by the policy at every log, evaluation and checkpoint, comparable over time and runs.
 
-A word counts where all of its tokens stand in the completion, and then once, at its first token.
+A word counts where all of its tokens stand in the completion, and then once, at its first token. What a tool or an
+environment wrote into a completion is no choice of the policy's and counts nowhere: TRL's tool mask says what that is.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class CriticalTokenEntropyCallback(TrainerCallback):
         self._step: torch.Tensor | float = 0.0  # this process's totals of the optimizer step in progress
         self._evaluation: Any = None  # and of the evaluation in progress
         self._last_forward: torch.Tensor | None = None
+        self._tool_mask: torch.Tensor | None = None  # (B, T) of the loss in progress, 1 on the policy's own tokens
         self._probed: list[float] | None = None  # totals of the probe at the current step
         self._probe: Any = None
         if probe is not None:
@@ -130,6 +132,8 @@ class CriticalTokenEntropyCallback(TrainerCallback):
             policy = self.trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             self._adapter = policy.active_adapter if isinstance(policy, PeftModel) else None
             policy.register_forward_hook(self._see, with_kwargs=True)
+            self._trainer_loss = trainer.compute_loss
+            trainer.compute_loss = self._compute_loss  # type: ignore[method-assign]
         # Reporting callbacks stand before all others, so `on_log` would come too late for them
         self._trainer_log = trainer.log
         trainer.log = self._log  # type: ignore[method-assign]
@@ -140,6 +144,14 @@ class CriticalTokenEntropyCallback(TrainerCallback):
         return {"critical": self._definition, "since_log": empty, "since_save": empty, "evaluation": {}, "saves": []}
 
     # ------------------------------------------------------------------------------------------- training batches
+
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`trainer.compute_loss`, whose inputs know what the model's do not: which tokens tools wrote."""
+        self._tool_mask = inputs.get("tool_mask")
+        try:
+            return self._trainer_loss(model, inputs, *args, **kwargs)
+        finally:
+            self._tool_mask = None  # passes outside the loss have other rows
 
     def _see(self, module: Any, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
         """Keep the totals of the policy's last forward; only the fused LM head gives entropies.
@@ -154,6 +166,9 @@ class CriticalTokenEntropyCallback(TrainerCallback):
         if isinstance(module, PeftModel) and (adapters_are_off(module) or module.active_adapter != self._adapter):
             return
         labels = labels[:, 1:]
+        if self._tool_mask is not None:
+            prompt = torch.ones_like(labels[:, : labels.shape[1] - self._tool_mask.shape[1]])
+            labels = labels.masked_fill(torch.cat([prompt, self._tool_mask], dim=1) == 0, IGNORED)
         entropy = entropy.detach()[:, -labels.shape[1] :]  # prompt-learning PEFT puts virtual tokens first
         self._last_forward = entropy_totals(entropy, labels != IGNORED, form_starts(labels, self._forms))
 

@@ -5,13 +5,17 @@
 TRL samples, normalises and optimises; this adds the reward that the configuration describes (any reward functions may
 stand beside it), one key for where rollouts come from, and what one wants to see: every component at each logging step
 (the curriculum: validity before structure before content), the share of groups in which a component is 0 for all (it
-then teaches nothing, and a warning says what to change), and, in evaluation alone, a baseline under constrained
-decoding.
+then teaches nothing, and a warning says what to change), a warning where a component falls below where training began,
+and, in evaluation alone, a baseline under constrained decoding.
+
+With `credit: field` a completion's tokens do not share A_i: those of a field answer for that field alone
+(`tokalign.trainers.credits.field`). `credit: sequence` is the equation above.
 
 `multi_objective_aggregation: normalize_then_sum` (GDPO, arXiv 2601.05242) normalises each component within its group
 before they are summed with their weights: the components become reward functions of their own that share one reading.
 
-Adapters: TRL merges LoRA into the weights that it hands to vLLM, and unmerges; there is no other way in TRL 1.16.
+Adapters: `GRPOTrainer`, which this is, merges LoRA into the weights that it hands to vLLM, and unmerges. TRL's
+asynchronous GRPO trainer hands over the adapter alone.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,7 +35,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from tqdm import tqdm
-from trl import GRPOConfig, GRPOTrainer, is_conversational
+from trl import is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
 from tokalign.internals.trl import get_config_model_id
@@ -40,9 +45,14 @@ from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import ComponentReward
 from tokalign.stage.contract import first_row
 from tokalign.stage.errors import ContractError
+from tokalign.trainers.credits.field import FieldCredit
+from tokalign.trainers.token_credit_grpo import PER_TOKEN_LOSSES, TokenCreditGRPOConfig, TokenCreditGRPOTrainer
 
 logger = get_logger(__name__)
 ROLLOUTS = ("transformers", "vllm-colocate", "vllm-server")
+CREDIT = "sequence"  # where the configuration says nothing
+FALL = 0.05  # a component is worse than at the start if its mean lies so far below it
+START = 5  # logs whose mean is where training began
 PLATEAU = 0.9  # share of groups without a single point in a component, from which on it is stuck
 REMEDIES = {
     "structure": "show the schema or an example in the prompt, or start from an SFT checkpoint (`tokalign sft`)",
@@ -56,12 +66,12 @@ REMEDIES = {
 
 
 @dataclass
-class StructuredGRPOConfig(GRPOConfig):
+class StructuredGRPOConfig(TokenCreditGRPOConfig):
     r"""
     Configuration class for the [`StructuredGRPOTrainer`].
 
     This class includes only the parameters that are specific to structured output. For the others, please refer to
-    the [`~trl.GRPOConfig`] documentation. The ones of the reward are explained at
+    the [`TokenCreditGRPOConfig`] and the [`~trl.GRPOConfig`] documentation. The ones of the reward are explained at
     [`~tokalign.rewards.StructuredReward`].
 
     Parameters:
@@ -71,6 +81,14 @@ class StructuredGRPOConfig(GRPOConfig):
             Where completions come from. Possible values are: `"transformers"` (this process's own model),
             `"vllm-colocate"` (vLLM in this process) and `"vllm-server"` (started with `trl vllm-serve`). Sets
             `use_vllm` and `vllm_mode`; if unset, those hold.
+
+        > Parameters that control the credit
+
+        credit (`list[str]`, *optional*):
+            `"sequence"` gives all tokens of a completion its advantage, `"field"` gives the tokens of a field the
+            field's own ([`FieldCredit`]); other credit functions may stand beside it. If unset, `"sequence"`.
+        credit_coefficient (`float`, *optional*):
+            λ: with `"field"` the factor of the fields beside the form.
 
         > Parameters that control the reward
 
@@ -107,9 +125,11 @@ class StructuredGRPOConfig(GRPOConfig):
             and logged as `eval_constrained/…`. They enter neither loss nor reward.
         plateau_patience (`int`, *optional*, defaults to `20`):
             Warn when a component was 0 in (nearly) all groups for so many generations in a row; 0 never warns.
+        fall_patience (`int`, *optional*, defaults to `10`):
+            Warn when a component lay below where training began for so many logs in a row; 0 never warns.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "component_weights"]  # noqa: RUF012 (TRL's own form)
+    _VALID_DICT_FIELDS = [*TokenCreditGRPOConfig._VALID_DICT_FIELDS, "component_weights"]  # noqa: RUF012 (TRL's own form)
 
     rollouts: str | None = field(
         default=None,
@@ -153,6 +173,11 @@ class StructuredGRPOConfig(GRPOConfig):
         default=20, metadata={"help": "Generations after which a component that stays 0 is warned about; 0: never."}
     )
 
+    fall_patience: int = field(
+        default=10,
+        metadata={"help": "Logs after which a component that fell is warned about; 0: never."},
+    )
+
     def __post_init__(self) -> None:
         if self.rollouts is not None:
             if self.rollouts not in ROLLOUTS:
@@ -162,6 +187,15 @@ class StructuredGRPOConfig(GRPOConfig):
         if not 0 <= self.constrained_eval_share <= 1:
             raise ValueError(f"constrained_eval_share is {self.constrained_eval_share}; use a share from 0 to 1.")
         super().__post_init__()
+        if "field" not in (self.credit or ()):
+            return
+        if self.credit_mode == "weight":
+            raise ValueError("The credit 'field' is an advantage of its own; leave credit_mode unset.")
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                "The credit 'field' normalises each field by itself already; set multi_objective_aggregation to "
+                "'sum_then_normalize', or credit to 'sequence'."
+            )
 
     def reward(self) -> StructuredReward:
         """The reward that this configuration describes."""
@@ -182,8 +216,8 @@ class StructuredGRPOConfig(GRPOConfig):
         )
 
 
-class StructuredGRPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` with a structured reward; takes exactly its arguments.
+class StructuredGRPOTrainer(TokenCreditGRPOTrainer):
+    """`GRPOTrainer` with a structured reward; takes its arguments and `credit_funcs`.
 
     Args:
         model: see [`~trl.GRPOTrainer`].
@@ -214,6 +248,8 @@ class StructuredGRPOTrainer(GRPOTrainer):
         args: StructuredGRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
+        *,
+        credit_funcs: Any = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -230,9 +266,15 @@ class StructuredGRPOTrainer(GRPOTrainer):
         for name, rows in _named(train_dataset, eval_dataset):
             for reward in self.structured_rewards:
                 check_rows(rows, reward, name)
-        if weights != (args.reward_weights or [1.0] * len(rewards)):
-            args = copy(args)  # the caller's may be used again, with weights that lie beside the caller's list
-            args.reward_weights = weights
+        args = copy(args)  # the caller's may be used again, with weights that lie beside the caller's list
+        args.reward_weights = weights
+        named = args.credit
+        if named is None:
+            named = [CREDIT if _has_fields(rewards, args) else "sequence"]
+        given = list(credit_funcs) if isinstance(credit_funcs, list | tuple) else [credit_funcs]
+        if "field" in named:
+            given = [*_field_credits(rewards, args), *given]
+        args.credit = [name for name in named if name not in ("field", "sequence")]  # the rest has no reward to know
         super().__init__(
             model,
             rewards,
@@ -240,11 +282,18 @@ class StructuredGRPOTrainer(GRPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             reward_processing_classes=classes,
+            credit_funcs=given,
             **kwargs,
         )
+        args.credit = named
         if args.constrained_eval_share:
             self._check_constrained(args)
         self._stuck: dict[str, int] = defaultdict(int)
+        self._fallen: set[str] = set()  # components that were warned about
+
+    def _coefficient(self, function: Any) -> float:
+        # λ of the configuration is the fields' within it (`_field_credits`); what stays is the reward's weight
+        return function.coefficient if isinstance(function, FieldCredit) else super()._coefficient(function)
 
     def _check_constrained(self, args: StructuredGRPOConfig) -> None:
         if self.structured.output_format != "json":
@@ -294,12 +343,6 @@ class StructuredGRPOTrainer(GRPOTrainer):
                     self._warn_if_stuck(reward.__name__, name, share)
         return rewards
 
-    def _mode_and_group(self) -> tuple[str, int]:
-        """What TRL calls the mode ("train" or "eval"), and the completions of a prompt in it."""
-        training = self.model is not None and self.model.training
-        mode, group = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
-        return mode, group or 1
-
     def _warn_if_stuck(self, reward: str, name: str, share: float) -> None:
         key = f"{reward}/{name}"
         self._stuck[key] = self._stuck[key] + 1 if share >= PLATEAU else 0
@@ -307,6 +350,27 @@ class StructuredGRPOTrainer(GRPOTrainer):
             logger.warning(
                 f"The component {key} is 0 for every completion of {share:.0%} of the groups, for "
                 f"{self._stuck[key]} generations now, so it teaches nothing: {REMEDIES[name]}."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.args.fall_patience and "loss" in logs:
+            for reward in self.structured_rewards:
+                for name in reward.active:
+                    self._warn_if_fallen(f"{reward.__name__}/{name}")
+
+    def _warn_if_fallen(self, key: str) -> None:
+        """Warn once where the logs, which a checkpoint keeps, have lain below the first ones for a while."""
+        history, patience = self.state.log_history, self.args.fall_patience
+        first = list(islice((entry[key] for entry in history if key in entry), START))
+        last = list(islice((entry[key] for entry in reversed(history) if key in entry), patience))
+        start = sum(first) / max(len(first), 1)
+        if key not in self._fallen and len(last) == patience and max(last) < start - FALL:
+            self._fallen.add(key)
+            logger.warning(
+                f"The component {key} began at {start:.2f} and has lain below that for {patience} logs, now at "
+                f"{last[0]:.2f}: training takes away what the model could do. Lower `learning_rate`, or raise `beta` "
+                f"(now {self.beta:g})."
             )
 
     # --------------------------------------------------------------------------------------------------------- prompts
@@ -469,6 +533,34 @@ def _side_by_side(
         else:
             rows.append((function, weight, tokenizer))
     return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+
+
+def _has_fields(rewards: list[Any], args: StructuredGRPOConfig) -> bool:
+    """Whether field credit can be had where nobody asks for it."""
+    per_token = args.importance_sampling_level == "token" or args.loss_type in PER_TOKEN_LOSSES
+    whole = args.multi_objective_aggregation == "sum_then_normalize"
+    structured = [reward for reward in rewards if isinstance(reward, StructuredReward)]
+    return per_token and whole and bool(structured) and not any(reward.preset for reward in structured)
+
+
+def _field_credits(rewards: list[Any], args: StructuredGRPOConfig) -> list[FieldCredit]:
+    """The credit of each structured reward's fields.
+
+    The advantage of the other reward functions is normalised without it, and counts once. So each reward's fields count
+    as often as its weight goes into theirs.
+    """
+    weights: list[float] = args.reward_weights  # type: ignore[assignment]  # as many as there are rewards
+    fields = [
+        (reward, weight)
+        for reward, weight in zip(rewards, weights, strict=True)
+        if isinstance(reward, StructuredReward)
+    ]
+    of_fields = sum(abs(weight) for _, weight in fields)
+    whole = sum(map(abs, weights)) - of_fields or of_fields or 1.0
+    options: dict[str, Any] = {"value_weight": 1.0 if args.credit_coefficient is None else args.credit_coefficient}
+    if args.scale_rewards == "none":
+        options |= {"scale": "none", "form_scale": "none"}
+    return [FieldCredit(reward, weight / whole, **options) for reward, weight in fields]
 
 
 def _structured(functions: list[Any]) -> list[StructuredReward]:

@@ -29,6 +29,8 @@ from tokalign.internals.trl import (
 )
 from tokalign.losses import group_advantages, token_advantages
 from tokalign.rewards.judges import load_function
+from tokalign.trainers.credits import credit_function
+from tokalign.trainers.credits.page import write_credit_page
 
 MODES = ("weight", "advantage")
 # Losses whose gradient reaches each token's own log-prob although the importance ratio is the sequence's
@@ -58,6 +60,9 @@ class TokenCreditGRPOConfig(GRPOConfig):
         credit_negative (`str`, *optional*):
             What `credit_model` is compared with: contrast's negative adapter, or the implicit reward's reference where
             `credit_model` is no adapter.
+        credit_page_steps (`int`, *optional*, defaults to `0`):
+            Every so many steps, write a page of some groups with what each token was credited with,
+            `output_dir/credit/step-<n>.html`; 0 writes none.
     """
 
     credit: list[str] | None = field(
@@ -76,6 +81,9 @@ class TokenCreditGRPOConfig(GRPOConfig):
     )
     credit_negative: str | None = field(
         default=None, metadata={"help": "Adapter or model that credit_model is compared with (contrast's negative)."}
+    )
+    credit_page_steps: int = field(
+        default=0, metadata={"help": "Steps after which a page of what tokens were credited with is written; 0: never."}
     )
 
     def __post_init__(self) -> None:
@@ -127,6 +135,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
     """
 
     args: TokenCreditGRPOConfig
+    _next_page = 0  # step at which a page is due
 
     def __init__(
         self,
@@ -150,6 +159,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         given = list(credit_funcs) if isinstance(credit_funcs, Sequence) else [credit_funcs]
         named = [_named(name) for name in args.credit or ()]
+        self._credits: dict[str, torch.Tensor] = {}  # (B, T) of the last generation batch, for the page
         self.credit_funcs: list[Any] = [function for function in given + named if function is not None]
         self.credit_func_names = [get_callable_name(function) for function in self.credit_funcs]
         for function in self.credit_funcs:
@@ -197,6 +207,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         """TRL's rewards; then the credit functions are asked, so that what they log belongs to this batch."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._written = completion_ids_list
         if self.credit_funcs:
             self._rewards_per_func = rewards
             self._said = self._ask(inputs, prompts, completions, completion_ids_list)
@@ -251,6 +262,10 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self.credit_funcs:
             output["advantages"] = self._with_credit(output)
+        steps = self.args.credit_page_steps
+        if steps and self.model.training and self.state.global_step >= self._next_page:
+            self._next_page = self.state.global_step + steps
+            write_credit_page(self, inputs, output, self._written, self._credits)
         return output
 
     def _with_credit(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -259,7 +274,8 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         written = mask.bool()
         weights, bonuses, sums = [], [], []
         credits = [self._tokens(i, batch) for i in range(len(self.credit_funcs))]
-        for function, values in zip(self.credit_funcs, credits, strict=True):
+        for function, name, values in zip(self.credit_funcs, self.credit_func_names, credits, strict=True):
+            self._credits[name] = values.nan_to_num(1.0 if self._credit_mode(function) == "weight" else 0.0)
             if self._credit_mode(function) == "weight":
                 weights.append(values)
             else:
@@ -346,8 +362,6 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
 def _named(name: str) -> Any:
     """A credit function by its place, or by its name in the table and among the signals. A class is called."""
     if ":" not in name:
-        from tokalign.trainers.credits import credit_function
-
         return credit_function(name)
     found, _ = load_function(name, "--credit")
     return found() if inspect.isclass(found) else found

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, Literal, Protocol
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -23,9 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from tokalign.signals.registry import known
 from tokalign.stage.contract import SIDES
 from tokalign.stage.errors import ContractError
+from tokalign.stage.pieces import token_pieces
 
-UNDECODED = "\ufffd"  # what decoders put where bytes are not (yet) a character
-MAX_PENDING = 32  # tokens that may wait for a character to be complete; one character needs at most 4
 STEPS = 10  # colour steps of a scale
 FAR = 4  # an end of a scale further off the other values than so many times their spread would leave them 2 of 10 steps
 # Shown in place of characters that HTML cannot hold, that would be invisible, or that reorder the text around them.
@@ -74,39 +72,6 @@ def scale_of(name: str, least: float, most: float) -> Scale:
     return Scale(low, high, "both" if has_sign else signal.suspicious, signal.meaning)
 
 
-def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Text of each token such that the pieces join to `tokenizer.decode(ids)`, special tokens included.
-
-    Decoding tokens one at a time loses leading spaces (SentencePiece) and turns parts of a character into U+FFFD
-    (byte-level BPE). So each token is decoded behind the tokens before it, in a window that starts at the last whole
-    character but one; a token that only begins a character has the piece "" and the one that completes it has the
-    character. After MAX_PENDING tokens without a whole character (bytes that are no text) the window moves on, and
-    only then may the pieces differ from the decoded text.
-    """
-
-    def decode(begin: int, end: int) -> str:
-        return _text(tokenizer, ids[begin:end])
-
-    pieces: list[str] = []
-    context = start = 0  # the window's first token, and the first one whose text is not out yet
-    for end in range(1, len(ids) + 1):
-        text = decode(context, end)
-        if text.endswith(UNDECODED) and end < len(ids) and end - start < MAX_PENDING:
-            continue
-        before = decode(context, start)
-        fresh = text[len(commonprefix([before, text])) :]  # noqa: RUF071 (strings are meant, not paths)
-        group = [""] * (end - start)
-        # Undecodable bytes stay with the tokens that hold them; the rest belongs to the last token.
-        waiting = 0
-        while waiting < len(group) - 1 and fresh[waiting : waiting + 1] == UNDECODED:
-            group[waiting] = UNDECODED
-            waiting += 1
-        group[-1] = fresh[waiting:]
-        pieces += group
-        context, start = start, end
-    return pieces
-
-
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
     # str(): decode is typed for batches too.
     return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
@@ -130,7 +95,8 @@ def token_heatmap(
     Args:
         rows: rows of a signals dataset: `id`, `prompt`, `<side>_ids`, `<side>_<signal>`; shown where present:
             `prompt_ids`, `answer`, `first_error` (index of the true first wrong token), `critical_index` (the rollout
-            estimate's); these two are the rejected side's, or `<side>_first_error` …; None and -1 are unknown.
+            estimate's); these two are the rejected side's, or `<side>_first_error` …; None and -1 are unknown; and
+            `<side>_notes`, names and texts that stand above the completion.
         tokenizer: the one that made the ids.
         signals: names without a side; unset shows every list of numbers found. The first one colours the page.
         sides: completions to show; one absent from the rows is left out.
@@ -267,7 +233,9 @@ def _read_row(
                 }
             )
         text = _text(tokenizer, ids, skip_special_tokens=True)
-        blocks.append({"name": side, "tokens": tokens, "answer": extract(text) if extract else None})
+        notes = row.get(f"{side}_notes") or {}
+        answer = extract(text) if extract else None
+        blocks.append({"name": side, "tokens": tokens, "answer": answer, "notes": notes})
     if not blocks:
         raise ContractError(
             f"{where} has none of the columns {', '.join(f'`{side}_ids`' for side in sides)}: "

@@ -1,0 +1,241 @@
+"""Field credit: a field of a structured answer is judged against the same field of its group's other completions.
+
+    A_{i,t} = w A^form_i + λ Σ_p 1[t ∈ span_{i,p}] (c_{i,p} − mean_G c_p) / (std_G c_p + ε)
+
+for completion i of a group G, its token t, and the fields p, which are paths of the reference. c_{i,p} in [0, 1] says
+how far the value at p is right. A field that a completion lacks counts 0 and is charged at the bracket that closes the
+object which lacks it. A field that somebody invented counts 0 for whoever did and 1 for the others, and is charged on
+its own tokens. A^form is the group-relative advantage of what the reward's form components are worth together, so the
+right number in a malformed document is praised as number, and the malformed rest is blamed as form.
+
+Where the reward cannot say which characters are at fault (YAML, XML), or a completion's ids do not spell its text, the
+completion keeps the advantage of its sequence on all of its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from accelerate.utils import gather_object
+
+from tokalign.rewards import StructuredReward
+from tokalign.rewards.structured.documents.reading import text_of
+from tokalign.rewards.structured.reward import NAME
+from tokalign.stage.pieces import spans_to_tokens, token_offsets
+
+Field = tuple[str, bool]  # JSON pointer, and whether it is an invented field's (a reference may have the same pointer)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a completion's group must know of it.
+
+    Attributes:
+        values: c of each field that it has, lacks or invented, in [0, 1].
+        form: what its form components are worth.
+    """
+
+    values: Mapping[Field, float]
+    form: float
+
+
+@dataclass(frozen=True)
+class Charged:
+    """Where a completion's advantages fall.
+
+    Attributes:
+        length: its tokens.
+        tokens: indices of each field's tokens; None if they are not known.
+        faults: indices of tokens that are no part of a document: text around it, and all from where it broke.
+    """
+
+    length: int
+    tokens: Mapping[Field, Sequence[int]] | None = None
+    faults: Sequence[int] = ()
+
+
+@dataclass
+class FieldCredit:
+    """Credit of a structured reward's fields, as a credit function of [`TokenCreditGRPOTrainer`].
+
+    Args:
+        reward: whose sequence advantage this replaces; None is the one structured reward that the trainer has.
+        coefficient: factor of the whole, as a reward's weight is.
+        value_weight: λ, of the fields.
+        form_weight: w, of the form; 0 leaves it out.
+        epsilon: ε.
+        scale: "group" divides a field's advantage by its standard deviation in the group; "none" does not, so a field
+            that is nearly always right moves little.
+        form_scale: the same of the form.
+        form_on: "all" has A^form on all tokens. "place": below 0 it falls on the text around a document and on what
+            follows a break alone, above 0 on all but these; a completion without such text has it on all.
+        keys: a field's name has its value's advantage too.
+    """
+
+    reward: StructuredReward | None = None
+    coefficient: float = 1.0
+    value_weight: float = 1.0
+    form_weight: float = 1.0
+    epsilon: float = 1e-4
+    scale: Literal["group", "none"] = "group"
+    form_scale: Literal["group", "none"] = "group"
+    form_on: Literal["all", "place"] = "all"
+    keys: bool = True
+    mode: str = field(default="advantage", init=False)
+    __name__: str = field(default="field", init=False)
+    trainer: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.reward is not None:
+            self._credit(self.reward)
+
+    def _credit(self, reward: StructuredReward) -> None:
+        if reward.preset is not None:
+            raise ValueError(f"The preset {reward.preset!r} does not know fields; set credit to 'sequence'.")
+        self.reward = reward
+        self.__name__ = "field" if reward.__name__ == NAME else f"field_{reward.__name__}"
+
+    @property
+    def replaces(self) -> tuple[Any, ...]:
+        return (self.reward,)
+
+    def attach(self, trainer: Any) -> None:
+        self.trainer = trainer
+        if self.reward is None:
+            found = [function for function in trainer.reward_funcs if isinstance(function, StructuredReward)]
+            if len(found) != 1:
+                raise ValueError(
+                    f"The credit 'field' follows one StructuredReward, and `reward_funcs` has {len(found)}; give one, "
+                    "or pass `credit_funcs=[FieldCredit(reward), …]`."
+                )
+            self._credit(found[0])
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        rewards: Sequence[float],
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[list[float] | None]:
+        """Advantages of this process's completions, one number a token; None for one that keeps its sequence's.
+
+        Groups lie next to each other in the order of all processes; one that spans processes is gathered.
+        """
+        assert self.reward is not None
+        schemas = columns.get(self.reward.schema_column) or [None] * len(completions)
+        references = columns.get(self.reward.reference_column) or [None] * len(completions)
+        rows = [self.judge(*row) for row in zip(completions, completion_ids, references, schemas, strict=True)]
+        if log_metric is not None and rows:
+            unread = sum(charged.tokens is None for _, charged in rows)
+            log_metric(f"credit/{self.__name__}/by_sequence", unread / len(rows))
+        group = self.trainer._mode_and_group()[1]
+        judged, charged = [row[0] for row in rows], [row[1] for row in rows]
+        first = 0
+        if len(rows) % group:  # every process has equally many rows, so all of them gather or none does
+            first = self.trainer.accelerator.process_index * len(rows)
+            judged = gather_object(judged)
+        return self.advantages(judged, charged, group, first)
+
+    # -------------------------------------------------------------------------------------------- from spans to tokens
+
+    def judge(self, completion: Any, ids: Sequence[int], reference: Any, schema: Any) -> tuple[Judged, Charged]:
+        """A completion's fields from the reward's spans, and the tokens that they are charged on."""
+        assert self.reward is not None
+        credit = self.reward.credit(completion, reference, schema)
+        weights, scores = self.reward.weights, credit.scores
+        form = sum(w * (scores[name] or 0.0) for name, w in weights.items() if name != "correctness")
+        values: dict[Field, float] = {}
+        for span in credit.spans:
+            if span.component in ("value", "missing", "invented"):
+                values[_field(span)] = span.value
+        judged = Judged(values if credit.exact else {}, form)
+        tokenizer = self.trainer.processing_class
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        offsets = token_offsets(tokenizer, ids, text_of(completion)) if credit.exact else None
+        if offsets is None:
+            return judged, Charged(len(ids))
+        tokens: dict[Field, set[int]] = {}
+        faults: set[int] = set()
+        for span, indices in zip(credit.spans, spans_to_tokens(offsets, credit.spans), strict=True):
+            if span.component in ("around", "broken"):
+                faults.update(indices)
+            elif span.component != "punctuation" and (name := _field(span)) in values:
+                if span.component == "key" and not (self.keys or name[1]):
+                    continue
+                # a token that straddles two spans of one field counts once
+                tokens.setdefault(name, set()).update(indices)
+        return judged, Charged(len(ids), {name: sorted(found) for name, found in tokens.items()}, sorted(faults))
+
+    # ------------------------------------------------------------------------------------------------- the mathematics
+
+    def advantages(
+        self, judged: Sequence[Judged], charged: Sequence[Charged], group: int, first: int = 0
+    ) -> list[list[float] | None]:
+        """The equation.
+
+        Args:
+            judged: of all completions, a multiple of `group`; groups lie next to each other.
+            charged: of the completions `first`, `first + 1`, … of these.
+            group: completions of a prompt.
+            first: index in `judged` of the first of `charged`.
+
+        Returns:
+            one list a completion in `charged`, as long as its tokens; None where they are not known.
+        """
+        made: list[list[float] | None] = []
+        for start in range(first - first % group, first + len(charged), group):
+            members = judged[start : start + group]
+            fields = field_advantages([member.values for member in members], self.scale, self.epsilon)
+            forms = relative([member.form for member in members], self.form_scale, self.epsilon)
+            for index in range(max(start, first), min(start + group, first + len(charged))):
+                place, row = index - start, charged[index - first]
+                if row.tokens is None:
+                    made.append(None)
+                    continue
+                numbers = self._form(self.form_weight * forms[place], row)
+                for name, indices in row.tokens.items():
+                    for token in indices:
+                        numbers[token] += self.value_weight * fields[place][name]
+                made.append(numbers)
+        return made
+
+    def _form(self, advantage: float, row: Charged) -> list[float]:
+        if self.form_on == "all" or not row.faults:
+            return [advantage] * row.length
+        at_fault = set(row.faults)
+        return [advantage if (token in at_fault) == (advantage < 0) else 0.0 for token in range(row.length)]
+
+
+def _field(span: Any) -> Field:
+    return span.pointer, span.component == "invented" or (span.component == "key" and span.value == 0)
+
+
+def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon: float) -> list[dict[Field, float]]:
+    """The group-relative advantage of every field of every completion of one group, by field.
+
+    Whoever has nothing at a field counts: 0 where the reference has the field (a document broken off before it, or
+    none at all), 1 where it is an invention of others.
+    """
+    made: list[dict[Field, float]] = [{} for _ in rows]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        absent = 1.0 if name[1] else 0.0
+        numbers = relative([row.get(name, absent) for row in rows], scale, epsilon)
+        for row, own, number in zip(rows, made, numbers, strict=True):
+            if name in row:
+                own[name] = number
+    return made
+
+
+def relative(values: Sequence[float], scale: str, epsilon: float) -> list[float]:
+    """(v − mean) / (std + ε) of one group with TRL's standard deviation (of n − 1), or v − mean; one value has 0."""
+    mean = math.fsum(values) / len(values)
+    centered = [value - mean for value in values]
+    if scale == "none" or len(values) < 2:
+        return centered
+    std = math.sqrt(math.fsum(value * value for value in centered) / (len(values) - 1))
+    return [value / (std + epsilon) for value in centered]
