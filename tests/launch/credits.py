@@ -1,4 +1,4 @@
-"""Train two steps with every credit that reads a batch, and write what each process was told; for test_credits.py.
+"""Train a step with the credits, and write what completions were credited with in all processes (test_credits.py).
 
 accelerate launch … tests/launch/credits.py MODEL POSITIVE NEGATIVE OUTPUT
 """
@@ -19,8 +19,14 @@ from tests.trainers.structured import TableRollouts, odd_length, problems, setti
 from tokalign.stage.processes import end_processes
 from tokalign.trainers import TokenCreditGRPOConfig, TokenCreditGRPOTrainer
 from tokalign.trainers.credits import credit_function
+from tokalign.trainers.credits.rollout_estimate import RolloutEstimateCredit
 
 NAMES = ("entropy", "graded_entropy", "contrast", "implicit_reward", "teacher", "turns")
+
+
+def halves(pieces: list[str]) -> list[int]:
+    """Borders of which the two processes have different numbers, so their calls of generation must be made equal."""
+    return [len(pieces) // 2] if len(pieces) % 2 else [len(pieces) // 3, len(pieces) // 2]
 
 
 class Turns(TableRollouts):
@@ -53,7 +59,7 @@ def main(model: str, positive: str, negative: str, output: str) -> None:
 
     # Groups of 8, of which two processes have a half each
     size = int(settings("")["per_device_train_batch_size"]) // int(os.environ.get("WORLD_SIZE", "1"))
-    options = {"num_generations": 8, "per_device_train_batch_size": size, "max_steps": 2}
+    options = {"num_generations": 8, "per_device_train_batch_size": size, "max_steps": 1}
     trainer = TokenCreditGRPOTrainer(
         model,
         odd_length,
@@ -65,7 +71,7 @@ def main(model: str, positive: str, negative: str, output: str) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
         rollout_func=Turns(rows),
-        credit_funcs=[watched(name) for name in NAMES],
+        credit_funcs=[*(watched(name) for name in NAMES), RolloutEstimateCredit(1, halves)],
     )
     trainer.train()
     everything = {name: [gather_object(batch) for batch in batches] for name, batches in said.items()}
