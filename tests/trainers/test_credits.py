@@ -66,7 +66,7 @@ class Turns(TableRollouts):
         return made
 
 
-def make(policy: str, out: Path, credit: Any, *, rollouts: Any = TableRollouts, **options: Any):
+def make(policy: str, out: Path, credit_funcs: Any, *, rollouts: Any = TableRollouts, **options: Any):
     rows = problems(8)
     peft_config = options.pop("peft_config", None)
     return TokenCreditGRPOTrainer(
@@ -76,7 +76,7 @@ def make(policy: str, out: Path, credit: Any, *, rollouts: Any = TableRollouts, 
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(policy),
         rollout_func=rollouts(rows) if rollouts else None,
-        credit_funcs=credit,
+        credit_funcs=credit_funcs,
         peft_config=peft_config,
     )
 
@@ -212,24 +212,19 @@ def test_teacher_is_the_log_ratio_to_the_policy(models, tmp_path) -> None:
     assert (said[batch["completion_mask"] == 0] == 0).all()
 
 
-def test_a_teacher_alone_is_learnt(models, tmp_path) -> None:
-    """With constant rewards the policy comes nearer to the teacher by the divergence that the credit estimates."""
-
-    def constant(completions: list[Any], **_: Any) -> list[float]:
-        return [0.0] * len(completions)
-
-    credit = Watched(TeacherCredit(models["other"]))
-    options = {"reward_funcs": constant, "rollouts": None, "max_completion_length": 16, "learning_rate": 1e-2}
-    trainer = make(models["policy"], tmp_path, credit, **options)
-    trainer.args.max_steps = 12
-    trainer.train()
-    divergence = [-float(said[b["completion_mask"].bool()].mean()) for said, b in zip(credit.said, credit.batches)]
-    assert sum(divergence[-3:]) < sum(divergence[:3])
+def test_the_teachers_policy_gradient_is_the_reverse_divergences() -> None:
+    """Σ_y π(y) c(y) ∇log π(y) = −∇KL(π ‖ π_T): what the credit moves is what the page says."""
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(11, requires_grad=True), torch.randn(11).log_softmax(0)
+    own = logits.log_softmax(0)
+    (own.exp().detach() * (teacher - own).detach() * own).sum().backward(retain_graph=True)
+    gradient, logits.grad = logits.grad, None
+    (own.exp() * (own - teacher)).sum().backward()
+    torch.testing.assert_close(gradient, -logits.grad)
 
 
 def test_frozen_models_are_neither_trained_nor_saved(models, tmp_path) -> None:
     credit = ContrastCredit(models["positive"], models["negative"])
-    before = None
     trainer = make(models["policy"], tmp_path, credit, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     before = {name: weight.clone() for name, weight in credit.scorer.base.state_dict().items()}
     trainer.train()
@@ -251,66 +246,67 @@ def after_commas(pieces: list[str]) -> list[int]:
     return [i + 1 for i, piece in enumerate(pieces[:-1]) if "," in piece][:2]
 
 
+class Continued(RolloutEstimateCredit):
+    """Keeps what it was asked, what it said, and the continuations that it had the trainer make."""
+
+    def attach(self, trainer: Any) -> None:
+        super().attach(trainer)
+        generate = trainer._generate_single_turn
+
+        def recorded(prompt_ids: Any, *others: Any) -> Any:
+            made = generate(prompt_ids, *others)
+            self.made += zip(map(tuple, prompt_ids), made[0], strict=True)
+            return made
+
+        self.made: list[tuple[tuple[int, ...], list[int]]] = []
+        trainer._generate_single_turn = recorded
+
+    def __call__(self, *args: Any, **arguments: Any) -> list[list[float]]:
+        self.made.clear()  # those of the completions themselves
+        self.arguments, self.said = arguments, super().__call__(*args, **arguments)
+        return self.said
+
+
+def counted_length(completion_ids: list[list[int]], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+    log_metric("asked", len(completion_ids))
+    log_extra("length", [len(ids) for ids in completion_ids])
+    return odd_length(completion_ids)
+
+
 @pytest.mark.parametrize("kind", ["table", "own"])
-def test_rollout_estimate_is_a_plain_loop_over_its_continuations(models, tmp_path, kind, monkeypatch) -> None:
-    credit = RolloutEstimateCredit(2, after_commas if kind == "table" else (lambda pieces: [4] if pieces[4:] else []))
-    trainer = make(models["policy"], tmp_path, credit, rollouts=TableRollouts if kind == "table" else None)
-    made: dict[tuple[int, ...], list[int]] = {}
-    calls, answers = [], []
-    generate, ask = trainer._generate_single_turn, credit.__call__
-
-    def recorded(prompt_ids: Any, *args: Any) -> Any:
-        ids, logps = generate(prompt_ids, *args)
-        calls.append([(tuple(before), new) for before, new in zip(prompt_ids, ids, strict=True)])
-        return ids, logps
-
-    def asked(**arguments: Any) -> Any:
-        calls.clear()  # those of the completions themselves
-        answers.append((arguments, ask_class(credit, **arguments)))
-        return answers[-1][1]
-
-    ask_class = RolloutEstimateCredit.__call__
-    monkeypatch.setattr(trainer, "_generate_single_turn", recorded)
-    trainer.credit_funcs[0] = type(
-        "Asked",
-        (),
-        {"__call__": lambda self, **arguments: asked(**arguments), "mode": "advantage", "replaces": credit.replaces},
-    )()
+def test_rollout_estimate_is_a_plain_loop_over_its_continuations(models, tmp_path, kind) -> None:
+    credit = Continued(2, after_commas if kind == "table" else (lambda pieces: [4] if pieces[4:] else []))
+    rollouts = TableRollouts if kind == "table" else None
+    trainer = make(models["policy"], tmp_path, credit, rollouts=rollouts, reward_funcs=counted_length)
     trainer.train()
-    del made, ask
 
-    arguments, said = answers[0]
-    prompt_ids = trainer._tokenize_prompts(arguments["prompts"])[0]
+    prompt_ids = trainer._tokenize_prompts(credit.arguments["prompts"])[0]
     rewards: dict[tuple[int, ...], list[float]] = {}
-    for before, new in (pair for call in calls for pair in call):
-        (prompt,) = {tuple(p) for p in prompt_ids if before[: len(p)] == tuple(p)}
-        whole = [*before[len(prompt) :], *new][: trainer.max_completion_length]
+    for before, new in credit.made:
+        (length,) = {len(ids) for ids in prompt_ids if before[: len(ids)] == tuple(ids)}
+        whole = [*before[length:], *new][: trainer.max_completion_length]
         rewards.setdefault(before, []).append(odd_length([whole])[0])
-    assert len(calls) and sum(len(values) for values in rewards.values()) == sum(len(call) for call in calls)
-    for row, ids in enumerate(arguments["completion_ids"]):
-        pieces = [trainer.processing_class.decode([i]) for i in ids]
-        borders = [0, *credit.borders(pieces)]
-        value = [sum(got := rewards[(*prompt_ids[row], *ids[:b])]) / len(got) for b in borders]
+    assert all(len(values) == 2 for values in rewards.values()), "equal beginnings are continued once"
+    found = {}
+    for row, ids in enumerate(credit.arguments["completion_ids"]):
+        borders = [0, *credit.borders([trainer.processing_class.decode([i]) for i in ids])]
+        value = [sum(rewards[(*prompt_ids[row], *ids[:border])]) / 2 for border in borders]
         value.append(odd_length([ids])[0])
-        for t in range(len(ids)):
-            step = max(k for k, b in enumerate(borders) if b <= t)
-            assert abs(said[row][t] - (value[step + 1] - value[step])) < 1e-5
-    logged = trainer.state.log_history[0]
-    assert logged["credit/rollout_estimate/continuations"] == sum(map(len, calls))
-    # The steps' advantages take the place of the sequence's
+        steps = [max(k for k, border in enumerate(borders) if border <= t) for t in range(len(ids))]
+        found[tuple(ids)] = [value[step + 1] - value[step] for step in steps]
+        assert credit.said[row] == pytest.approx(found[tuple(ids)])
+
+    # The steps' advantages take the place of the sequence's, in the order that TRL has shuffled the batch into
     batch = trainer._buffered_inputs[0]
-    for advantages, values, mask in zip(batch["advantages"], said_rows(batch, answers), batch["completion_mask"]):
-        torch.testing.assert_close(advantages[mask.bool()], torch.tensor(values), **CLOSE)
+    for advantages, ids, mask in zip(
+        batch["advantages"], batch["completion_ids"], batch["completion_mask"].bool(), strict=True
+    ):
+        torch.testing.assert_close(advantages[mask], torch.tensor(found[tuple(ids[mask].tolist())]), **CLOSE)
 
-
-def said_rows(batch: dict[str, Any], answers: list[Any]) -> list[list[float]]:
-    """What was said of each completion of a buffered batch, which TRL has shuffled."""
-    arguments, said = answers[-1]
-    found = {tuple(ids): values for ids, values in zip(arguments["completion_ids"], said, strict=True)}
-    return [
-        found[tuple(ids[mask.bool()].tolist())]
-        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
-    ]
+    # What reward functions log of continuations is not the log of the completions
+    logged = trainer.state.log_history[0]
+    assert logged["credit/rollout_estimate/continuations"] == len(credit.made) and logged["asked"] == 8
+    assert len(trainer._logs["extra"]["length"]) == 8
 
 
 def test_steps_are_lines_and_sum_to_the_whole() -> None:

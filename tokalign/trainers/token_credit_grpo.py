@@ -29,6 +29,7 @@ from tokalign.internals.trl import (
 )
 from tokalign.losses import group_advantages, token_advantages
 from tokalign.rewards.judges import load_function
+from tokalign.trainers.credits import credit_function
 from tokalign.trainers.credits.page import write_credit_page
 
 MODES = ("weight", "advantage")
@@ -54,7 +55,11 @@ class TokenCreditGRPOConfig(GRPOConfig):
         credit_coefficient (`float`, *optional*):
             λ of the functions that add. If unset, each function's own `coefficient`, or 1.
         credit_model (`str`, *optional*):
-            Model or adapter that credit functions read which compare the policy with another model.
+            Model or adapter that credit functions read which compare the policy with another model: contrast's positive
+            adapter, the model of the implicit reward, or the teacher.
+        credit_negative (`str`, *optional*):
+            What `credit_model` is compared with: contrast's negative adapter, or the implicit reward's reference where
+            `credit_model` is no adapter.
         credit_page_steps (`int`, *optional*, defaults to `0`):
             Every so many steps, write a page of some groups with what each token was credited with,
             `output_dir/credit/step-<n>.html`; 0 writes none.
@@ -73,6 +78,9 @@ class TokenCreditGRPOConfig(GRPOConfig):
     )
     credit_model: str | None = field(
         default=None, metadata={"help": "Model or adapter that a credit function compares the policy with."}
+    )
+    credit_negative: str | None = field(
+        default=None, metadata={"help": "Adapter or model that credit_model is compared with (contrast's negative)."}
     )
     credit_page_steps: int = field(
         default=0, metadata={"help": "Steps after which a page of what tokens were credited with is written; 0: never."}
@@ -106,7 +114,9 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
             that it speaks of;
         attach(trainer): called once, at the end of the trainer's constructor;
         tokens(trainer, batch) -> `torch.Tensor` of shape `(B, T)`: called instead of `__call__`, with TRL's padded
-            generation batch (prompt_ids, prompt_mask, completion_ids, completion_mask, advantages, …).
+            generation batch (prompt_ids, prompt_mask, completion_ids, completion_mask, advantages, …);
+        prepare(prompts, completions, completion_ids, rewards, **columns): called before `tokens`, for one that needs
+            both.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset: see [`~trl.GRPOTrainer`], and so the other arguments.
@@ -216,6 +226,9 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         arguments |= {"prompts": prompts, "completions": completions, "completion_ids": ids}
         arguments["rewards"] = [None if total != total else total for total in totals.tolist()]
         said = [None if hasattr(f, "tokens") else f(**arguments) for f in self.credit_funcs]
+        for function in self.credit_funcs:
+            if hasattr(function, "prepare"):
+                function.prepare(**arguments)
         waiting = {i: value for i, value in enumerate(said) if inspect.isawaitable(value)}
         for i, value in zip(waiting, self._wait_for(list(waiting.values())), strict=True):
             said[i] = value
@@ -349,8 +362,6 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
 def _named(name: str) -> Any:
     """A credit function by its place, or by its name in the table and among the signals. A class is called."""
     if ":" not in name:
-        from tokalign.trainers.credits import credit_function
-
         return credit_function(name)
     found, _ = load_function(name, "--credit")
     return found() if inspect.isclass(found) else found

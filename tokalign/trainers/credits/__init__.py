@@ -1,8 +1,8 @@
 """Credit functions of `TokenCreditGRPOTrainer`, one file each: which tokens of a completion earned its reward.
 
 `credit_function` finds one by name: first in this table, then in the table of signals, whose rows may name an online
-form (`Signal.online`). A credit function is a callable, or an object with `tokens`; `tokalign.trainers.token_credit_grpo`
-says what it is given and what becomes of its numbers.
+form (`Signal.online`). A credit function is a callable, or an object with `tokens`;
+`tokalign.trainers.token_credit_grpo` says what it is given and what becomes of its numbers.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class ImplicitRewardCredit:
 
     Args:
         model: π_φ, an adapter or a model; unset is the configuration's `credit_model`.
-        reference: π_ref, a model; unset is the configuration's `credit_negative`, or else the adapter's base.
+        reference: π_ref, an adapter or a model; unset is the base of the adapter π_φ, and where π_φ is no adapter the
+            configuration's `credit_negative`.
         beta: β.
         gamma: γ, in [0, 1].
 
@@ -44,14 +45,17 @@ class ImplicitRewardCredit:
         """Loads π_φ, and π_ref where it is not the base under π_φ's adapter."""
         model = named_path(trainer, self.model, "credit_model", "implicit_reward reads a model that DPO has trained")
         base, adapter = base_and_adapter(model)
-        reference = self.reference or trainer.args.credit_negative
+        reference = self.reference or (trainer.args.credit_negative if adapter is None else None)
         if adapter is None and not reference:
             raise ValueError(
                 f"implicit_reward compares credit_model {model} with what it was trained from: give that model as "
                 "`credit_negative`, or an adapter as `credit_model`, whose base it is."
             )
         self.scorer = frozen(trainer, LikelihoodScorer, "credit_model", base, adapter=adapter)
-        self.other = frozen(trainer, LikelihoodScorer, "credit_negative", reference) if reference else None
+        self.other = None
+        if reference:
+            base, adapter = base_and_adapter(reference)
+            self.other = frozen(trainer, LikelihoodScorer, "credit_negative", base, adapter=adapter)
 
     def tokens(self, trainer: Any, batch: Batch) -> torch.Tensor:
         """(B, T) advantages."""

@@ -1,8 +1,9 @@
 """What several credit functions read: the policy's own numbers of a batch, and those of a frozen model beside it.
 
-A *batch* is what TRL's `_generate_and_score_completions` gives: `prompt_ids` (B, P) padded on the left, `completion_ids`
-(B, T) padded on the right, their masks, and `tool_mask` where tools were called. A frozen model is a copy of its own in
-every process, loaded once, on the process's device: it is no part of the policy, so nothing trains or saves it.
+A *batch* is what TRL's `_generate_and_score_completions` gives: `prompt_ids` (B, P) padded on the left,
+`completion_ids` (B, T) padded on the right, their masks, and `tool_mask` where tools were called. A frozen model is a
+copy of its own in every process, loaded once, on the process's device: it is no part of the policy, so nothing trains
+or saves it.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def frozen(trainer: Any, scorer: type[Scorer], option: str, path: str, **argumen
     """
     if is_fsdp_enabled():
         raise ValueError(
-            f"{option} is read whole by every process, which FSDP prevents: set fsdp_cpu_ram_efficient_loading to false "
-            "in the accelerate configuration."
+            f"{option} is read whole by every process, which FSDP prevents: set fsdp_cpu_ram_efficient_loading to "
+            "false in the accelerate configuration."
         )
     _check_tokenizer(trainer, option, path)
     with _unpartitioned(trainer):
@@ -128,6 +129,10 @@ def _refuse_images(batch: Batch) -> None:
 
 def _check_tokenizer(trainer: Any, option: str, base: str) -> None:
     """Another tokenizer's ids are most often inside the vocabulary, so nothing would fail but the numbers."""
+    if file_or_none(base, "tokenizer_config.json") is None:
+        raise ValueError(
+            f"{option}: there is no tokenizer beside {base}, so nobody can tell what its ids mean; save it."
+        )
     theirs = AutoTokenizer.from_pretrained(base)
     manifest = {"tokenizer_hash": tokenizer_hash(theirs), "added_tokens": added_tokens(theirs)}
     if (reason := other_tokenizer(manifest, trainer._tokenizer)) is not None:

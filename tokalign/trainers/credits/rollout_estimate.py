@@ -2,14 +2,15 @@
 
     V(s) = 1/K Σ_k R(s, continuation k of s by the policy),     A = V(after the step) − V(before it)
 
-on all tokens of a step. After the last step nothing is left to continue, so V is the completion's own reward there. The
-sum of a completion's A is R − V(prompt): the same credit as a sequence's, told apart by step. It takes the place of the
-sequence's advantage (`replaces` is all reward functions). K = 9, as in the paper; a step is a line unless told otherwise.
+on all tokens of a step. After the last step nothing is left to continue, so V is the completion's own reward there.
+The steps' A add up to R − V(prompt): what the whole completion is credited with, told apart by step. It takes the place
+of the sequence's advantage (`replaces` is all reward functions) and is in units of reward, not of standard deviations.
+K = 9, as in the paper; a step is a line unless told otherwise.
 
-This is the dearest credit: K continuations for each border of each completion (equal beginnings of a group are continued
-once), and every one is judged by the reward functions. The trainer's own generation makes them, vLLM or transformers, at
-its own temperature, no longer than a completion may be. `credit/rollout_estimate/continuations` and `/tokens` say what a
-batch cost in each process. The paper's PPO (clipped value-free, with a KL penalty) is left to TRL's loss.
+This is the dearest credit: K continuations for each border of each completion (equal beginnings of a group are
+continued once), and every one is judged by the reward functions. The trainer's own generation makes them, vLLM or
+transformers, at its own temperature, no longer than a completion may be. The metrics
+`credit/rollout_estimate/continuations` and `/tokens` say what a batch cost, on average over the processes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,12 +35,11 @@ def lines(pieces: Sequence[str]) -> list[int]:
 
     Blank lines belong to the line before them, and the end of the completion is no border.
     """
-    ends = [
-        index + 1
-        for index, (piece, following) in enumerate(zip(pieces, pieces[1:], strict=False))
+    return [
+        end
+        for end, (piece, following) in enumerate(pairwise(pieces), start=1)
         if "\n" in piece and following.strip("\n")
     ]
-    return ends
 
 
 class RolloutEstimateCredit:

@@ -2,13 +2,13 @@
 
     c_t = G_k − mean_G G_k  on the tokens of turn k,     G_k = Σ_{j ≥ k} γ^(j−k) r_j     (G_k = r_k without γ)
 
-A turn is what the policy writes between two results of tools; the tokens of the results have no credit. r_k comes from a
-function of yours that reads the messages, or from a column: of the dataset, or what a `rollout_func` returns beside its
-ids. The mean is over the completions of the group that have a turn k, in every process, so that a turn is judged by how
-others did at the same place; `centre=False` leaves the numbers as they are. It is added to the outcome's advantage.
+A turn is what the policy writes between two results of tools; the tokens of the results have no credit. r_k comes from
+a function of yours that reads the messages, or from a column: of the dataset, or what a `rollout_func` returns beside
+its ids. The mean is over the completions of the group that have a turn k, in every process, so that a turn is judged by
+how others did at the same place; `centre=False` leaves the numbers as they are. It is added to the outcome's advantage.
 
-Turn-level credit of this kind is proposed in arXiv 2505.11821, which also divides by the standard deviation of the turn;
-that is left out here, because a turn that few completions reach has none worth the name. It costs no forward.
+Turn-level credit of this kind is proposed in arXiv 2505.11821, which also divides by the standard deviation of the
+turn; that is left out here, because a turn that few completions reach has none worth the name. It costs no forward.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class TurnsCredit:
 
 
 def turn_of_tokens(own: torch.Tensor) -> torch.Tensor:
-    """(B, T) which turn each token is of, from 0 on, of booleans (B, T) that are True where the policy wrote; else −1."""
+    """(B, T) the turn of each token, from 0 on, and −1 where `own` (B, T) says that the policy did not write it."""
     before = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], dim=1)
     return ((own & ~before).cumsum(dim=1) - 1).masked_fill(~own, -1)
 
