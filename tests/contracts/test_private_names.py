@@ -19,6 +19,7 @@ DOCUMENTED = {
     "accelerate.logging",
     "accelerate.utils",
     "transformers.utils",
+    "trl.rewards",
     "vllm.config",
     "vllm.lora.request",
     "vllm.sampling_params",

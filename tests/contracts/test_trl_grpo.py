@@ -1,8 +1,9 @@
-"""What `StructuredGRPOTrainer` relies on in TRL: when one fails, TRL has changed, and the message says where."""
+"""What our GRPO trainers rely on in TRL: when one fails, TRL has changed, and the message says where."""
 
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 from trl import GRPOConfig, GRPOTrainer
@@ -10,7 +11,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.contracts.names import shared_names
 from tokalign.internals.trl import CREDIT_USED, GRPO_OVERRIDDEN, GRPO_USED, OTHERS_USED
-from tokalign.trainers import StructuredGRPOTrainer
+from tokalign.trainers import StructuredGRPOTrainer, TokenCreditGRPOTrainer
 
 CALLED = {
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
@@ -36,11 +37,28 @@ def test_called_methods_keep_their_arguments(name) -> None:
     assert theirs == CALLED[name], f"TRL's GRPOTrainer.{name} now takes {theirs}: adapt our call."
 
 
-def test_constructor_takes_trls_arguments_by_their_names() -> None:
+@pytest.mark.parametrize("trainer", [TokenCreditGRPOTrainer, StructuredGRPOTrainer])
+def test_constructor_takes_trls_arguments_by_their_names(trainer) -> None:
     """Ours names the ones that it reads, in TRL's order, and hands on the others."""
     theirs = list(inspect.signature(GRPOTrainer.__init__).parameters)
-    ours = list(inspect.signature(StructuredGRPOTrainer.__init__).parameters)
-    assert ours[:-1] == theirs[: len(ours) - 1] and ours[-1] == "kwargs"
+    ours = inspect.signature(trainer.__init__).parameters
+    placed = [name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert placed == theirs[: len(placed)] and list(ours)[len(placed) :] == ["credit_funcs", "kwargs"]
+    assert "credit_funcs" not in theirs
+
+
+def test_credit_functions_are_called_as_reward_functions_are() -> None:
+    """What TRL gives reward functions beside the columns, which ours gives too, and on which loop async ones run."""
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    given = set(re.findall(r'\breward_kwargs\["(\w+)"\] = ', source))
+    assert given == {"trainer_state", "log_extra", "log_metric", "environments"}
+    assert 'if key not in ["prompt", "completion", "completion_ids"]' in source and "self.async_loop" in source
+
+
+def test_advantages_may_be_per_token_and_enter_the_loss_nowhere_else() -> None:
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert source.count('inputs["advantages"]') == 1 and "if advantages.dim() == 1:" in source
+    assert '"advantages": advantages,' in inspect.getsource(GRPOTrainer._generate_and_score_completions)
 
 
 def test_a_batch_is_scored_by_one_list_of_completions() -> None:

@@ -6,7 +6,7 @@ The plan is a list of runs, carried out one after another by the same processes:
 "arguments": {fields of the method's config}, "resume": a checkpoint or None, where the arguments say}, and what a
 method reads beside them:
 preferences and router "dataset" (a stage), structured GRPO "table" (its completions are known beforehand). A random
-model earns no structure, so where it samples, `odd_length` is a reward beside it.
+model earns no structure, so where it samples, `odd_length` is a reward beside it. Its tokens have a credit each.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ARGUMENTS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "save_strategy": "no",
 }
-LOGGED = ("structured/", "sampling/", "reward", "loss")
+LOGGED = ("structured/", "credit/", "sampling/", "reward", "loss")
 
 
 def let_fsdp_have_cpus(args: TrainingArguments) -> None:
@@ -99,6 +99,7 @@ def structured_grpo(run: dict[str, Any]) -> StructuredGRPOTrainer:
         table=run["table"],
         peft_config=adapter(run),
         reward_funcs=None if run["table"] else [structured.odd_length],
+        credit_funcs=[structured.by_token],
         **arguments,
     )
 

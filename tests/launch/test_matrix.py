@@ -30,6 +30,7 @@ STEP = {"critical_token_dpo": 8, "treg": 8, "structured_grpo": 16, "router": 64}
 # (checkpoint to resume from, last step); the router's are in the middle of its second epoch and at its end
 STEPS = {"critical_token_dpo": (1, 2), "treg": (1, 2), "structured_grpo": (1, 2), "router": (3, 4)}
 COMPONENTS = ("structured/structure", "structured/correctness", "structured/correctness/zero_groups", "reward")
+CREDIT = ("credit/by_token/mean", "credit/by_token/coverage")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,8 @@ def test_two_processes_train_as_one(column, alone, method, lora) -> None:
     assert one["losses"][0] != one["losses"][1]
     if method == "structured_grpo":  # the same completions: the same rewards and curriculum
         for ours, theirs in zip(two["log"], one["log"], strict=True):
-            assert [ours[key] for key in COMPONENTS] == pytest.approx([theirs[key] for key in COMPONENTS], abs=1e-5)
+            for key in (*COMPONENTS, *CREDIT):
+                assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
     if method == "router":  # over all calibration tokens, gathered from both
         for ours, theirs in zip(two["evaluations"], one["evaluations"], strict=True):
             for key in ("eval_weighted_loss", "eval_auroc", "eval_auprc"):

@@ -65,10 +65,17 @@ GRPO_OVERRIDDEN = (
     "_set_signature_columns_if_needed",
     "_tokenize_prompts",
 )
-GRPO_USED = ("_generate_single_turn", "_metrics", "_signature_columns", "_tokenizer")
+GRPO_USED = (
+    "_generate_single_turn",
+    "_log_completion_extra",
+    "_log_metric",
+    "_metrics",
+    "_signature_columns",
+    "_tokenizer",
+)
 
 # Of a GRPOTrainer, by credit functions: the policy's forward, and what reward functions have logged of a batch.
-CREDIT_USED = ("_get_per_token_logps_and_entropies", "_pending_extra_logs", "_pending_metrics")
+CREDIT_USED = ("_get_per_token_logps_and_entropies", "_logs", "_pending_extra_logs", "_pending_metrics")
 
 # Of GRPOConfig: fields that may be given as JSON. Of the vLLM engine that a GRPOTrainer holds: whether it is awake.
 OTHERS_USED = ("_VALID_DICT_FIELDS", "_llm_weights_sleeping")
