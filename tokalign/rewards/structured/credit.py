@@ -76,9 +76,16 @@ def is_all_right(document: Document, targets: Sequence[Target]) -> bool:
     """Whether a document is so equal to its reference that each value has full credit, and under its own pointer."""
     if len(targets) != 1 or document.broken or document.value is MISSING:
         return False
-    target = targets[0]
-    same = target.kind is Aligner and target.fixed is None
-    return same and (document.value == target.value if target.plain else equal(document.value, target.value))
+    part, kind = targets[0]
+    same = document.value == part.value if part.plain else equal(document.value, part.value)
+    return same and kind is Aligner and _count(part.value) == part.size  # else the schema fixes some, which say nothing
+
+
+def _count(value: Any) -> int:
+    """Leaves of a value."""
+    if not value or type(value) not in (dict, list):
+        return 1
+    return sum([_count(item) for item in (value.values() if type(value) is dict else value)])
 
 
 def credit_of(
