@@ -157,7 +157,9 @@ def below(pointer: str | None, key: Any) -> str | None:
     """JSON pointer of a key or index of what a pointer names; None of None."""
     if pointer is None:
         return None
-    return f"{pointer}/{key}" if type(key) is int else f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}"
+    if type(key) is not int and ("/" in key or "~" in key):
+        key = key.replace("~", "~0").replace("/", "~1")
+    return f"{pointer}/{key}"
 
 
 def _part(reference: Any, shape: Shape | None) -> Part:
@@ -299,9 +301,9 @@ class Aligner:
             return 0.0
         full = part.keys or part.items
         if not full:
-            credit = self._leaf(value, part)
-            if at is not None:
-                self.note(at, given, credit, "value")
+            credit = 1.0 if part.plain and value == part.value else self._leaf(value, part)
+            if at is not None and self.leaves is not None:
+                self.leaves.append(Leaf(at, given, credit, 1, "value"))
             return credit
         alike = type(value) is type(part.value)
         if alike and value:
@@ -330,7 +332,8 @@ class Aligner:
                 if at is not None:
                     self.note(below(given, key), below(given, key), 0.0, "invented")
             elif at is not None:
-                credit += self.pair(item, child, below(at, key), below(given, key))
+                step = below("", key)
+                credit += self.pair(item, child, f"{at}{step}", f"{given}{step}")
             elif child.plain and item == child.value:
                 credit += child.size
             else:

@@ -264,15 +264,17 @@ def _spans(leaves: Sequence[Leaf], places: Places, last: Place, *, others_right:
     spans: list[Any] = []
     invented: list[Place] = []
     for leaf in leaves:
-        given = leaf.given
+        given, kind = leaf.given, leaf.kind
         if given is None:
             start, end = _closing(places, leaf.parent or "", last)
+        elif given in own:
+            start, end = own[given]
         else:
-            start, end = own.get(given) or holding.get(given) or unclosed.get(given) or _nearest(places, given) or last
-            if leaf.kind == "invented":
-                start = names[given][0] if given in names else start
-                invented.append((start, end))
-        spans.append(_span((leaf.pointer, start, end, leaf.kind, leaf.credit)))
+            start, end = holding.get(given) or unclosed.get(given) or _nearest(places, given) or last
+        if kind == "invented":
+            start = names[given][0] if given in names else start
+            invented.append((start, end))
+        spans.append(_span((leaf.pointer, start, end, kind, leaf.credit)))
     invented.sort()
     if others_right:
         wrong = {leaf.given for leaf in leaves}
