@@ -137,20 +137,26 @@ def align(
 def mistyped(value: Any, right: Any) -> bool:
     """Whether exactly one of two scalars is a string, and it spells the other as JSON does."""
     if type(value) is str:
-        text, other = value, right
-    elif type(right) is str:
-        text, other = right, value
-    else:
-        return False
+        return type(right) is not str and equal(_spelled(value), right)
+    return type(right) is str and type(value) not in _CONTAINERS and equal(_spelled(right), value)
+
+
+_WORDS = {"true": True, "false": False, "null": None}
+
+
+def _spelled(text: str) -> Any:
+    """The scalar that a text spells; the text itself if none."""
     text = text.strip()
-    if other is None or isinstance(other, bool):
-        return text.lower() == ("null" if other is None else str(other).lower())
-    if not isinstance(other, int | float) or "_" in text:
-        return False
+    if text[:1] not in "+-.0123456789tfnTFN" or len(text) > 40 or "_" in text:
+        return text
+    if text.isdigit():
+        return int(text)
+    if (word := text.lower()) in _WORDS:
+        return _WORDS[word]
     try:
-        return (int(text) if text.lstrip("+-").isdigit() else float(text)) == other
+        return float(text)
     except ValueError:
-        return False
+        return text
 
 
 def below(pointer: str | None, key: Any) -> str | None:
@@ -227,8 +233,8 @@ class _Records:
         self.strings = {key: string for key, (string, _) in keys.items()}
         self.rows = [item.value if self.named else {"": item.value} for item in items]
         self.are_strings, self.types = [*self.strings.values()], [*map(type, self.rows[0].values())]
-        # The columns in which a value stands, each a byte of one number: adding these numbers counts the equal values in
-        # all columns at once.
+        # The columns in which a value stands, each a byte of one number: adding these numbers counts the equal values
+        # in all columns at once.
         self.places: dict[Any, int] = defaultdict(int)
         self.weighed = [key for key, (_, size) in keys.items() if size]
         for column, row in enumerate(self.rows):
@@ -259,9 +265,10 @@ class _Records:
             if key not in self.strings:
                 invented += 1
             elif (type(item) is str) is not self.strings[key] and key in self.weighed:
-                found = [
-                    own + MISTYPED * mistyped(item, right[key]) for own, right in zip(found, self.rows, strict=True)
-                ]
+                spelt = _spelled(item) if type(item) is str else None  # read once for all columns
+                for column, right in enumerate(self.rows):
+                    same = mistyped(item, right[key]) if spelt is None else equal(spelt, right[key])
+                    found[column] += MISTYPED * same
         share = self.size / (self.size + invented)
         return [own * share for own in found]
 
@@ -449,10 +456,12 @@ class Aligner:
                 table.append([compare(item, child, None, None) for child in items])
             else:
                 table.append(credits[columns.start : columns.stop])
-        best = _most_in_order(table)
-        if pairs is not None:
-            pairs += [(rows.start + row, columns.start + column) for row, column in _traced(table, best)]
-        return best[-1][-1]
+        if pairs is None:
+            return _most_in_order(table)[-1]
+        best: list[list[float]] = []
+        credit = _most_in_order(table, best)[-1]
+        pairs += [(rows.start + row, columns.start + column) for row, column in _traced(table, best)]
+        return credit
 
     def _affords(self, rows: int, columns: int, part: Part) -> bool:
         """Whether the budget allows a table of so many rows and columns of an array, which it is then less by."""
@@ -503,13 +512,18 @@ def _assign(table: list[list[float]], pairs: Pairs | None) -> float:
     return float(sum([table[row][column] for row, column in found]))
 
 
-def _most_in_order(table: list[Sequence[float]]) -> list[list[float]]:
-    """The most credit of pairs that keep the order, of the first i rows and j + 1 columns (Needleman and Wunsch)."""
-    best = [[0.0] * len(table[0])]
+def _most_in_order(table: list[Sequence[float]], best: list[list[float]] | None = None) -> list[float]:
+    """The most credit of pairs that keep the order, of all rows and the first j + 1 columns (Needleman and Wunsch).
+
+    To `best`, where it is wanted, the same of the first i rows is appended for every i.
+    """
+    now = [0.0] * len(table[0])
     for row in table:
-        now: list[float] = []
+        if best is not None:
+            best.append(now)
+        before, now = now, []
         most = corner = 0.0
-        for above, credit in zip(best[-1], row, strict=True):
+        for above, credit in zip(before, row, strict=True):
             corner += credit
             if corner > most:
                 most = corner
@@ -517,8 +531,9 @@ def _most_in_order(table: list[Sequence[float]]) -> list[list[float]]:
                 most = above
             now.append(most)
             corner = above
+    if best is not None:
         best.append(now)
-    return best
+    return now
 
 
 def _traced(table: list[Sequence[float]], best: list[list[float]]) -> Pairs:
