@@ -4,11 +4,11 @@ r"""Every speed and memory ratio that this package sets itself a goal for, and t
     python -m benchmarks.experiments.speed --size quick               # minutes: whether everything runs
     python -m benchmarks.experiments.speed --device cuda --dtype bfloat16 --size real   # one 80 GB GPU: 1.5B and 8B
 
-Runs contrast.py, preference_step.py and routed_decoding.py one after the other, each in processes of its own (so that
-no peak of memory is another's), with the arguments in PARTS, and judges what they measured. What is compared takes
-turns in one process; how often, and which of the times counts, is said with each ratio. Measure on an idle machine. A
-killed run started again skips the parts that are finished. Writes results.json to `output_dir`; docs/results/speed.md
-shows it.
+Runs contrast.py, preference_step.py, structured_credit.py and routed_decoding.py one after the other, each in processes
+of its own (so that no peak of memory is another's), with the arguments in PARTS, and judges what they measured. What is
+compared takes turns in one process; how often, and which of the times counts, is said with each ratio. Measure on an
+idle machine. A killed run started again skips the parts that are finished. Writes results.json to `output_dir`;
+docs/results/speed.md shows it.
 """
 
 from __future__ import annotations
@@ -95,6 +95,22 @@ def router_ratios(result: Result) -> list[Result]:
     ]
 
 
+def credit_ratios(result: Result) -> list[Result]:
+    arguments, measured = result["arguments"], result["results"]
+    what, how = "reward.credit / reward.score", f"median process time of {arguments['rounds']} rounds in turns"
+    apart = ("equal to the reference", "no reference")  # the plain reward has least to do there
+    slowest = max((row for row in measured if row["kind"] not in apart), key=lambda row: row["ratio"])
+    name, size = "credit spans", f"{arguments['size']} bytes"
+    rows = [ratio(name, what, ("≤", 2), slowest["ratio"], f"{size}; slowest kind: {slowest['kind']}", how)]
+    rows += [
+        ratio(name, what, None, row["ratio"], f"{size}; {row['kind']}", how) for row in measured if row["kind"] in apart
+    ]
+    offsets = result["offsets"]
+    detail = f"{offsets['tokens']:.0f} tokens of byte-level BPE, {offsets['offsets']:.2f} µs a token"
+    share = offsets["offsets"] / offsets["decode"]
+    return [*rows, ratio("offsets of tokens", "ours / decoding", None, share, detail, how)]
+
+
 def routed_rates(result: Result) -> list[Result]:
     """Tokens a second of the three ways and of the ideal, by batch size."""
     tokens, pair = result["arguments"]["new_tokens"], result["arguments"]["pair"]
@@ -137,6 +153,7 @@ PARTS: dict[str, Part] = {
     ),
     "critical-token DPO step": Part("preference_step", step_ratios, *STEP),
     "T-REG step": Part("preference_step", step_ratios, *(f"--method treg {options}" for options in STEP)),
+    "credit spans": Part("structured_credit", credit_ratios, "--completions 40 --rounds 1", "", None),
     "router": Part(
         "routed_decoding",
         router_ratios,

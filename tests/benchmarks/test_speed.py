@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.experiments import speed
+from benchmarks.experiments import speed, structured_credit
 
 
 def routed_result(**changes) -> dict:
@@ -42,6 +42,17 @@ def test_routed_speed_is_judged_at_tenfold_steps_only():
     assert faster["goal"] == ("≥", 2.8) and faster["met"] is False
     (rates,) = speed.routed_rates(routed_result())
     assert rates["tokens_per_second"]["ideal"] == pytest.approx(50 / 9)
+
+
+def test_credit_is_judged_by_its_slowest_kind_with_a_reference(tmp_path, capsys):
+    small = structured_credit.StructuredCreditArguments(completions=2, rounds=1, output_dir=str(tmp_path))
+    result = structured_credit.main(small)
+    times = {row["kind"]: row["ratio"] for row in result["results"]}
+    slowest, equal, alone, offsets = speed.credit_ratios(json.loads((tmp_path / "results.json").read_text()))
+    assert equal["value"] == times.pop("equal to the reference") and alone["value"] == times.pop("no reference")
+    assert slowest["value"] == max(times.values()) > 0 and slowest["goal"] == ("≤", 2)
+    assert equal["goal"] is alone["goal"] is offsets["goal"] is None
+    capsys.readouterr()
 
 
 @pytest.mark.slow

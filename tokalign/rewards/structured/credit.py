@@ -76,9 +76,16 @@ def is_all_right(document: Document, targets: Sequence[Target]) -> bool:
     """Whether a document is so equal to its reference that each value has full credit, and under its own pointer."""
     if len(targets) != 1 or document.broken or document.value is MISSING:
         return False
-    target = targets[0]
-    same = target.kind is Aligner and target.fixed is None
-    return same and (document.value == target.value if target.plain else equal(document.value, target.value))
+    part, kind = targets[0]
+    same = document.value == part.value if part.plain else equal(document.value, part.value)
+    return same and kind is Aligner and _count(part.value) == part.size  # else the schema fixes some, which say nothing
+
+
+def _count(value: Any) -> int:
+    """Leaves of a value."""
+    if not value or type(value) not in (dict, list):
+        return 1
+    return sum([_count(item) for item in (value.values() if type(value) is dict else value)])
 
 
 def credit_of(
@@ -257,15 +264,17 @@ def _spans(leaves: Sequence[Leaf], places: Places, last: Place, *, others_right:
     spans: list[Any] = []
     invented: list[Place] = []
     for leaf in leaves:
-        given = leaf.given
+        given, kind = leaf.given, leaf.kind
         if given is None:
             start, end = _closing(places, leaf.parent or "", last)
+        elif given in own:
+            start, end = own[given]
         else:
-            start, end = own.get(given) or holding.get(given) or unclosed.get(given) or _nearest(places, given) or last
-            if leaf.kind == "invented":
-                start = names[given][0] if given in names else start
-                invented.append((start, end))
-        spans.append(_span((leaf.pointer, start, end, leaf.kind, leaf.credit)))
+            start, end = holding.get(given) or unclosed.get(given) or _nearest(places, given) or last
+        if kind == "invented":
+            start = names[given][0] if given in names else start
+            invented.append((start, end))
+        spans.append(_span((leaf.pointer, start, end, kind, leaf.credit)))
     invented.sort()
     if others_right:
         wrong = {leaf.given for leaf in leaves}
