@@ -189,9 +189,10 @@ def test_page_is_alone_and_works_from_the_keyboard():
 )
 def test_completion_never_becomes_markup(hostile):
     tokenizer = tiny_tokenizer(ALPHABET + "{}%&_!")
-    clean = Page(token_heatmap([_row(tokenizer, "x" * len(hostile))], tokenizer))
+    clean = Page(token_heatmap([_row(tokenizer, "x" * len(hostile), chosen_notes={"a": "b"})], tokenizer))
     words = tokenizer(hostile)["input_ids"]
     row = _row(tokenizer, hostile, id=hostile, answer=hostile, prompt=hostile, prompt_ids=words)
+    row["chosen_notes"] = {hostile: hostile}
     page = Page(token_heatmap([row], tokenizer, title=hostile, extract=lambda text: text))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in clean.tags]
     assert {name for _, attrs in page.tags for name in attrs} == {name for _, attrs in clean.tags for name in attrs}
