@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 
+from tests.support import ALPHABET, tiny_tokenizer
 from tests.trainers.structured import KINDS, make_trainer, problems, save_ledger_model
 from tokalign.rewards import StructuredReward
 from tokalign.stage.pieces import token_offsets
@@ -54,16 +56,20 @@ def looped(credit: FieldCredit, judged: list[Judged], charged: list[Charged]) ->
         numbers = []
         for token in range(row.length):
             forms = [member.form for member in group]
-            form = deviation(judged[index].form, forms, credit.form_scale, credit.epsilon)
-            if credit.form_on == "place" and row.faults and (token in row.faults) != (form < 0):
-                form = 0.0
-            number = credit.form_weight * form
-            for name, indices in row.tokens.items():
-                if token in indices:
-                    values = [member.values.get(name, 1.0 if name[1] else 0.0) for member in group]
-                    value = judged[index].values[name]
-                    number += credit.value_weight * deviation(value, values, credit.scale, credit.epsilon)
-            numbers.append(number)
+            form = deviation(judged[index].form, forms, credit.form_scale, credit.epsilon) * credit.form_weight
+            here = [name for name, indices in row.tokens.items() if token in indices]
+            number = 0.0
+            for name in here:
+                values = [member.values.get(name, 1.0 if name[1] else 0.0) for member in group]
+                number += deviation(judged[index].values[name], values, credit.scale, credit.epsilon)
+            if credit.overlap == "mean" and here:
+                number /= len(here)
+            if credit.form_on == "place" and token in row.faults:
+                numbers.append(min(form, 0.0))
+            elif credit.form_on == "place" and row.faults:
+                numbers.append(max(form, 0.0) + credit.value_weight * number)
+            else:
+                numbers.append(form + credit.value_weight * number)
         every.append(numbers)
     return every
 
@@ -74,6 +80,7 @@ def looped(credit: FieldCredit, judged: list[Judged], charged: list[Charged]) ->
         {},
         {"form_weight": 0.3, "value_weight": 2.0, "epsilon": 0.1},
         {"scale": "none", "form_on": "place"},
+        {"overlap": "mean", "value_weight": 0.5},
         {"form_scale": "none", "form_on": "place", "form_weight": 0.5},
     ],
 )
@@ -111,6 +118,22 @@ def test_a_form_that_all_have_and_fields_that_all_have_right_move_nothing() -> N
     judged = [Judged({("/a", False): 1.0}, 0.9)] * GROUP
     charged = [Charged(2, {("/a", False): [0, 1]})] * GROUP
     assert FieldCredit(REWARD).advantages(judged, charged, GROUP) == [pytest.approx([0.0, 0.0], abs=1e-9)] * GROUP
+
+
+@pytest.mark.parametrize(("keys", "of_value"), [(True, '"n":"b"'), (False, '"b"')])
+def test_a_field_is_the_references_wherever_it_stands(keys, of_value) -> None:
+    """The first item is left out: what stands first is the second's, with its key, and a bracket lacks the first."""
+    tokenizer = tiny_tokenizer(ALPHABET + "[]{}")
+    credit = FieldCredit(StructuredReward({}), keys=keys)
+    credit.attach(SimpleNamespace(processing_class=tokenizer))
+    text = '{"a": [{"n": "b"}], "z": 3}'
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    judged, charged = credit.judge(text, ids, '{"a": [{"n": "a"}, {"n": "b"}]}', None)
+    assert judged.values == {("/a/0/n", False): 0.0, ("/a/1/n", False): 1.0, ("/z", True): 0.0}
+    texts = {name: tokenizer.decode([ids[i] for i in tokens]) for name, tokens in charged.tokens.items()}
+    assert texts == {("/a/0/n", False): "]", ("/a/1/n", False): of_value, ("/z", True): '"z": 3'}
+    _, after = credit.judge(text + " ok", ids[:-1] + tokenizer(" ok")["input_ids"], '{"a": []}', None)
+    assert [i for i in after.faults if i < len(text)] == [] and len(after.faults) >= 2
 
 
 # --------------------------------------------------------------------------------------------------------- in a trainer
@@ -183,16 +206,8 @@ def test_groups_that_span_processes_are_gathered(path, tmp_path, monkeypatch) ->
     credit = FieldCredit(REWARD)
     whole = credit.advantages(judged, charged, 16)
 
-    class Accelerator:
-        process_index = 1
-
-    class Trainer:
-        accelerator = Accelerator()
-
-        def _mode_and_group(self):
-            return "train", 16
-
-    credit.attach(Trainer())
+    accelerator = SimpleNamespace(process_index=1)
+    credit.attach(SimpleNamespace(accelerator=accelerator, _mode_and_group=lambda: ("train", 16)))
     monkeypatch.setattr(field, "gather_object", lambda own: [*judged[:8], *own])
     rows = dict(zip("abcdefgh", zip(judged[8:], charged[8:], strict=True), strict=True))
     monkeypatch.setattr(credit, "judge", lambda completion, *_: rows[completion])
@@ -222,7 +237,8 @@ def test_the_coefficient_is_of_the_fields_within_the_form(path, tmp_path) -> Non
     alone = generated(make_trainer(path, tmp_path, credit="field"))["advantages"]
     doubled = generated(make_trainer(path, tmp_path, credit="field", credit_coefficient=2.0))["advantages"]
     without = generated(make_trainer(path, tmp_path, credit="field", credit_coefficient=0.0))["advantages"]
-    torch.testing.assert_close(doubled - alone, alone - without)
+    assert without.dim() == 1  # nothing that differs from token to token is left
+    torch.testing.assert_close(doubled - alone, alone - without[:, None] * (alone != 0))
     trainer = make_trainer(path, tmp_path, credit="field", scale_rewards="none")
     assert (trainer.credit_funcs[0].scale, trainer.credit_funcs[0].form_scale) == ("none", "none")
 

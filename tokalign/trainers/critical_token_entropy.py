@@ -145,7 +145,7 @@ class CriticalTokenEntropyCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------------------------- training batches
 
-    def _compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """`trainer.compute_loss`, whose inputs know what the model's do not: which tokens tools wrote."""
         self._tool_mask = inputs.get("tool_mask")
         try:

@@ -284,7 +284,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         if self.credit_funcs:
             output["advantages"] = self._with_credit(output)
         steps = self.args.credit_page_steps
-        if steps and self.model.training and self.state.global_step >= self._next_page:
+        if steps and self._mode_and_group()[0] == "train" and self.state.global_step >= self._next_page:
             self._next_page = self.state.global_step + steps
             write_credit_page(self, inputs, output, self._written, self._credits)
         return output

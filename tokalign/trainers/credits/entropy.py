@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tokalign.trainers.credits.reading import Batch, loss_mask, policy_readings
+from tokalign.trainers.credits.reading import Batch, loss_mask, policy_entropies
 
 
 class EntropyCredit:
@@ -44,7 +44,7 @@ class EntropyCredit:
 
     def tokens(self, trainer: Any, batch: Batch) -> torch.Tensor:
         """(B, T) weights."""
-        _, entropies = policy_readings(trainer, batch, entropy=True)
+        entropies = policy_entropies(trainer, batch)
         return trainer.get_high_entropy_mask(entropies, loss_mask(batch), 1 - self.share).float()
 
 
@@ -69,6 +69,7 @@ class GradedEntropyCredit:
 
     def tokens(self, trainer: Any, batch: Batch) -> torch.Tensor:
         """(B, T) bonuses."""
-        _, entropies = policy_readings(trainer, batch, entropy=True)
-        bonus = torch.minimum(self.alpha * entropies, batch["advantages"].abs()[:, None] / self.kappa)
+        bonus = torch.minimum(
+            self.alpha * policy_entropies(trainer, batch), batch["advantages"].abs()[:, None] / self.kappa
+        )
         return bonus * loss_mask(batch)

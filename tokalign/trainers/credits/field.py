@@ -15,6 +15,7 @@ completion keeps the advantage of its sequence on all of its tokens.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,8 @@ from tokalign.rewards.structured.documents.reading import text_of
 from tokalign.rewards.structured.reward import NAME
 from tokalign.stage.pieces import spans_to_tokens, token_offsets
 
+CHARGED = ("value", "missing", "invented")  # components of spans that are fields
+PLACED = ("json", "tool_call")  # formats in which the reward knows where a value stands
 Field = tuple[str, bool]  # JSON pointer, and whether it is an invented field's (a reference may have the same pointer)
 
 
@@ -70,8 +73,10 @@ class FieldCredit:
         scale: "group" divides a field's advantage by its standard deviation in the group; "none" does not, so a field
             that is nearly always right moves little.
         form_scale: the same of the form.
-        form_on: "all" has A^form on all tokens. "place": below 0 it falls on the text around a document and on what
-            follows a break alone, above 0 on all but these; a completion without such text has it on all.
+        form_on: "all" has A^form on all tokens. "place": the text around a document, and what follows a break, has
+            nothing but A^form, and that only below 0, where the other tokens have none of it; a completion without such
+            text has A^form on all tokens.
+        overlap: "sum" of the fields that a token is charged for (a bracket for all that its object lacks), or "mean".
         keys: a field's name has its value's advantage too.
     """
 
@@ -83,6 +88,7 @@ class FieldCredit:
     scale: Literal["group", "none"] = "group"
     form_scale: Literal["group", "none"] = "group"
     form_on: Literal["all", "place"] = "all"
+    overlap: Literal["sum", "mean"] = "sum"
     keys: bool = True
     mode: str = field(default="advantage", init=False)
     __name__: str = field(default="field", init=False)
@@ -151,24 +157,32 @@ class FieldCredit:
         form = sum(w * (scores[name] or 0.0) for name, w in weights.items() if name != "correctness")
         values: dict[Field, float] = {}
         for span in credit.spans:
-            if span.component in ("value", "missing", "invented"):
+            if span.component in CHARGED:
                 values[_field(span)] = span.value
-        judged = Judged(values if credit.exact else {}, form)
+        # A text that is no document is all broken in every format, but where the others of its group are judged whole,
+        # so is it.
+        exact = credit.exact and self.reward.output_format in PLACED
+        judged = Judged(values if exact else {}, form)
         tokenizer = self.trainer.processing_class
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        offsets = token_offsets(tokenizer, ids, text_of(completion)) if credit.exact else None
+        text = text_of(completion)
+        offsets = token_offsets(tokenizer, ids, text) if exact else None
         if offsets is None:
             return judged, Charged(len(ids))
         tokens: dict[Field, set[int]] = {}
         faults: set[int] = set()
+        # A key is the value's that follows it; its own pointer is the document's, the value's the reference's.
+        keys = sorted((span for span in credit.spans if span.component == "key" and self.keys), key=lambda key: key.end)
+        ends, key_tokens = [key.end for key in keys], spans_to_tokens(offsets, keys)
         for span, indices in zip(credit.spans, spans_to_tokens(offsets, credit.spans), strict=True):
             if span.component in ("around", "broken"):
                 faults.update(indices)
-            elif span.component != "punctuation" and (name := _field(span)) in values:
-                if span.component == "key" and not (self.keys or name[1]):
-                    continue
-                # a token that straddles two spans of one field counts once
-                tokens.setdefault(name, set()).update(indices)
+            elif span.component in CHARGED:
+                own = tokens.setdefault(_field(span), set())  # a token that straddles two spans of a field counts once
+                own.update(indices)
+                before = bisect_right(ends, span.start) - 1
+                if span.component == "value" and before >= 0 and not text[ends[before] : span.start].strip():
+                    own.update(key_tokens[before])
         return judged, Charged(len(ids), {name: sorted(found) for name, found in tokens.items()}, sorted(faults))
 
     # ------------------------------------------------------------------------------------------------- the mathematics
@@ -197,22 +211,30 @@ class FieldCredit:
                 if row.tokens is None:
                     made.append(None)
                     continue
-                numbers = self._form(self.form_weight * forms[place], row)
-                for name, indices in row.tokens.items():
-                    for token in indices:
-                        numbers[token] += self.value_weight * fields[place][name]
-                made.append(numbers)
+                made.append(self._of_tokens(row, row.tokens, fields[place], self.form_weight * forms[place]))
         return made
 
-    def _form(self, advantage: float, row: Charged) -> list[float]:
+    def _of_tokens(
+        self, row: Charged, tokens: Mapping[Field, Sequence[int]], fields: Mapping[Field, float], form: float
+    ) -> list[float]:
+        sums, counts = [0.0] * row.length, [0] * row.length
+        for name, indices in tokens.items():
+            for token in indices:
+                sums[token] += fields[name]
+                counts[token] += 1
+        if self.overlap == "mean":
+            sums = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
         if self.form_on == "all" or not row.faults:
-            return [advantage] * row.length
+            return [form + self.value_weight * total for total in sums]
         at_fault = set(row.faults)
-        return [advantage if (token in at_fault) == (advantage < 0) else 0.0 for token in range(row.length)]
+        return [
+            min(form, 0.0) if token in at_fault else max(form, 0.0) + self.value_weight * total
+            for token, total in enumerate(sums)
+        ]
 
 
 def _field(span: Any) -> Field:
-    return span.pointer, span.component == "invented" or (span.component == "key" and span.value == 0)
+    return span.pointer, span.component == "invented"
 
 
 def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon: float) -> list[dict[Field, float]]:

@@ -60,10 +60,8 @@ class ImplicitRewardCredit:
     def tokens(self, trainer: Any, batch: Batch) -> torch.Tensor:
         """(B, T) advantages."""
         logps = read(batch, lambda *ids: self.scorer.score(*ids)["logprob"])
-        if self.other is not None:
-            reference = read(batch, lambda *ids: self.other.score(*ids)["logprob"])
-        else:
-            reference = read(batch, self._base)
+        other = self.other
+        reference = read(batch, self._base if other is None else lambda *ids: other.score(*ids)["logprob"])
         mask = loss_mask(batch)
         rewards = self.beta * (logps - reference) * mask
 

@@ -49,13 +49,14 @@ def write_credit_page(
     for first in range(0, count, group):
         prompt = batch["prompt_ids"][first][batch["prompt_mask"][first].bool()]
         row: dict[str, Any] = {"id": inputs[first].get("id", first), "prompt_ids": prompt.tolist()}
+        row["answer"] = inputs[first].get("answer")
         for place in range(min(group, count - first)):
             index, side = first + place, f"completion {place + 1}"
             if length := int(lengths[index]):
                 row[f"{side}_ids"] = list(completion_ids[index])
                 row[f"{side}_notes"] = _notes(trainer, index, len(inputs))
                 row |= {f"{side}_{name}": values[index, :length].tolist() for name, values in signals.items()}
-        if len(row) > 2:
+        if any(lengths[first : first + group]):
             rows.append(row)
     if rows:
         folder = Path(str(trainer.args.output_dir)) / "credit"
@@ -67,7 +68,11 @@ def write_credit_page(
 def _page(trainer: Any, rows: list[dict[str, Any]], signals: list[str], group: int, step: int) -> str:
     from tokalign.view.heatmap import Scale, token_heatmap  # with its templates only where a page is due
 
-    scales = {name: Scale(strong="both", meaning="added to the advantage") for name in signals if "credit/" in name}
+    scales = {}
+    for function, name in zip(trainer.credit_funcs, trainer.credit_func_names, strict=True):
+        weighs = trainer._credit_mode(function) == "weight"
+        meaning = "multiplies the advantage" if weighs else "is added to the advantage, times its coefficient"
+        scales[f"credit/{name}"] = Scale(strong="high" if weighs else "both", meaning=meaning)
     scales["advantage"] = Scale(strong="both", meaning="below 0 the token becomes less likely, above 0 more")
     scales["mask"] = Scale(0.0, 1.0, "low", "not trained on: written by a tool, or cut off")
     return token_heatmap(

@@ -35,25 +35,31 @@ def group_size(trainer: Any) -> int:
     return (trainer.num_generations if trainer.model.training else trainer.num_generations_eval) or 1
 
 
-@torch.no_grad()
-def policy_readings(trainer: Any, batch: Batch, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log π(y_t|x, y_<t) and, if asked, the entropy of π(·|x, y_<t), each (B, T) in nats, at TRL's temperature.
+def policy_logps(trainer: Any, batch: Batch) -> torch.Tensor:
+    """log π(y_t|x, y_<t) (B, T) of the policy in nats, at TRL's temperature: TRL's own where it has made them."""
+    made = batch.get("old_per_token_logps")
+    return _policy_reads(trainer, batch)[0].float() if made is None else made
 
-    One forward by TRL's own rule, in its micro-batches and through its fused head, so it works where TRL's does (LoRA,
-    ZeRO-3, FSDP) and holds no (B, T, V) tensor.
-    """
+
+def policy_entropies(trainer: Any, batch: Batch) -> torch.Tensor:
+    """Entropy of π(·|x, y_<t) (B, T) in nats, at TRL's temperature."""
+    return _policy_reads(trainer, batch, compute_entropy=True)[1].float()
+
+
+@torch.no_grad()
+def _policy_reads(trainer: Any, batch: Batch, **options: Any) -> Any:
+    """One forward by TRL's own rule, in its micro-batches and through its fused head: it works where TRL's does (LoRA,
+    ZeRO-3, FSDP) and holds no (B, T, V) tensor."""
     _refuse_images(batch)
     args = trainer.args
-    size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
-    logps, entropies, *_ = trainer._get_per_token_logps_and_entropies(
+    return trainer._get_per_token_logps_and_entropies(
         trainer.model,
         torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
         torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
         batch["completion_ids"].shape[1],
-        batch_size=size,
-        compute_entropy=entropy,
+        batch_size=args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size,
+        **options,
     )
-    return logps.float(), None if entropies is None else entropies.float()
 
 
 def frozen(trainer: Any, scorer: type[Scorer], option: str, path: str, **arguments: Any) -> Scorer:

@@ -24,7 +24,7 @@ from tokalign.trainers.credits.reading import (
     frozen,
     loss_mask,
     named_path,
-    policy_readings,
+    policy_logps,
     read,
 )
 
@@ -54,7 +54,4 @@ class TeacherCredit:
     def tokens(self, trainer: Any, batch: Batch) -> torch.Tensor:
         """(B, T) advantages."""
         teacher = read(batch, lambda *ids: self.scorer.score(*ids)["logprob"])
-        own = batch.get("old_per_token_logps")  # there where TRL needs it itself
-        if own is None:
-            own, _ = policy_readings(trainer, batch)
-        return (teacher - own) * loss_mask(batch)
+        return (teacher - policy_logps(trainer, batch)) * loss_mask(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Format = Literal["json", "yaml", "xml", "tool_call"]
 FORMATS: tuple[Format, ...] = ("json", "yaml", "xml", "tool_call")
@@ -19,6 +19,18 @@ class _Missing:
 
 
 MISSING = _Missing()
+
+
+class Part(NamedTuple):
+    """Where the part of a document that a JSON pointer names stands in the text: `[start, end)`.
+
+    `is_json` is False of a whole call with its marks, and of a function's name that stands before its arguments.
+    """
+
+    pointer: str
+    start: int
+    end: int
+    is_json: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,17 @@ class Document:
         error: why the text is not exactly one strict document, None if it is.
         fenced: it stood in one Markdown fence.
         outside: characters of the text that do not belong to the document.
+        broken: the value is the beginning of a document that breaks off, or goes on with what is no document.
+        parts: where its JSON stands in the text after the reasoning: one part, or one a tool call. Where there is no
+            document, the place of the fault. None if the places are not known, as in YAML and XML.
     """
 
     value: Any
     error: str | None = None
     fenced: bool = False
     outside: int = 0
+    broken: bool = False
+    parts: tuple[Part, ...] | None = None
 
     @property
     def whole(self) -> bool:

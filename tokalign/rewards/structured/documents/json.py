@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import pydantic_core
 
-from tokalign.rewards.structured.documents.document import MISSING, Document, Fault, Format, Limits
+from tokalign.rewards.structured.documents.document import MISSING, Document, Fault, Format, Limits, Part
 
 # ------------------------------------------------------------------------------------------------------------ fences
 # Possessive quantifiers throughout: on text made for it, backtracking takes minutes.
@@ -107,14 +107,18 @@ def read_json(text: str, limits: Limits, wants_list: bool) -> Document:
     body, fenced = unfence(text, "json")
     body = body.strip()
     check_limits(body, limits)
+    at = text.find(body)
     try:
-        return Document(decode_json(body), None, fenced)
+        return Document(decode_json(body), None, fenced, parts=(Part("", at, at + len(body)),))
     except json.JSONDecodeError as error:
-        return _partial_json(body, error, limits, wants_list)
+        return _partial_json(body, at, error, limits, wants_list)
 
 
-def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_list: bool) -> Document:
-    """What can be told of a text that is not one document: one with text around it, or the beginning of one."""
+def _partial_json(text: str, at: int, error: json.JSONDecodeError, limits: Limits, wants_list: bool) -> Document:
+    """What can be told of a text that is not one document: one with text around it, or the beginning of one.
+
+    `at` is where the text stands in all that is judged.
+    """
     if not text:
         return Document(MISSING, "empty")
     reason = f"not JSON: {error.msg} at character {error.pos}"
@@ -129,7 +133,7 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
             value, end = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as inner:
             if document is None and inner.pos > start + 1:  # a document that breaks off, not a brace in prose
-                return _beginning(text, start, inner.pos, reason, limits)
+                return _beginning(text, at, start, inner.pos, reason, limits)
             position = start + 1
             continue
         except Fault:
@@ -137,21 +141,24 @@ def _partial_json(text: str, error: json.JSONDecodeError, limits: Limits, wants_
         except ValueError:
             raise Fault("an integer of thousands of digits") from None
         if document is not None:
-            return Document(MISSING, "more than one document")  # nobody can tell which one is the answer
+            # nobody can tell which one is the answer
+            return Document(MISSING, "more than one document", parts=(Part("", at + start, at + start),))
         part = text[start:end]
         refuse_surrogates(part, value)
         check_limits(part, limits)  # quotes outside it may have hidden its brackets from the check of the whole text
-        document = Document(value, "text around the document", outside=len(text) - len(part))
+        place = Part("", at + start, at + end)
+        document = Document(value, "text around the document", outside=len(text) - len(part), parts=(place,))
         position = end
-    return document or Document(MISSING, reason)
+    return document or Document(MISSING, reason, parts=(Part("", at + error.pos, at + error.pos),))
 
 
-def _beginning(text: str, start: int, end: int, reason: str, limits: Limits) -> Document:
+def _beginning(text: str, at: int, start: int, end: int, reason: str, limits: Limits) -> Document:
     """The well-formed beginning `text[start:end]` of a document, its open brackets closed."""
     part = text[start:end]
     check_limits(part, limits)
+    parts = (Part("", at + start, at + end),)
     try:
         value = pydantic_core.from_json(part, allow_partial=True, allow_inf_nan=False)
     except ValueError:
-        return Document(MISSING, reason)
-    return Document(value, reason, outside=len(text) - len(part))
+        return Document(MISSING, reason, parts=parts)
+    return Document(value, reason, outside=len(text) - len(part), broken=True, parts=parts)

@@ -107,7 +107,7 @@ def read_document(
     try:
         if output_format == "tool_call":
             parsed = {} if isinstance(completion, str) else _message(completion)
-            return read_tool_calls(text.strip(), parsed.get("tool_calls"), limits, wants_list, types)
+            return read_tool_calls(text, parsed.get("tool_calls"), limits, wants_list, types)
         return _READERS[output_format](text, limits, wants_list, types)
     except Fault as error:
         return Document(MISSING, str(error))

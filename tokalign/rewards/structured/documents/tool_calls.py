@@ -30,9 +30,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tokalign.rewards.structured.documents.document import MISSING, Document, Fault, Limits, unreadable
+from tokalign.rewards.structured.documents.document import MISSING, Document, Fault, Limits, Part, unreadable
 from tokalign.rewards.structured.documents.json import (
     DECODER,
     check_limits,
@@ -111,7 +112,7 @@ def read_tool_calls(text: str, parsed: Any, limits: Limits, wants_list: bool, ty
     """The calls of a completion as a document, a list of them if that is wanted or if there are several.
 
     Args:
-        text: of the completion, stripped.
+        text: of the completion.
         parsed: calls that a chat parser has found already, in OpenAI's form.
         limits: of size and nesting.
         wants_list: whether one call is a list too.
@@ -120,35 +121,76 @@ def read_tool_calls(text: str, parsed: Any, limits: Limits, wants_list: bool, ty
     Raises:
         Fault: what no reading can mend.
     """
+    answer = text.strip()
     if parsed:
-        error = "text beside the tool call" if text else None
-        return _of_calls(_openai_calls(parsed, limits), error, len(text), wants_list)
-    if "<|channel|>" in text:  # gpt-oss reasons in a channel of its own
-        text = _ANALYSIS.sub("", text).strip()
+        error = "text beside the tool call" if answer else None
+        return _of_calls(_openai_calls(parsed, limits), error, len(answer), wants_list)
+    if "<|channel|>" in answer:  # gpt-oss reasons in a channel of its own
+        answer = _ANALYSIS.sub("", answer).strip()
+    return _moved(_of_text_alone(answer, limits, wants_list, types), text.find(answer))
+
+
+def _of_text_alone(text: str, limits: Limits, wants_list: bool, types: Any) -> Document:
     if _OPENS.search(text):
         return _marked(text, limits, wants_list, types)
     mark = next((mark for mark in _MARKS if text.startswith(mark)), "")
-    text = text.removeprefix(mark).removesuffix(_MARKS.get(mark, "")).strip()
+    body = text.removeprefix(mark).removesuffix(_MARKS.get(mark, "")).strip()
+    return _moved(_unmarked(body, mark, limits, wants_list), text.find(body, len(mark)))
+
+
+def _moved(document: Document, by: int) -> Document:
+    """A document whose text stands so many characters further on; −1 if nobody can tell."""
+    if not by or not document.parts:
+        return document
+    parts = (
+        None if by < 0 else tuple(part._replace(start=part.start + by, end=part.end + by) for part in document.parts)
+    )
+    return replace(document, parts=parts)
+
+
+def _unmarked(text: str, mark: str, limits: Limits, wants_list: bool) -> Document:
     calls = _pythonic(text, limits)
     if calls is not None:
         return _of_calls(calls, None, 0, wants_list)
     document = read_json(text, limits, True)
     if document.error is not None:
-        calls = _bare(text, limits)
+        places: list[list[Part]] = []
+        calls = _bare(text, limits, places)
         if calls is not None:
-            return _of_calls(calls, None, 0, wants_list)
+            return _of_calls(calls, None, 0, wants_list, places=places)
     if document.value is MISSING:
         return document
     value = document.value
     calls = [_call(item, limits) for item in (value if isinstance(value, list) else [value])]
     if mark == "[TOOL_CALLS]":  # Mistral gives each call an id
         calls = [{k: v for k, v in call.items() if k != "id"} if isinstance(call, dict) else call for call in calls]
-    return _of_calls(calls, document.error, document.outside, wants_list, document.fenced)
+    alone, parts = len(calls) == 1 and not wants_list, document.parts
+    if parts and not isinstance(value, list):
+        parts = (parts[0]._replace(pointer="" if alone else "/0"),)
+    elif parts and alone:  # the document is what stands between the brackets
+        parts = (parts[0]._replace(start=parts[0].start + 1),)
+    made = _of_calls(calls, document.error, document.outside, wants_list, document.fenced)
+    return replace(made, broken=document.broken, parts=parts)
 
 
-def _of_calls(calls: list[Any], error: str | None, outside: int, wants_list: bool, fenced: bool = False) -> Document:
-    value = calls[0] if len(calls) == 1 and not wants_list else calls
-    return Document(value, error, fenced, outside)
+def _of_calls(
+    calls: list[Any],
+    error: str | None,
+    outside: int,
+    wants_list: bool,
+    fenced: bool = False,
+    places: list[list[Part]] | None = None,
+) -> Document:
+    """The document of some calls; `places` are those of each call's JSON, with pointers in the call."""
+    alone = len(calls) == 1 and not wants_list
+    parts = None
+    if places is not None and len(places) == len(calls):
+        parts = tuple(
+            part if alone else part._replace(pointer=f"/{index}{part.pointer}")
+            for index, call in enumerate(places)
+            for part in call
+        )
+    return Document(calls[0] if alone else calls, error, fenced, outside, parts=parts)
 
 
 # ----------------------------------------------------------------------------------------------------- formats by marks
@@ -157,6 +199,7 @@ def _of_calls(calls: list[Any], error: str | None, outside: int, wants_list: boo
 def _marked(text: str, limits: Limits, wants_list: bool, types: Any) -> Document:
     """Calls that marks announce, one after the other; what stands between and around them is outside."""
     calls: list[Any] = []
+    places: list[list[Part]] = []
     outside, position, error = 0, 0, None
     while match := _OPENS.search(text, position):
         style = str(match.lastgroup)
@@ -175,15 +218,28 @@ def _marked(text: str, limits: Limits, wants_list: bool, types: Any) -> Document
             else:
                 value, position = _json_at(text, begin, limits)
                 calls.append(_call(value if body == "call" else {"name": name, "arguments": value}, limits))
+                named = match.span(f"{style}_name") if body == "arguments" else None
+                places.append(_places(begin, position, named))
         except json.JSONDecodeError as fault:
             check_limits(text[begin:], limits)  # too deep is the truer reason, if it is one
-            return Document(MISSING, f"a tool call is not JSON: {fault.msg} at character {fault.pos - begin}")
+            reason = f"a tool call is not JSON: {fault.msg} at character {fault.pos - begin}"
+            return Document(MISSING, reason, parts=(Part("", fault.pos, fault.pos),))
         if closed := closes.match(text, position):
             position = closed.end()
         elif position < len(text):
             error = error or "a tool call is not closed"
+        if body not in _TAGS:
+            places[-1].append(Part("", match.start(), position, is_json=False))
     outside += len(_gap(text[position:]))
-    return _of_calls(calls, "text around the tool call" if outside else error, outside, wants_list)
+    error = "text around the tool call" if outside else error
+    return _of_calls(calls, error, outside, wants_list, places=places)
+
+
+def _places(begin: int, end: int, named: tuple[int, int] | None) -> list[Part]:
+    """Parts of a call that is JSON, or whose arguments are and whose name stands before them."""
+    if named is None:
+        return [Part("", begin, end)]
+    return [Part("/name", *named, is_json=False), Part("/arguments", begin, end)]
 
 
 def _gap(text: str) -> str:
@@ -259,7 +315,7 @@ def _arguments_shape(types: Any, name: str) -> Any:
 # ------------------------------------------------------------------------------------------------ formats without marks
 
 
-def _bare(text: str, limits: Limits) -> list[Any] | None:
+def _bare(text: str, limits: Limits, places: list[list[Part]]) -> list[Any] | None:
     """Calls one after the other, `{…}; {…}` or `f{…}g{…}`; None if the text is not just that."""
     calls: list[Any] = []
     position = 0
@@ -273,6 +329,7 @@ def _bare(text: str, limits: Limits) -> list[Any] | None:
         except json.JSONDecodeError:
             return None
         calls.append(_call({"name": named[1], "arguments": value} if named else value, limits))
+        places.append(_places(begin, end, named.span(1) if named else None))
         position = _after_space(text, end)
     return calls or None
 
