@@ -1,14 +1,17 @@
 """The vectorised losses against plain loops written from the papers' equations."""
 
 import math
+import statistics
 
 import pytest
 import torch
 
 from tokalign.losses import (
     critical_token_dpo_position_loss,
+    group_advantages,
     pair_weight,
     sequence_rewards,
+    token_advantages,
     token_reward_regularizer,
     wpo_weights,
 )
@@ -115,3 +118,58 @@ def test_refusals():
         token_reward_regularizer(policy[0], mask[0], values[0], beta=0.1, reduction="max")
     with pytest.raises(ValueError, match="sequence_weight must be"):
         pair_weight(torch.zeros(2), "dynamic")
+
+
+def test_token_advantages_are_the_equation():
+    generator = torch.Generator().manual_seed(0)
+    weights, credits = torch.rand(2, 2, 4, 6, generator=generator, dtype=torch.float64)
+    weights[0, 1, 2] = credits[1, 2, 3] = math.nan  # nothing is said of these tokens
+    advantages = torch.tensor([1.5, -0.5, 0.0, 2.0], dtype=torch.float64)
+    mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 1, 0], [0] * 6, [1, 0, 1, 1, 1, 0]])
+    made = token_advantages(advantages, mask, list(weights), [(0.5, credits[0]), (2.0, credits[1])])
+    for i in range(4):
+        for t in range(6):
+            w = [1.0 if weights[k, i, t].isnan() else weights[k, i, t].item() for k in range(2)]
+            c = [0.0 if credits[k, i, t].isnan() else credits[k, i, t].item() for k in range(2)]
+            expected = (advantages[i].item() * w[0] * w[1] + 0.5 * c[0] + 2.0 * c[1]) * mask[i, t].item()
+            assert made[i, t].item() == pytest.approx(expected, rel=1e-12)
+
+
+def _relative(values, group, scale):
+    """Values against their groups' means, over the group's or all values' spread; None where there is no value."""
+    every = [value for value in values if value is not None]
+    made = []
+    for start in range(0, len(values), group):
+        members = values[start : start + group]
+        known = [value for value in members if value is not None]
+        spread = {"group": known, "batch": every, "none": None}[scale]
+        divisor = 1.0 if spread is None else (statistics.stdev(spread) if len(spread) > 1 else math.nan) + 1e-4
+        made += [None if value is None else (value - statistics.mean(known)) / divisor for value in members]
+    return [None if value is None or math.isnan(value) else value for value in made]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_group_advantages_are_the_equation(scale, aggregation):
+    generator = torch.Generator().manual_seed(1)
+    rewards = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    rewards[torch.rand(12, 3, generator=generator) < 0.4] = math.nan
+    rewards[1] = math.nan  # judged by nobody
+    rewards[8:11] = math.nan  # one of a group that is judged
+    weights = [0.5, -1.0, 2.0]
+    columns = [[None if math.isnan(value) else value for value in column] for column in rewards.T.tolist()]
+    summed_first = aggregation == "sum_then_normalize"
+    normal = columns if summed_first else [_relative(column, 4, "group") for column in columns]
+    totals = [
+        None
+        if all(column[i] is None for column in columns)
+        else sum(w * (column[i] or 0.0) for w, column in zip(weights, normal, strict=True))
+        for i in range(12)
+    ]
+    expected = _relative(totals, *((4, scale) if summed_first else (12, "batch")))
+    given = {"group_size": 4, "scale_rewards": scale, "aggregation": aggregation}
+    made = group_advantages(rewards, torch.tensor(weights, dtype=torch.float64), **given)
+    assert made.tolist() == pytest.approx([value or 0.0 for value in expected], rel=1e-6)  # TRL's n / (n - 1) is fp32
+    assert not group_advantages(rewards[:, :0], torch.ones(0), **given).any()  # of no function at all
+    with pytest.raises(ValueError, match="scale_rewards"):
+        group_advantages(rewards, torch.ones(3), **given | {"scale_rewards": "all"})

@@ -227,7 +227,7 @@ def group_advantages(
         raise ValueError(f"aggregation must be 'sum_then_normalize' or 'normalize_then_sum', got {aggregation!r}.")
     unjudged = rewards.isnan().all(dim=1)
     if aggregation == "normalize_then_sum":
-        grouped = rewards.view(-1, group_size, rewards.size(1))
+        grouped = rewards.view(len(rewards) // group_size, group_size, rewards.size(1))
         normal = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (_nanstd(grouped, dim=1) + 1e-4)
         rewards, group_size, scale_rewards = normal.view(rewards.shape), len(rewards), "batch"
     totals = (rewards * weights).nansum(dim=1).masked_fill(unjudged, torch.nan)

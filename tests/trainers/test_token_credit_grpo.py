@@ -17,7 +17,10 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from tokalign.cli.main import main
 from tokalign.losses import group_advantages
+from tokalign.rewards import answer_reward
+from tokalign.stage.errors import OptionError
 from tokalign.trainers import TokenCreditGRPOConfig, TokenCreditGRPOTrainer
 
 GROUP = 4
@@ -514,3 +517,40 @@ def test_functions_are_found_by_name_and_by_place(tiny_path, folder) -> None:
     trainer = make(tiny_path, folder, first_half, credit=["entropy", f"{folder}/own.py:mine"])
     assert trainer.credit_func_names == ["first_half", "entropy", "mine"]
     assert generated(trainer)["advantages"].dim() == 2
+
+
+def test_the_verb_trains_with_functions_of_names_and_of_files(tiny_path, tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "data" / "train.parquet")
+    (tmp_path / "own.py").write_text(
+        "def size(completion_ids, **_):\n    return [float(len(set(ids))) for ids in completion_ids]\n"
+        "class Ramp:\n    mode = 'advantage'\n    def __call__(self, completion_ids, **_):\n"
+        "        return [[float(t) for t in range(len(ids))] for ids in completion_ids]\n"
+    )
+    options = {
+        "model_name_or_path": tiny_path,
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+        "use_cpu": "true",
+        "bf16": "false",
+        "report_to": "none",
+        "max_steps": 1,
+        "logging_steps": 1,
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+    }
+    words = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    words += ["--reward_funcs", "answer_reward", f"{tmp_path}/own.py:size", "--reward_weights", "1.0", "0.5"]
+    trainer = main(["token-credit-grpo", *words, "--credit", "entropy", f"{tmp_path}/own.py:Ramp"])
+    entry = trainer.state.log_history[0]
+    assert entry["rewards/answer_reward/mean"] == 0.0 < entry["rewards/size/mean"]
+    assert entry["credit/entropy/coverage"] == 1.0 and entry["credit/Ramp/mean"] > 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(OptionError, match="no_such"):
+        main(["token-credit-grpo", *words, "--reward_funcs", "no_such"])
+
+
+def test_the_verifier_is_a_reward_function() -> None:
+    said = [r"so \boxed{18}", [{"role": "assistant", "content": "The answer is 17."}], "#### 3"]
+    assert answer_reward(completions=said, answer=["18", "18", None], prompts=[]) == [1.0, 0.0, None]
