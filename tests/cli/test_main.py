@@ -18,6 +18,7 @@ METHODS = {
     "critical-dpo": "aggregation",
     "treg": "sequence_weight",
     "structured-grpo": "output_format",
+    "token-credit-grpo": "credit_mode",
 }
 
 

@@ -31,7 +31,12 @@ from tokalign.evaluation.run import prompt_ids
 from tokalign.prompts import PromptRendering
 from tokalign.rewards import StructuredReward
 from tokalign.stage.errors import ContractError
-from tokalign.trainers import StructuredGRPOConfig, StructuredGRPOTrainer
+from tokalign.trainers import (
+    StructuredGRPOConfig,
+    StructuredGRPOTrainer,
+    TokenCreditGRPOConfig,
+    TokenCreditGRPOTrainer,
+)
 
 ONE = {"structure": 1.0, "correctness": 0.5}
 
@@ -413,7 +418,13 @@ def test_no_rows_is_said_at_the_start(path, tmp_path) -> None:
             make_trainer(path, tmp_path, eval_dataset=rows)
 
 
-def test_a_rows_own_tools_and_variables_are_what_the_model_is_asked_with(path, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [(StructuredGRPOTrainer, StructuredGRPOConfig), (TokenCreditGRPOTrainer, TokenCreditGRPOConfig)],
+)
+def test_a_rows_own_tools_and_variables_are_what_the_model_is_asked_with(
+    path, tmp_path, monkeypatch, method, config
+) -> None:
     """TRL's prompts where a row has none; else those of sampling and evaluation: as `bfcl --prompt_tools column`."""
     asked = []
 
@@ -421,7 +432,7 @@ def test_a_rows_own_tools_and_variables_are_what_the_model_is_asked_with(path, t
         asked.extend(prompt_ids)
         raise StopIteration
 
-    monkeypatch.setattr(StructuredGRPOTrainer, "_generate_single_turn", single_turn)
+    monkeypatch.setattr(method, "_generate_single_turn", single_turn)
     rows = [{"id": f"p{i}", **row} for i, row in enumerate(short_problems(2))]
     template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{{ how }}{{ messages[0].content }}"
     tools = [json.dumps([{"name": "a"}]), json.dumps([{"name": "b"}])]
@@ -431,9 +442,10 @@ def test_a_rows_own_tools_and_variables_are_what_the_model_is_asked_with(path, t
     for given in (rows, with_tools):
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = template
-        trainer = StructuredGRPOTrainer(
-            model=path,
-            args=StructuredGRPOConfig(**settings(tmp_path, chat_template_kwargs={"how": "x"})),
+        trainer = method(
+            path,
+            None if method is StructuredGRPOTrainer else odd_length,
+            config(**settings(tmp_path, chat_template_kwargs={"how": "x"})),
             train_dataset=Dataset.from_list(given),
             processing_class=tokenizer,
         )

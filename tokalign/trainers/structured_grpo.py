@@ -33,13 +33,11 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from tqdm import tqdm
 from trl import is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
 from tokalign.internals.trl import get_config_model_id
-from tokalign.prompts import TEMPLATE_COLUMNS, PromptRendering, refused_row
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import ComponentReward
@@ -239,7 +237,6 @@ class StructuredGRPOTrainer(TokenCreditGRPOTrainer):
     """
 
     args: StructuredGRPOConfig
-    _asked: list[dict[str, Any]] | None = None  # rows whose prompts become ids
 
     def __init__(
         self,
@@ -373,27 +370,9 @@ class StructuredGRPOTrainer(TokenCreditGRPOTrainer):
                 f"(now {self.beta:g})."
             )
 
-    # --------------------------------------------------------------------------------------------------------- prompts
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """TRL's ids; messages with `tools` or `chat_template_kwargs`, columns that TRL does not read here, are rendered
-        by the rule that samples, scores and evaluates them."""
-        asked = self._asked or [{}] * len(prompts)
-        rows = [{**row, "prompt": prompt} for row, prompt in zip(asked, prompts, strict=True)]
-        try:
-            own = any(row.get(column) is not None for row in rows for column in TEMPLATE_COLUMNS)
-            if self.tools or not own or isinstance(prompts[0], str):
-                return super()._tokenize_prompts(prompts)
-        except TemplateError as error:
-            raise refused_row(rows, self._tokenizer, error) from error
-        variables: Any = self.chat_template_kwargs  # typed as the text that a command line gives
-        rendering = PromptRendering(chat_template_kwargs=variables)
-        return [rendering.ids(row, self._tokenizer) for row in rows], None, {}
-
     # ------------------------------------------------------------------------------------- constrained decoding in eval
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._asked = inputs  # TRL hands on the prompts alone
         output = super()._generate_and_score_completions(inputs)
         mode, group = self._mode_and_group()
         if mode == "eval" and self.args.constrained_eval_share > 0:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from trl import GRPOConfig, GRPOTrainer
 
 from tokalign.internals.trl import (
@@ -28,6 +29,7 @@ from tokalign.internals.trl import (
     start_event_loop_in_daemon,
 )
 from tokalign.losses import group_advantages, token_advantages
+from tokalign.prompts import TEMPLATE_COLUMNS, PromptRendering, refused_row
 from tokalign.rewards.judges import load_function
 from tokalign.trainers.credits import credit_function
 from tokalign.trainers.credits.page import write_credit_page
@@ -135,6 +137,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
     """
 
     args: TokenCreditGRPOConfig
+    _asked: list[dict[str, Any]] | None = None  # rows whose prompts become ids
     _next_page = 0  # step at which a page is due
 
     def __init__(
@@ -200,6 +203,23 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         mode, group = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
         return mode, group or 1
 
+    # --------------------------------------------------------------------------------------------------------- prompts
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL's ids; messages with `tools` or `chat_template_kwargs`, columns that TRL does not read here, are rendered
+        by the rule that samples, scores and evaluates them."""
+        asked = self._asked or [{}] * len(prompts)
+        rows = [{**row, "prompt": prompt} for row, prompt in zip(asked, prompts, strict=True)]
+        try:
+            own = any(row.get(column) is not None for row in rows for column in TEMPLATE_COLUMNS)
+            if self.tools or not own or isinstance(prompts[0], str):
+                return super()._tokenize_prompts(prompts)
+        except TemplateError as error:
+            raise refused_row(rows, self._tokenizer, error) from error
+        variables: Any = self.chat_template_kwargs  # typed as the text that a command line gives
+        rendering = PromptRendering(chat_template_kwargs=variables)
+        return [rendering.ids(row, self._tokenizer) for row in rows], None, {}
+
     # ------------------------------------------------------------------------------------------------------- functions
 
     def _calculate_rewards(
@@ -259,6 +279,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------ advantages
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._asked = inputs  # TRL hands on the prompts alone
         output = super()._generate_and_score_completions(inputs)
         if self.credit_funcs:
             output["advantages"] = self._with_credit(output)
