@@ -10,7 +10,7 @@ a document has of a part is its credit, in [0, n]:
 - An array has the sum over the pairs of the alignment that keeps the order and has the most credit (of several, one
   with the most pairs), times n / (n + surplus · m): the surplus is the number of items more than the reference has, m
   the mean size of the reference's items, at least 1. So an item inserted, dropped or moved costs about one item.
-- Tool calls (`CallAligner`) pair in any order, and a call of another function has nothing.
+- Tool calls (`CallAligner`) pair in any order. A call of another function has nothing, nor has one made again.
 
 The share credit / n of the whole is the reward's correctness. What is wrong has no credit, so leaving it out gains
 nothing. What is invented takes from its own container alone, so each leaf put right raises the share, whatever else is
@@ -358,10 +358,10 @@ class Aligner:
         begin = len(self.leaves or ())
         items = part.items or []
         pairs: Pairs | None = None if at is None else []
-        if in_order or not self._affords(len(value), len(items), part):
+        if in_order or not value or not self._affords(len(value), len(items), part):
             credit = self._in_order(value, part, compare, pairs)
         else:
-            credit = _assign([[compare(item, child, None, None) for child in items] for item in value], pairs)
+            credit = self._in_any_order(value, items, compare, pairs)
         surplus = len(value) - len(items)
         invented = surplus * max(1.0, part.size / len(items)) if surplus > 0 else 0.0
         if pairs is not None:
@@ -440,6 +440,27 @@ class Aligner:
                 row, column = anchor[0] + 1, anchor[1] + 1
         return ends + credit
 
+    def _in_any_order(self, value: list[Any], items: list[Part], compare: Compare, pairs: Pairs | None) -> float:
+        """Credit of the best pairing; its pairs are appended to `pairs`, where they are wanted."""
+        from scipy.optimize import linear_sum_assignment  # only now: most references are one call
+
+        # An item that stands here more often than the reference has it is in no pair: it might have a part of another
+        # right, and repeating what is known would pay.
+        rows: list[int] = []
+        table: list[list[float]] = []
+        met: Counter[str] = Counter()
+        for index, item in enumerate(value):
+            credits = [compare(item, child, None, None) for child in items]
+            text = _written(item)
+            if not met[text] or met[text] < sum(own == child.size for own, child in zip(credits, items, strict=True)):
+                rows.append(index)
+                table.append(credits)
+            met[text] += 1
+        found = list(zip(*linear_sum_assignment(table, maximize=True), strict=True))
+        if pairs is not None:
+            pairs += [(rows[row], int(column)) for row, column in found]
+        return float(sum([table[row][column] for row, column in found]))
+
     def _best(
         self, value: list[Any], part: Part, compare: Compare, pairs: Pairs | None, rows: range, columns: range
     ) -> float | None:
@@ -477,7 +498,9 @@ class CallAligner(Aligner):
 
     def top(self, value: Any, part: Part) -> float:
         at = None if self.leaves is None else ""
-        several, wanted = type(value) is list, part.items is not None
+        several, wanted = type(value) is list, type(part.value) is list
+        if wanted and not part.items:
+            return self.pair(value, part, at, at)
         if not several and not wanted:
             return self.call(value, part, at, at)
         whole = part if wanted else Part([part.value], part.size, part.plain, None, [part])
@@ -500,16 +523,6 @@ class CallAligner(Aligner):
                 self.lost(child, below(at, key), below(given, key) if key == "name" and key in value else None, given)
             return 0.0
         return self.pair(value, part, at, given)
-
-
-def _assign(table: list[list[float]], pairs: Pairs | None) -> float:
-    """Credit of the best pairing in any order; its pairs are appended to `pairs`, where they are wanted."""
-    from scipy.optimize import linear_sum_assignment  # only now: most references are one call
-
-    found = list(zip(*map(list, linear_sum_assignment(table, maximize=True)), strict=True))
-    if pairs is not None:
-        pairs += [(int(row), int(column)) for row, column in found]
-    return float(sum([table[row][column] for row, column in found]))
 
 
 def _most_in_order(table: list[Sequence[float]], best: list[list[float]] | None = None) -> list[float]:
