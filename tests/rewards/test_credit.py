@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.rewards.hostile import GOOD, hostile
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.documents.places import places_of
@@ -342,3 +343,11 @@ def test_parsed_tool_calls_stand_in_no_text():
     message = [{"role": "assistant", "content": "", "tool_calls": [{"function": CALLS[0]}]}]
     credit = StructuredReward(output_format="tool_call").credit(message, CALLS[0])
     assert credit.spans == [] and not credit.exact and credit.scores["correctness"] == 1
+
+
+@pytest.mark.parametrize("output_format", ["json", "tool_call"])
+def test_hostile_text_has_spans_in_it_and_pointers_that_fit_in_memory(output_format):
+    reward = StructuredReward(output_format=output_format)
+    for _, text in hostile():
+        credit = check(reward, text, GOOD)
+        assert sum(len(span.pointer) for span in credit.spans) <= Limits().max_depth * len(text)

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 from tokalign.rewards.structured.alignment import Aligner, Leaf, Target, below
 from tokalign.rewards.structured.content import equal
-from tokalign.rewards.structured.documents.document import MISSING, Document, Limits, Part, Source
-from tokalign.rewards.structured.documents.json import decode_json
+from tokalign.rewards.structured.documents.document import MISSING, Document, Fault, Limits, Part, Source
+from tokalign.rewards.structured.documents.json import check_limits, decode_json
 from tokalign.rewards.structured.documents.places import Place, Places, places_of
 from tokalign.rewards.structured.documents.reading import answer_of, text_of
 from tokalign.rewards.structured.grading import TooManyValues, Walk
@@ -329,6 +329,10 @@ def _fault_place(document: Document, text: str, begin: int, limits: Limits) -> i
     opening = _OPENS.search(text, begin)
     if len(text) > limits.max_bytes or opening is None:
         return begin
+    try:
+        check_limits(text[opening.start() :], limits)
+    except Fault:
+        return begin  # too deep, or too many values: nothing that has one place
     places = places_of(text, opening.start(), len(text), limits)
     if places is None:
         return begin
@@ -337,4 +341,4 @@ def _fault_place(document: Document, text: str, begin: int, limits: Limits) -> i
             decode_json(text[start:end])
         except ValueError:
             return start
-    return places.end if places.unclosed else begin  # a repeated key, nested too deep
+    return places.end if places.unclosed else begin  # a repeated key
