@@ -1,12 +1,17 @@
 """Field credit: a field of a structured answer is judged against the same field of its group's other completions.
 
-    A_{i,t} = w A^form_i + λ Σ_p 1[t ∈ span_{i,p}] (c_{i,p} − mean_G c_p) / (std_G c_p + ε)
+    A_{i,t} = w A^form_i + λ Σ_d 1[t ∈ span_{i,d}] (c_{i,d} − mean_G c_d) / (std_G c_d + ε)
 
-for completion i of a group G, its token t, and the fields p, which are paths of the reference. c_{i,p} in [0, 1] says
-how far the value at p is right. A field that a completion lacks counts 0 and is charged at the bracket that closes the
-object which lacks it. A field that somebody invented counts 0 for whoever did and 1 for the others, and is charged on
-its own tokens. A^form is the group-relative advantage of what the reward's form components are worth together, so the
-right number in a malformed document is praised as number, and the malformed rest is blamed as form.
+for completion i of a group G, its token t, and the decisions d that the reference judges. Each path p of the reference
+is two of them, each over the completions of the group that came to it:
+
+- that p is there, on the tokens of its key: c = 1. Where p is missing, c = 0 on the bracket that closes the object
+  which lacks it. A completion that broke off lacks nothing, since it never came to close.
+- what stands at p, on the tokens of its value: c in [0, 1] says how far it is right. Who lacks p has no say in it.
+
+What a completion invented is a third kind: c = 0 on its own tokens, and 1 for those that did not. A^form is the
+group-relative advantage of what the reward's form components are worth together, so the right number in a malformed
+document is praised as number, and the malformed rest is blamed as form.
 
 Where the reward cannot say which characters are at fault (YAML, XML), or a completion's ids do not spell its text, the
 completion keeps the advantage of its sequence on all of its tokens.
@@ -29,7 +34,7 @@ from tokalign.stage.pieces import spans_to_tokens, token_offsets
 
 CHARGED = ("value", "missing", "invented")  # components of spans that are fields
 PLACED = ("json", "tool_call")  # formats in which the reward knows where a value stands
-Field = tuple[str, bool]  # JSON pointer, and whether it is an invented field's (a reference may have the same pointer)
+Field = tuple[str, str]  # JSON pointer, and which decision there: "there", "value" or "invented"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Judged:
     """What a completion's group must know of it.
 
     Attributes:
-        values: c of each field that it has, lacks or invented, in [0, 1].
+        values: c of each decision that it came to, in [0, 1].
         form: what its form components are worth.
     """
 
@@ -51,7 +56,7 @@ class Charged:
 
     Attributes:
         length: its tokens.
-        tokens: indices of each field's tokens; None if they are not known.
+        tokens: indices of each decision's tokens; None if they are not known.
         faults: indices of tokens that are no part of a document: text around it, and all from where it broke.
     """
 
@@ -76,8 +81,7 @@ class FieldCredit:
         form_on: "all" has A^form on all tokens. "place": the text around a document, and what follows a break, has
             nothing but A^form, and that only below 0, where the other tokens have none of it; a completion without such
             text has A^form on all tokens.
-        overlap: "sum" of the fields that a token is charged for (a bracket for all that its object lacks), or "mean".
-        keys: a field's name has its value's advantage too.
+        overlap: "sum" of the decisions of a token (a bracket that lacks several values), or their "mean".
     """
 
     reward: StructuredReward | None = None
@@ -89,7 +93,6 @@ class FieldCredit:
     form_scale: Literal["group", "none"] = "group"
     form_on: Literal["all", "place"] = "all"
     overlap: Literal["sum", "mean"] = "sum"
-    keys: bool = True
     mode: str = field(default="advantage", init=False)
     __name__: str = field(default="field", init=False)
     trainer: Any = field(default=None, init=False, repr=False)
@@ -155,10 +158,14 @@ class FieldCredit:
         credit = self.reward.credit(completion, reference, schema)
         weights, scores = self.reward.weights, credit.scores
         form = sum(w * (scores[name] or 0.0) for name, w in weights.items() if name != "correctness")
+        cut = any(span.component == "broken" for span in credit.spans)
+        spans = [span for span in credit.spans if not (cut and span.component == "missing")]
         values: dict[Field, float] = {}
-        for span in credit.spans:
+        for span in spans:
             if span.component in CHARGED:
                 values[_field(span)] = span.value
+            if span.component == "value":
+                values[span.pointer, "there"] = 1.0
         # A text that is no document is all broken in every format, but where the others of its group are judged whole,
         # so is it.
         exact = credit.exact and self.reward.output_format in PLACED
@@ -172,17 +179,16 @@ class FieldCredit:
         tokens: dict[Field, set[int]] = {}
         faults: set[int] = set()
         # A key is the value's that follows it; its own pointer is the document's, the value's the reference's.
-        keys = sorted((span for span in credit.spans if span.component == "key" and self.keys), key=lambda key: key.end)
+        keys = sorted((span for span in spans if span.component == "key"), key=lambda key: key.end)
         ends, key_tokens = [key.end for key in keys], spans_to_tokens(offsets, keys)
-        for span, indices in zip(credit.spans, spans_to_tokens(offsets, credit.spans), strict=True):
+        for span, indices in zip(spans, spans_to_tokens(offsets, spans), strict=True):
             if span.component in ("around", "broken"):
                 faults.update(indices)
             elif span.component in CHARGED:
-                own = tokens.setdefault(_field(span), set())  # a token that straddles two spans of a field counts once
-                own.update(indices)
+                tokens.setdefault(_field(span), set()).update(indices)  # a token on two spans of one counts once
                 before = bisect_right(ends, span.start) - 1
                 if span.component == "value" and before >= 0 and not text[ends[before] : span.start].strip():
-                    own.update(key_tokens[before])
+                    tokens.setdefault((span.pointer, "there"), set()).update(key_tokens[before])
         return judged, Charged(len(ids), {name: sorted(found) for name, found in tokens.items()}, sorted(faults))
 
     # ------------------------------------------------------------------------------------------------- the mathematics
@@ -234,22 +240,21 @@ class FieldCredit:
 
 
 def _field(span: Any) -> Field:
-    return span.pointer, span.component == "invented"
+    return span.pointer, "there" if span.component == "missing" else span.component
 
 
 def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon: float) -> list[dict[Field, float]]:
-    """The group-relative advantage of every field of every completion of one group, by field.
+    """The group-relative advantage of every decision of every completion of one group, by decision.
 
-    Whoever has nothing at a field counts: 0 where the reference has the field (a document broken off before it, or
-    none at all), 1 where it is an invention of others.
+    Over those that came to it: a completion that lacks a value, or broke off before it, would have 0 there and make a
+    wrong value look good. That nothing was invented is 1 for all others.
     """
     made: list[dict[Field, float]] = [{} for _ in rows]
     for name in dict.fromkeys(name for row in rows for name in row):
-        absent = 1.0 if name[1] else 0.0
-        numbers = relative([row.get(name, absent) for row in rows], scale, epsilon)
-        for row, own, number in zip(rows, made, numbers, strict=True):
-            if name in row:
-                own[name] = number
+        others = name[1] == "invented"
+        came = [(own, row.get(name, 1.0)) for own, row in zip(made, rows, strict=True) if others or name in row]
+        for (own, _), number in zip(came, relative([value for _, value in came], scale, epsilon), strict=True):
+            own[name] = number
     return made
 
 
