@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.signals.support import save_adapter
 from tests.trainers.structured import KINDS, TableRollouts, odd_length, problems, save_ledger_model, settings
-from tokalign.signals import Signal, register
+from tokalign.signals import Signal, register, registry
 from tokalign.trainers import TokenCreditGRPOConfig, TokenCreditGRPOTrainer
 from tokalign.trainers.credits import CREDITS, credit_function
 from tokalign.trainers.credits.contrast import ContrastCredit
@@ -365,7 +365,8 @@ def own_signal(completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
     return [[float(t % 2) for t in range(len(ids))] for ids in completion_ids]
 
 
-def test_a_signal_works_by_its_name_where_it_has_an_online_form(models, tmp_path) -> None:
+def test_a_signal_works_by_its_name_where_it_has_an_online_form(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_SIGNALS", dict(registry._SIGNALS))  # other tests keep their table
     row = {"title": "every other", "low": 0.0, "high": 1.0, "unit": "share", "suspicious": "high"}
     register(Signal(name="every_other", online=f"{__name__}:own_signal", **row))  # type: ignore[arg-type]
     register(Signal(name="offline_only", **row))  # type: ignore[arg-type]
