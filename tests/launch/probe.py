@@ -99,7 +99,7 @@ def structured_grpo(run: dict[str, Any]) -> StructuredGRPOTrainer:
         table=run["table"],
         peft_config=adapter(run),
         reward_funcs=None if run["table"] else [structured.odd_length],
-        credit_funcs=[structured.by_token],
+        credit_funcs=[structured.ByToken()],
         **arguments,
     )
 

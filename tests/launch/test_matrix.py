@@ -30,7 +30,7 @@ STEP = {"critical_token_dpo": 8, "treg": 8, "structured_grpo": 16, "router": 64}
 # (checkpoint to resume from, last step); the router's are in the middle of its second epoch and at its end
 STEPS = {"critical_token_dpo": (1, 2), "treg": (1, 2), "structured_grpo": (1, 2), "router": (3, 4)}
 COMPONENTS = ("structured/structure", "structured/correctness", "structured/correctness/zero_groups", "reward")
-CREDIT = ("credit/by_token/mean", "credit/by_token/coverage")
+CREDIT = ("credit/by_token/mean", "credit/field/abs_mean", "credit/field/coverage")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def plan_of(world: dict[str, str], column: str, folder: Path) -> dict[tuple, dic
         rewarded, plain = {"model": "tiny", "dataset": "rewarded"}, {"model": "tiny", "dataset": "plain"}
         add("critical_token_dpo", "critical_token_dpo", lora, rewarded, ahead if lora else {})
         add("treg", "treg", lora, plain, self_rewarded | (ahead if lora else {}))
-        add("structured_grpo", "structured_grpo", lora, {"model": "ledger", "table": True}, {})
+        add("structured_grpo", "structured_grpo", lora, {"model": "ledger", "table": True}, {"credit": "field"})
         add("router", "router", lora, {"model": "slm", "dataset": "labels"}, watched)  # ends with the best, by default
     # The reference is asked at every step, by switching the adapter off.
     plan["reference", True, "whole"] = run("reference", "critical_token_dpo", True, rewarded, {})

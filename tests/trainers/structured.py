@@ -113,9 +113,14 @@ def odd_length(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(len(ids) % 7) for ids in completion_ids]
 
 
-def by_token(completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
+class ByToken:
     """A token credit that differs from token to token, and from prompt to prompt."""
-    return [[(token % 3) / 2 for token in ids] for ids in completion_ids]
+
+    __name__ = "by_token"
+    mode = "advantage"
+
+    def __call__(self, completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
+        return [[token % 3 - 1.0 for token in ids] for ids in completion_ids]
 
 
 def settings(output_dir: str | Path, **changes: Any) -> dict[str, Any]:
