@@ -215,7 +215,7 @@ def test_a_colour_means_one_thing_in_all_pictures(results):
     assert all(len(labels) == 1 for labels in meanings.values()) and len(meanings) == 5
 
 
-# ---------------------------------------------------------------------------------------------- what rates are chosen by
+# --------------------------------------------------------------------------------------------- what rates are chosen by
 
 
 def cell(structure: float, exact_match: float) -> dict[str, float]:
