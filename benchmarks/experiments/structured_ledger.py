@@ -763,9 +763,9 @@ def figures(results: dict[str, Any]) -> dict[str, Figure]:
     by_step = Figure(figsize=(13, 4), layout="constrained")
     for axis, (method, components) in zip(by_step.subplots(1, len(curves), sharey=True), curves.items(), strict=True):
         for component in (name for name in COMPONENTS if name in components):
-            steps, means = zip(*components[component], strict=True)
+            at, values = zip(*components[component], strict=True)
             style = "--" if component in DASHED else "-"
-            axis.plot(steps, means, style, color=COLOURS[component], label=component)
+            axis.plot(at, values, style, color=COLOURS[component], label=component)
         axis.set(title=f"{method}, mean of {seeds} seeds", xlabel="step", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
     by_step.axes[0].set_ylabel("mean of the component")
