@@ -103,22 +103,29 @@ def claim(
     Args:
         text: what is claimed. paper: the paper's own figure.
         entry: the measured figure that the claim says is above `level`.
-        unit: after the figure; "points" are hundredths.
+        unit: after the figure; "points" and "%" (of a share) are hundredths.
     """
-    measured = f"{number(entry, digits, sign, scale=100 if unit == 'points' else 1)} {unit}".strip()
+    scale, within = 100 if unit in ("points", "%") else 1, SHARE if unit == "%" else ANY
+    measured = f"{number(entry, digits, sign, scale=scale, within=within)} {unit}".strip()
     p = entry.get("p")
     # p is of a mean of 0, so it says nothing of a claim about another level
     chance = "–" if p is None or level else "< 0.001" if p < 0.001 else f"{p:.3f}"
     return [text, paper, measured, chance, f"**{verdict(entry, level)}**"]
 
 
-def error_bars(axis: Any, entries: Mapping[str, Entry], *, scale: float = 100) -> None:
+def in_words(better: str, worse: str, entry: Entry) -> str:
+    """The verdict on a difference as part of a sentence."""
+    word = {HOLDS: "is above", FAILS: "is below", OPEN: "cannot be told from"}[verdict(entry)]
+    return f"{better} {word} {worse}"
+
+
+def error_bars(axis: Any, entries: Mapping[str, Entry], *, scale: float = 100, colour: str = "C0") -> None:
     """A point with its interval for every name, from top to bottom, of figures that are shares."""
     names = list(entries)
     bounds = [[e["mean"] if end is None else end for end in interval(e, SHARE)] for e in entries.values()]
     means = [entry["mean"] for entry in entries.values()]
     lengths = [[scale * abs(mean - pair[i]) for mean, pair in zip(means, bounds, strict=True)] for i in (0, 1)]
-    axis.errorbar([scale * mean for mean in means], names, xerr=lengths, fmt="o", capsize=4)
+    axis.errorbar([scale * mean for mean in means], names, xerr=lengths, fmt="o", color=colour, capsize=4)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
 

@@ -70,7 +70,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "structured_ledger",
-        "--seeds 2 --ablation_seeds 1 --base_documents 6400 --problems 200 --pairs_from 50 --steps 3"
+        "--seeds 2 --ablation_seeds 1 --base_documents 6400 --problems 200 --steps 6"
         " --completions 32 --learning_rates 1e-3 --validation_problems 40 --test_problems 60",
     ),
     Experiment(

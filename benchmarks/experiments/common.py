@@ -208,23 +208,23 @@ def comparison_tables(results: Mapping[str, Any], paper: Mapping[str, Sequence[f
     sizes = {key: str(results["arguments"][key]) for key in ("seeds", "test_problems")}
     return {
         "methods": (("", papers, "learning rate", *MEASURES), rows),
-        "grid": grid_table(results["validation"], lambda cell: cell["greedy"]),
+        "grid": grid_table(results["validation"], ("greedy",)),
         **sizes,
     }
 
 
-def grid_table(validation: Mapping[str, Any], worth: Callable[[Mapping[str, float]], float]) -> Table:
+def grid_table(validation: Mapping[str, Any], measures: Sequence[str]) -> Table:
     """Every cell of the grid that the learning rates were chosen by, the chosen ones bold.
 
     A chosen rate at the edge of the grid says so: the method may be better beyond it.
 
     Args:
-        worth: the figure of a cell, a share, from its measures.
+        measures: those of a cell that are shown, shares.
     """
     rates = list(next(iter(validation["grid"].values())))
     rows = []
     for method, cells in validation["grid"].items():
-        row = {rate: f"{100 * worth(cell):.1f}" for rate, cell in cells.items()}
+        row = {rate: slashed(100 * cell[key] for key in measures) for rate, cell in cells.items()}
         best = f"{validation['learning_rate'][method]:g}"
         row[best] = f"**{row[best]}**" + (" (edge)" if method in validation["at_edge"] else "")
         rows.append([method, *row.values()])

@@ -1,24 +1,31 @@
-r"""Structured GRPO in the ledger world: the tables, ablation, curriculum and transfer of arXiv 2512.00319, by seed.
+r"""Structured GRPO in the ledger world: sequence and field credit beside what one would do without them, by seed.
 
     python -m benchmarks.experiments.structured_ledger --output_dir runs/benchmarks/structured_ledger
 
 A base that has read sloppy JSON in two renderings (half of its documents have a fault of structure) → SFT on a few
-clean documents → from there DPO (best against worst of eight samples by the reward), GRPO with our reward, with the
-paper's literal one, and with each component of ours left out; and the SFT model under constrained decoding. All of them
-see the rendering `json` only; the rendering `rows`, the same content under another schema, shows what carries over.
+clean documents → from there DPO (best against worst of eight samples by the reward) and GRPO with our reward, by
+sequence credit (one advantage a completion) and by field credit (`tokalign.trainers.credits.field`), and with the
+literal reward of arXiv 2512.00319. Then GRPO by the better credit with each component of the reward left out, and GRPO
+with the settings of the page before. And the SFT model under constrained decoding. All of them see the rendering `json`
+only; the rendering `rows`, the same content under another schema, shows what carries over.
 
-A seed has its own training problems, SFT documents, pairs, rollouts and test problems, which all its methods share.
-SFT, DPO and both GRPOs get the same grid of learning rates, each its best by structure × content F1 (a measure that is
-no method's own reward) on validation problems (seed 1000, with training problems of its own); the ablations take GRPO's
-rate. Test problems are read once. A killed run goes on with the model that it was at. Writes results.json;
-docs/results/structured_grpo.md shows it.
+Equal means. DPO's pairs come from as many samples as GRPO makes, of the same problems. All tuned methods have one grid
+of learning rates, and one rule chooses from it (`best_of`) on validation problems (seed 1000, with training problems of
+its own); the ablations take the rate of their credit. A seed has its own training problems, SFT documents, pairs,
+rollouts and test problems, which all its methods share. Nothing is chosen by test problems.
+
+A killed run goes on where it was. Started twice, with one command line, two processes share the work (`shared`). Writes
+results.json; docs/results/structured_grpo.md shows it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +34,24 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from benchmarks.experiments.common import GRID, GRID_SEED, difference, grid_table, summary
-from benchmarks.ledger_stages import LedgerStages
-from benchmarks.render import CLAIM, Table, Tables, claim, error_bars, gaps, percent, read_json, save, slashed
+from benchmarks.ledger_stages import LedgerStages, flags
+from benchmarks.render import (
+    CLAIM,
+    HOLDS,
+    SHARE,
+    Table,
+    Tables,
+    claim,
+    error_bars,
+    gaps,
+    in_words,
+    interval,
+    number,
+    percent,
+    read_json,
+    save,
+    slashed,
+)
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
@@ -45,8 +68,14 @@ WORLD = {"min_events": 2, "max_events": 3, "max_start": 20, "max_change": 10, "m
 BASE_SEED = 2000  # of the base's documents
 DOCUMENT_SEEDS = 500  # added to a seed, for its SFT documents
 MAX_TOKENS = 110
-LITERAL = "GRPO, literal reward"
+GROUP = 8  # completions a problem: of GRPO's groups, and of what DPO's pairs are chosen from
+BETA = 0.04  # weight of the KL term of every GRPO: TRL's default of old, what keeps right answers at high rates
+CHECKPOINTS = 6  # of a GRPO run: the points of the learning curve
+SEQUENCE, FIELD, LITERAL = "GRPO, sequence credit", "GRPO, field credit", "GRPO, literal reward"
 CONSTRAINED = "SFT, constrained decoding"
+EARLIER = "GRPO, settings of the page before"
+EARLIER_RATE = 3e-3
+EARLIER_WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0}
 ABLATED = {  # component left out -> the figure that it stands for
     "validity": "validity",
     "structure": "structure",
@@ -54,35 +83,61 @@ ABLATED = {  # component left out -> the figure that it stands for
     "schema": "compliance",
     "correctness": "content_f1",
 }
-
-
-def without(component: str) -> dict[str, str]:
-    """Options of a GRPO whose reward has all components but one."""
-    weights = {name: weight for name, weight in WEIGHTS.items() if name not in (component, "length")}
-    return {"component_weights": json.dumps(weights)}
-
-
-GRPO: dict[str, dict[str, str]] = {
-    "GRPO": {},
-    LITERAL: {"reward_preset": "rl-struct"},
-    **{f"GRPO − {component}": without(component) for component in ABLATED},
-}
-TUNED = ("SFT", "DPO", "GRPO", LITERAL)
-MAIN = ("base", "SFT", CONSTRAINED, "DPO", "GRPO", LITERAL)
-ABLATIONS = tuple(f"GRPO − {component}" for component in ABLATED)
+CREDITS = (SEQUENCE, FIELD)
+TUNED = ("SFT", "DPO", *CREDITS, LITERAL)
+MAIN = ("base", "SFT", CONSTRAINED, "DPO", *CREDITS, LITERAL)
+LEFT_OUT = tuple(f"GRPO − {component}" for component in ABLATED)
+ABLATIONS = (*LEFT_OUT, EARLIER)
 FIGURES = ("validity", "structure", "compliance", "content_f1", "exact_match", "invented_keys", "total")
-COMPARED = ("validity", "structure", "compliance", "content_f1", "exact_match")
+COMPARED = ("validity", "structure", "compliance", "content_f1", "exact_match", "greedy_exact_match")
+EXACT = {"exact_match": "sampled", "greedy_exact_match": "greedy"}
 DIFFERENCES = (  # better, worse: on the rendering that was trained
     ("DPO", "SFT"),
-    ("GRPO", "SFT"),
-    ("GRPO", "DPO"),
-    (CONSTRAINED, "GRPO"),
-    ("GRPO", CONSTRAINED),
-    ("GRPO", LITERAL),
-    *(("GRPO", ablation) for ablation in ABLATIONS),
+    *((credit, worse) for credit in CREDITS for worse in ("SFT", "DPO", CONSTRAINED, LITERAL)),
+    (FIELD, SEQUENCE),
+    *((CONSTRAINED, credit) for credit in CREDITS),
+    *((credit, ablation) for credit in CREDITS for ablation in ABLATIONS),
 )
-TRANSFER = (("SFT", "base"), ("DPO", "SFT"), ("GRPO", "SFT"), ("GRPO", "base"), ("GRPO", LITERAL))
+TRANSFER = (
+    ("SFT", "base"),
+    ("DPO", "SFT"),
+    *((credit, worse) for credit in CREDITS for worse in ("SFT", "base", LITERAL)),
+    (FIELD, SEQUENCE),
+)
 CURRICULUM = (("validity", "structure"), ("structure", "correctness"))  # the first rises before the second
+BOUND, MARGIN = 0.95, 0.05
+
+
+def best_of(cells: Mapping[Any, Mapping[str, float]]) -> Any:
+    """The key of the best cell: most right answers (sampled) among those whose structure (sampled) is good enough.
+
+    Good enough is at least BOUND. Where no cell reaches it, it is at most MARGIN below the best structure there is: SFT
+    and DPO do not come to BOUND at any rate, and their rates of most structure are not those of most right answers.
+    """
+    best = max(cell["structure"] for cell in cells.values())
+    enough = BOUND if best >= BOUND else best - MARGIN
+    good = {key: cell["exact_match"] for key, cell in cells.items() if cell["structure"] >= enough}
+    return max(good, key=lambda key: good[key])
+
+
+def options_of(method: str, credit: str) -> dict[str, Any]:
+    """Options of a GRPO.
+
+    Args:
+        credit: SEQUENCE or FIELD, that of the ablations.
+    """
+    # fields are paid for what is right in them whatever the reward's weights are, so nothing of that is left out there
+    by_field = FIELD in ((credit,) if method in LEFT_OUT and method != "GRPO − correctness" else (method,))
+    options: dict[str, Any] = {"beta": BETA, "credit": "field" if by_field else "sequence"}
+    if method == LITERAL:
+        options["reward_preset"] = "rl-struct"
+    if method == EARLIER:
+        options |= {"beta": 0, "component_weights": json.dumps(EARLIER_WEIGHTS)}
+    if method in LEFT_OUT:
+        left_out = (method.removeprefix("GRPO − "), "length")
+        weights = {component: weight for component, weight in WEIGHTS.items() if component not in left_out}
+        options["component_weights"] = json.dumps(weights)
+    return options
 
 
 @dataclass
@@ -91,61 +146,125 @@ class StructuredLedgerArguments:
 
     output_dir: str = "runs/benchmarks/structured_ledger"
     seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, …"})
-    ablation_seeds: int = field(default=3, metadata={"help": "How many of them train with a component left out."})
+    ablation_seeds: int = field(default=3, metadata={"help": "How many of them train the ablations."})
     base_documents: int = field(default=35200, metadata={"help": "Documents that the base is trained on, once."})
     sloppy_share: float = field(default=0.5, metadata={"help": "Share of them with a fault of structure."})
     problems: int = field(default=1000, metadata={"help": "Training problems a seed, for GRPO and DPO."})
     sft_documents: int = field(default=100, metadata={"help": "Clean documents of the SFT a seed."})
-    pairs_from: int = field(default=400, metadata={"help": "Problems of which DPO's pairs are sampled."})
-    steps: int = field(default=30, metadata={"help": "Steps of GRPO."})
-    completions: int = field(default=96, metadata={"help": "Completions a step of GRPO, in groups of eight."})
-    learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], metadata=GRID)
+    steps: int = field(default=60, metadata={"help": f"Steps of GRPO, a multiple of {CHECKPOINTS}."})
+    completions: int = field(default=96, metadata={"help": f"Completions a step of GRPO, in groups of {GROUP}."})
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata=GRID)
     validation_problems: int = field(default=500, metadata={"help": "Problems of the grid."})
     test_problems: int = field(default=400, metadata={"help": "Test problems a seed."})
+
+    def __post_init__(self) -> None:
+        if self.steps % CHECKPOINTS or self.completions % GROUP:
+            raise ValueError(f"steps must be a multiple of {CHECKPOINTS} and completions of {GROUP}.")
+        if self.pairs_from > self.problems:
+            raise ValueError(f"DPO's pairs are sampled from {self.pairs_from} problems: set problems to that or more.")
+
+    @property
+    def pairs_from(self) -> int:
+        """Problems of which DPO's pairs are sampled, so that it sees as many samples as GRPO."""
+        return self.steps * self.completions // GROUP
+
+
+# ------------------------------------------------------------------------------------------------- shared by processes
+
+
+@contextmanager
+def held(lock: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file, of which the kernel lets go when the process dies; without `wait`, False if another has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def shared(cells: Mapping[str, Callable[[], Any]], locks: Path) -> dict[str, Any]:
+    """What all cells give, each of which keeps its own results on disk.
+
+    Two processes at the same cells share them: each first takes those that the other is not at, and then reads, or
+    waits for, the rest.
+    """
+    done: dict[str, Any] = {}
+    for wait in (False, True):
+        for name, work in cells.items():
+            if name not in done:
+                with held(locks / name, wait=wait) as mine:
+                    if mine:
+                        done[name] = work()
+    return {name: done[name] for name in cells}
 
 
 class StructuredSeed:
     """Problems, trained models and evaluations of one seed; whatever is there is kept.
 
     Args:
+        base: the model that SFT starts from.
         rates: method -> learning rate, of the methods that others start from.
         split: of the held-out problems.
+        credit: that of the ablations.
     """
 
     def __init__(
-        self, args: StructuredLedgerArguments, base: Path, rates: Mapping[str, float], *, seed: int, split: str
+        self,
+        args: StructuredLedgerArguments,
+        base: Path,
+        rates: Mapping[str, float],
+        *,
+        seed: int,
+        split: str,
+        credit: str = SEQUENCE,
     ):
         self.args, self.base, self.rates, self.seed, self.split = args, base, rates, seed, split
-        self.stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}")
-        self.out = self.stages.folder
+        self.credit = credit
+        self.out = Path(args.output_dir) / f"seed-{seed}"
+        self.locks = self.out / "locks"
         self.worlds = {rendering: self.out / rendering for rendering in ("json", "rows")}
+        self.documents = self.out / "documents"
         held_out = {"validation": args.validation_problems, "test": args.test_problems}[split]
-        for rendering, folder in self.worlds.items():  # one seed: the same problems, asked for in two ways
-            sizes = {"train": args.problems, split: held_out}
-            self.stages.problems(folder, seed=seed, problem_rendering=rendering, **sizes, **WORLD)
-        documents = {"problem_rendering": "json", "train": args.sft_documents, **WORLD}
-        self.documents = self.stages.problems(self.out / "documents", seed=seed + DOCUMENT_SEEDS, **documents)
+        with held(self.locks / "problems"):
+            self.stages = LedgerStages(self.out)
+            for rendering, folder in self.worlds.items():  # one seed: the same problems, asked for in two ways
+                sizes = {"train": args.problems, split: held_out}
+                self.stages.problems(folder, seed=seed, problem_rendering=rendering, **sizes, **WORLD)
+            documents = {"problem_rendering": "json", "train": args.sft_documents, **WORLD}
+            self.stages.problems(self.documents, seed=seed + DOCUMENT_SEEDS, **documents)
 
     def train(self, method: str, rate: float) -> tuple[Path, Path | None]:
         """Model and adapter of a method at a learning rate, trained now if they are not there."""
-        folder = f"models/{method} {rate:g}".replace(",", "")
-        shared = {"learning_rate": rate, "seed": self.seed}
+        shared_options = {"learning_rate": rate, "seed": self.seed}
         if method == "SFT":
             start = {"model_name_or_path": self.base, "dataset_name": self.documents}
-            options = {"use_peft": "false", "num_train_epochs": 1}
-            return self.stages.recipe(folder, "sft", "sft", **start, **shared, **options), None
+            options: dict[str, Any] = {"use_peft": "false", "num_train_epochs": 1}
+            with held(self.locks / f"SFT {rate:g} model"):  # all others start from it
+                return self._recipe(method, "sft", "sft", **start, **shared_options, **options), None
         sft, _ = self.train("SFT", self.rates["SFT"])
         if method == "DPO":
-            start = {"model_name_or_path": sft, "dataset_name": self.pairs(sft)}
-            return sft, self.stages.recipe(folder, "critical-dpo", "dpo", **start, **shared)
+            with held(self.locks / "pairs"):
+                start = {"model_name_or_path": sft, "dataset_name": self.pairs(sft)}
+            return sft, self._recipe(method, "critical-dpo", "dpo", **start, **shared_options)
         start = {"model_name_or_path": sft, "dataset_name": self.worlds["json"]}
         # an engine of vLLM takes longer to start than all rollouts of so small a model take here
-        options = {"rollouts": "transformers", "max_steps": self.args.steps, "beta": 0.0, **GRPO[method]}
-        options["per_device_train_batch_size"] = self.args.completions
-        return sft, self.stages.recipe(folder, "structured-grpo", "structured_grpo", **start, **shared, **options)
+        options = {"rollouts": "transformers", "max_steps": self.args.steps, **options_of(method, self.credit)}
+        options |= {"per_device_train_batch_size": self.args.completions, "num_generations": GROUP}
+        options |= {"save_strategy": "steps", "save_steps": self.args.steps // CHECKPOINTS}
+        return sft, self._recipe(method, "structured-grpo", "structured_grpo", **start, **shared_options, **options)
+
+    def _recipe(self, method: str, verb: str, config: str, **options: Any) -> Path:
+        """Train into a folder with a state of its own, so that two processes can train side by side."""
+        name = f"{method} {options['learning_rate']:g}"
+        stages = LedgerStages(self.out / "models" / name.replace(",", "").replace(" ", "_"))
+        stages.train(name, verb, stages.folder, *flags(config=f"recipes/ledger/{config}.yaml", **options))
+        return stages.folder
 
     def pairs(self, model: Path) -> Path:
-        """Best and worst of eight samples of each problem by our reward; problems where all are worth the same drop."""
+        """Best and worst of a group of samples of each problem by our reward, where not all are worth the same."""
         reward = StructuredReward()
         tokenizer = AutoTokenizer.from_pretrained(model)
         rows = load_stage(self.worlds["json"], split="train").select(range(self.args.pairs_from))
@@ -156,7 +275,7 @@ class StructuredSeed:
                 engines.append(load_engine(EngineArguments(model=str(model))))
             prompts = [render_prompt(row["prompt"], tokenizer) for row in batch]
             each = [
-                SamplingParams(n=8, max_tokens=MAX_TOKENS, seed=problem_seed(self.seed, r["id"], "evaluation"))
+                SamplingParams(n=GROUP, max_tokens=MAX_TOKENS, seed=problem_seed(self.seed, r["id"], "evaluation"))
                 for r in batch
             ]
             made: list[Any] = []
@@ -180,16 +299,34 @@ class StructuredSeed:
         return output
 
     def figures(
-        self, method: str, rate: float | None, rendering: str = "json", temperature: float = 1.0
+        self,
+        method: str,
+        rate: float | None,
+        rendering: str = "json",
+        temperature: float = 1.0,
+        checkpoint: int | None = None,
     ) -> dict[str, float]:
-        """Figures of a method on the held-out problems; `rate` None is the base."""
+        """Figures of a method on the held-out problems.
+
+        Args:
+            rate: None is the base.
+            checkpoint: step of a GRPO's checkpoint; None is its end.
+        """
         constrained = method == CONSTRAINED
         model, adapter = (self.base, None) if rate is None else self.train("SFT" if constrained else method, rate)
-        name = f"{method} {rate or 0:g} {rendering} T={temperature:g}".replace(" ", "_").replace(",", "")
+        name = f"{method} {rate or 0:g} {rendering} T={temperature:g}"
+        if checkpoint is not None:
+            assert adapter is not None
+            adapter, name = adapter / f"checkpoint-{checkpoint}", f"{name} step {checkpoint}"
         max_tokens = 2 * MAX_TOKENS if constrained else MAX_TOKENS
         settings = {"constrained": constrained, "temperature": temperature, "seed": self.seed, "split": self.split}
         metrics = self.stages.structured_evaluation(
-            name, model, adapter, self.worlds[rendering], max_tokens=max_tokens, **settings
+            name.replace(" ", "_").replace(",", ""),
+            model,
+            adapter,
+            self.worlds[rendering],
+            max_tokens=max_tokens,
+            **settings,
         )
         figures = {key: metrics["figures"][key] for key in FIGURES}
         # no document at all: nothing is invented
@@ -203,68 +340,150 @@ class StructuredSeed:
         entries = read_json(adapter / "log_history.json")
         return [entry for entry in entries if any(key.startswith("structured/") for key in entry)]
 
+    def exact_matches(self, method: str, rate: float | None, checkpoint: int) -> dict[str, float]:
+        """Right answers of a checkpoint at both temperatures."""
+        at = {"exact_match": 1.0, "greedy_exact_match": 0.0}
+        return {
+            key: self.figures(method, rate, temperature=temperature, checkpoint=checkpoint)["exact_match"]
+            for key, temperature in at.items()
+        }
+
+    def cell(self, method: str, rate: float | None) -> dict[str, Any]:
+        """All that the page shows of a method in this seed."""
+        greedy = self.figures(method, rate, temperature=0.0)
+        sampled = self.figures(method, rate) | {"greedy_exact_match": greedy["exact_match"]}
+        found: dict[str, Any] = {"sampled": sampled, "greedy": greedy}
+        if method in MAIN and method != CONSTRAINED:
+            found["rows"] = self.figures(method, rate, rendering="rows")
+        if method in (*CREDITS, LITERAL):
+            found["history"] = self.history(method, rate or 0.0)
+        if method in CREDITS:
+            between = range(self.args.steps // CHECKPOINTS, self.args.steps, self.args.steps // CHECKPOINTS)
+            points = {step: self.exact_matches(method, rate, step) for step in between}
+            points[self.args.steps] = {key: sampled[key] for key in EXACT}
+            found["curve"] = {key: [[step, point[key]] for step, point in points.items()] for key in EXACT}
+        return found
+
 
 def train_base(args: StructuredLedgerArguments) -> Path:
     """The model that has read sloppy documents of both renderings."""
-    stages = LedgerStages(Path(args.output_dir))
-    documents = {"sft": args.base_documents, "renderings": ("json", "rows"), "sloppy_share": args.sloppy_share}
-    world = stages.problems(stages.folder / "world", seed=BASE_SEED, problem_rendering="json", **documents, **WORLD)
-    start = {"model_name_or_path": world / "ledger-slm", "dataset_name": world / "sft"}
-    return stages.recipe("base", "sft", "base_slm", **start, max_steps=args.base_documents // 32, seed=0)
+    with held(Path(args.output_dir) / "locks" / "base"):
+        stages = LedgerStages(Path(args.output_dir))
+        documents = {"sft": args.base_documents, "renderings": ("json", "rows"), "sloppy_share": args.sloppy_share}
+        world = stages.problems(stages.folder / "world", seed=BASE_SEED, problem_rendering="json", **documents, **WORLD)
+        start = {"model_name_or_path": world / "ledger-slm", "dataset_name": world / "sft"}
+        return stages.recipe("base", "sft", "base_slm", **start, max_steps=args.base_documents // 32, seed=0)
 
 
 def choose_rates(args: StructuredLedgerArguments, base: Path) -> dict[str, Any]:
-    """The grid on validation problems, and the rate of every tuned method: best by structure × content F1."""
+    """The grid on validation problems, the rate of every tuned method, and the better credit, by `best_of`."""
     rates: dict[str, float] = {}
     run = StructuredSeed(args, base, rates, seed=GRID_SEED, split="validation")
-    grid = {}
-    for method in TUNED:
-        cells = {rate: run.figures(method, rate) for rate in args.learning_rates}
-        rates[method] = max(cells, key=lambda rate: cells[rate]["structure"] * cells[rate]["content_f1"])
-        grid[method] = {f"{rate:g}": {key: cell[key] for key in COMPARED} for rate, cell in cells.items()}
+    grid: dict[str, dict[float, dict[str, float]]] = {}
+    for methods in (("SFT",), TUNED[1:]):  # the others start from SFT at its rate
+        work = {
+            f"{method} {rate:g}": partial(run.figures, method, rate)
+            for method in methods
+            for rate in args.learning_rates
+        }
+        cells = shared(work, run.locks)
+        for method in methods:
+            grid[method] = {rate: cells[f"{method} {rate:g}"] for rate in args.learning_rates}
+            rates[method] = best_of(grid[method])
     edges = (args.learning_rates[0], args.learning_rates[-1])
-    return {"grid": grid, "learning_rate": rates, "at_edge": [m for m, rate in rates.items() if rate in edges]}
+    kept = ("structure", "content_f1", "exact_match")
+    return {
+        "grid": {
+            m: {f"{rate:g}": {key: cell[key] for key in kept} for rate, cell in cells.items()}
+            for m, cells in grid.items()
+        },
+        "learning_rate": rates,
+        "at_edge": [m for m, rate in rates.items() if rate in edges],
+        "credit": best_of({credit: grid[credit][rates[credit]] for credit in CREDITS}),
+    }
 
 
-def rate_of(method: str, rates: Mapping[str, float]) -> float | None:
-    """A method's own rate; the ablations have GRPO's, constrained decoding is of the SFT model."""
-    if method == "base":
-        return None
-    return rates[method] if method in rates else rates["SFT" if method == CONSTRAINED else "GRPO"]
+def rate_of(method: str, validation: Mapping[str, Any]) -> float | None:
+    """A method's own rate; the ablations have that of their credit, constrained decoding is of the SFT model."""
+    rates: Mapping[str, float] = validation["learning_rate"]
+    if method in ("base", EARLIER):
+        return {"base": None, EARLIER: EARLIER_RATE}[method]
+    return rates[method] if method in rates else rates["SFT" if method == CONSTRAINED else validation["credit"]]
 
 
 def main(args: StructuredLedgerArguments) -> dict[str, Any]:
     base = train_base(args)
     validation = choose_rates(args, base)
-    rates = validation["learning_rate"]
-    cells: dict[str, dict[str, list[dict[str, float]]]] = {"sampled": {}, "greedy": {}, "rows": {}}
-    histories: dict[str, list[list[dict[str, Any]]]] = {}
+    work: dict[str, Callable[[], dict[str, Any]]] = {}
     for seed in range(args.seeds):
-        run = StructuredSeed(args, base, rates, seed=seed, split="test")
+        shared_by_all = {"split": "test", "credit": validation["credit"]}
+        run = StructuredSeed(args, base, validation["learning_rate"], seed=seed, **shared_by_all)
         for method in (*MAIN, *ABLATIONS) if seed < args.ablation_seeds else MAIN:
-            rate = rate_of(method, rates)
-            cells["sampled"].setdefault(method, []).append(run.figures(method, rate))
-            if method in MAIN:
-                cells["greedy"].setdefault(method, []).append(run.figures(method, rate, temperature=0.0))
-            if method in MAIN and method != CONSTRAINED:
-                cells["rows"].setdefault(method, []).append(run.figures(method, rate, rendering="rows"))
-            if method in GRPO:
-                histories.setdefault(method, []).append(run.history(method, rate or 0.0))
-    results = {"arguments": asdict(args), "validation": validation, **figures_of(cells), **rises(histories)}
+            work[f"{seed} {method}"] = partial(run.cell, method, rate_of(method, validation))
+    cells: dict[str, dict[str, list[Any]]] = {}  # what -> method -> by seed
+    for name, cell in shared(work, Path(args.output_dir) / "locks").items():
+        for what, found in cell.items():
+            cells.setdefault(what, {}).setdefault(name.partition(" ")[2], []).append(found)
+    sizes = {"arguments": asdict(args) | {"pairs_from": args.pairs_from}, "validation": validation}
+    results = {**sizes, **figures_of(cells), **rises(cells["history"])}
+    results |= learning(cells["curve"], cells["sampled"]["SFT"])
     return save(args.output_dir, results, tables)
 
 
 def figures_of(cells: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, Any]:
     """Every figure over the seeds, paired differences, and how much slower constrained decoding is."""
-    kept = {"sampled": (*FIGURES, "tokens_per_second"), "greedy": COMPARED, "rows": COMPARED}
+    kept = {
+        "sampled": (*FIGURES, "greedy_exact_match", "tokens_per_second"),
+        "greedy": COMPARED[:-1],
+        "rows": COMPARED[:-1],
+    }
     sampled = cells["sampled"]
     speeds = zip(sampled["SFT"], sampled[CONSTRAINED], strict=True)
     return {
-        **{key: summary(by_method, kept[key]) for key, by_method in cells.items()},
+        **{key: summary(cells[key], figures) for key, figures in kept.items()},
         "differences": [difference(sampled, *pair, COMPARED) for pair in DIFFERENCES if set(pair) <= set(sampled)],
-        "transfer": [difference(cells["rows"], *pair, COMPARED) for pair in TRANSFER],
+        "transfer": [difference(cells["rows"], *pair, COMPARED[:-1]) for pair in TRANSFER],
         "slowdown": over_seeds([free["tokens_per_second"] / bound["tokens_per_second"] for free, bound in speeds]),
     }
+
+
+def steps_to_reach(curve: Sequence[Sequence[float]], level: float) -> float | None:
+    """Step at which a learning curve of (step, value) first comes to a level, on straight lines between its points;
+    None where it never does."""
+    before, low = curve[0]
+    for step, value in curve:
+        if value >= level:
+            return step if value == low or step == before else before + (step - before) * (level - low) / (value - low)
+        before, low = step, value
+    return None
+
+
+def learning(
+    curves: Mapping[str, Sequence[Mapping[str, Sequence[Sequence[float]]]]], starts: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """Right answers over the steps by either credit, and when sequence credit's last value is reached.
+
+    Args:
+        curves: credit -> seed -> measure -> (step, value) at each checkpoint.
+        starts: by seed, what the model has before the first step.
+
+    `reach` has, of each seed, the first step at which a credit's curve comes to what sequence credit has at its end: of
+    sequence credit too, whose curve may be there before by chance. `saved` is the share of all steps that field credit
+    saves; a seed in which it never comes there saves nothing.
+    """
+    steps = curves[SEQUENCE][0]["exact_match"][-1][0]
+    found: dict[str, Any] = {"learning": {}, "reach": {}, "saved": {}}
+    for key in EXACT:
+        targets = [curve[key][-1][1] for curve in curves[SEQUENCE]]
+        for credit in CREDITS:
+            by_seed = [[[0, start[key]], *run[key]] for start, run in zip(starts, curves[credit], strict=True)]
+            found["learning"].setdefault(credit, {})[key] = [
+                [points[0][0], over_seeds([value for _, value in points])] for points in zip(*by_seed, strict=True)
+            ]
+            reached = [steps_to_reach(curve, to) for curve, to in zip(by_seed, targets, strict=True)]
+            found["reach"].setdefault(credit, {})[key] = reached
+        found["saved"][key] = over_seeds([0.0 if step is None else 1 - step / steps for step in reached])
+    return found
 
 
 def rises(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
@@ -286,12 +505,13 @@ def rises(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dic
         }
         half[method] = {name: [first_step(smooth(run[name])) for run in by_seed] for name in by_seed[0]}
     order = []
-    for first, then in CURRICULUM:
-        both = zip(half["GRPO"][then], half["GRPO"][first], strict=True)
-        gaps = [later - sooner for later, sooner in both if later is not None and sooner is not None]
-        if gaps:
-            order.append({"first": first, "then": then, "steps": over_seeds(gaps)})
-    return {"curves": {m: curves[m] for m in ("GRPO", LITERAL)}, "half_way_step": half, "curriculum": order}
+    for credit in CREDITS:
+        for first, then in CURRICULUM:
+            both = zip(half[credit][then], half[credit][first], strict=True)
+            gaps = [later - sooner for later, sooner in both if later is not None and sooner is not None]
+            if gaps:
+                order.append({"credit": credit, "first": first, "then": then, "steps": over_seeds(gaps)})
+    return {"curves": curves, "half_way_step": half, "curriculum": order}
 
 
 def smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:
@@ -304,44 +524,73 @@ def smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[i
 
 
 SHOWN = {"validity": "valid", "structure": "structure", "content_f1": "content F1", "exact_match": "exact match"}
-NAMES = SHOWN | {"compliance": "schema"}
+NAMES = SHOWN | {
+    "compliance": "schema",
+    "greedy_exact_match": "exact match, greedy",
+    "exact_match": "exact match, sampled",
+}
 OWN = ("validity", "structure", "content_f1")  # figures of the paper's table
-PAPER: dict[str, tuple[float, float, float]] = {  # the recipes task, per cent
+PAPER: dict[str, tuple[float, float, float]] = {  # the recipes task, per cent; its GRPO gives credit by sequence
     "SFT": (72.1, 65.4, 80.0),
     CONSTRAINED: (100.0, 99.8, 79.5),
     "DPO": (88.4, 82.5, 82.0),
-    "GRPO": (92.1, 89.7, 84.5),
+    SEQUENCE: (92.1, 89.7, 84.5),
     "GRPO − validity": (68.3, 85.2, 83.0),
     "GRPO − structure": (90.5, 45.6, 85.0),
     "GRPO − format": (88.2, 87.1, 84.2),
 }
 PAPER_SLOWDOWN = 90.6 / 15.2  # tokens a second, free over constrained
-PAPER_TRANSFER = {"base": (15.2, 25.5), "SFT": (58.2, 70.1), "GRPO": (85.4, 91.2)}  # structure, GSM8K-JSON and tools
-ORDER = (("DPO", "SFT"), ("GRPO", "SFT"), ("GRPO", "DPO"))
+PAPER_TRANSFER = {"base": (15.2, 25.5), "SFT": (58.2, 70.1), SEQUENCE: (85.4, 91.2)}  # structure, GSM8K-JSON and tools
+GOALS = {"structure": 0.95, "exact_match": 0.22, "greedy_exact_match": 0.60}  # set before the experiment
+HALF = 0.5  # of the steps
+METHOD_COLOUR = "black"  # where a row's name says which method it is
+CREDIT_COLOURS = {SEQUENCE: "C9", FIELD: "C6"}  # those of no component
 
 
 def tables(results: dict[str, Any]) -> Tables:
-    """Methods, ablation, curriculum and transfer, each with its claims."""
-    arguments = results["arguments"]
-    claims = [compared(results, *pair, figure) for figure in ("structure", "content_f1") for pair in ORDER]
+    """Methods, goals, learning curve, ablation, curriculum and transfer, each with its claims."""
+    arguments, validation = results["arguments"], results["validation"]
+    paper = [("DPO", "SFT"), (SEQUENCE, "SFT"), (SEQUENCE, "DPO")]
+    claims = [compared(results, *pair, figure) for figure in ("structure", "content_f1") for pair in paper]
     claims += [
-        compared(results, CONSTRAINED, "GRPO", "structure"),
-        compared(results, "GRPO", CONSTRAINED, "content_f1"),
+        compared(results, CONSTRAINED, SEQUENCE, "structure"),
+        compared(results, SEQUENCE, CONSTRAINED, "content_f1"),
     ]
     text = "constrained decoding is slower: tokens a second, free over constrained"
     claims.append(claim(text, f"{PAPER_SLOWDOWN:.1f} ×", results["slowdown"], "×", sign="", level=1))
-    literal = [compared(results, "GRPO", LITERAL, figure) for figure in ("structure", "content_f1")]
-    greedy = [[method, *per_cent(entry)] for method, entry in results["greedy"].items()]
-    sizes = ("seeds", "ablation_seeds", "test_problems", "sft_documents", "pairs_from", "steps", "completions")
+    measures = ("structure", "content_f1", *EXACT)
+    against = [(FIELD, SEQUENCE), (FIELD, "SFT"), (FIELD, "DPO")]
+    credit_claims = [compared(results, *pair, figure) for pair in against for figure in measures]
+    credit_claims += [compared(results, SEQUENCE, worse, figure) for worse in ("SFT", "DPO") for figure in EXACT]
+    sizes = (
+        "seeds",
+        "ablation_seeds",
+        "test_problems",
+        "validation_problems",
+        "sft_documents",
+        "pairs_from",
+        "steps",
+        "completions",
+    )
     return {
         "methods": methods(results),
+        "greedy": (("", *SHOWN.values()), [[m, *per_cent(results["greedy"][m])] for m in MAIN]),
+        "goals": goals(results),
         "claims": (CLAIM, claims),
-        "literal_claims": (CLAIM, literal),
-        "greedy": (("", *SHOWN.values()), greedy),
+        "credit_claims": (CLAIM, credit_claims),
+        "literal_claims": (CLAIM, [compared(results, SEQUENCE, LITERAL, figure) for figure in measures]),
+        **words(results),
+        **reach_tables(results),
         **ablation(results),
         **rise_tables(results),
         **transfer(results),
-        "grid": grid_table(results["validation"], lambda cell: cell["structure"] * cell["content_f1"]),
+        "grid": grid_table(validation, ("structure", "exact_match")),
+        "credit": validation["credit"],
+        "group": str(GROUP),
+        "beta": str(BETA),
+        "bound": f"{100 * BOUND:g}",
+        "margin": f"{100 * MARGIN:g}",
+        "checkpoints": str(CHECKPOINTS),
         **{name: str(arguments[name]) for name in sizes},
     }
 
@@ -364,41 +613,102 @@ def gap(entries: Sequence[Mapping[str, Any]], better: str, worse: str) -> Mappin
 
 def methods(results: dict[str, Any]) -> Table:
     rates, rows = results["validation"]["learning_rate"], []
-    for method, entry in results["sampled"].items():
-        if method not in ABLATIONS:
-            paper = slashed(PAPER[method]) if method in PAPER else "–"
-            rate = f"{rates[method]:g}" if method in rates else ""
-            rows.append([method, paper, rate, *per_cent(entry), f"{entry['tokens_per_second']['mean']:,.0f}"])
+    for method in MAIN:
+        entry = results["sampled"][method]
+        paper = slashed(PAPER[method]) if method in PAPER else "–"
+        rate = f"{rates[method]:g}" if method in rates else ""
+        rows.append([method, paper, rate, *per_cent(entry), f"{entry['tokens_per_second']['mean']:,.0f}"])
     return ("", "paper", "learning rate", *SHOWN.values(), "tokens/s"), rows
 
 
+def goals(results: dict[str, Any]) -> Table:
+    """What was asked of the two credits, beside what SFT has."""
+    sampled, rows = results["sampled"], []
+    for credit in CREDITS:
+        for figure, level in GOALS.items():
+            text = f"{credit}: {NAMES[figure]} ≥ {100 * level:g} %"
+            rows.append(
+                claim(text, percent(sampled["SFT"][figure]), sampled[credit][figure], "%", sign="", level=level)
+            )
+        above = gap(results["differences"], credit, CONSTRAINED)["content_f1"]
+        text = f"{credit}: content F1 above {CONSTRAINED}"
+        rows.append(claim(text, percent(sampled["SFT"]["content_f1"]), above))
+    for figure, name in EXACT.items():
+        text = f"{FIELD}: steps saved on the way to sequence credit's last exact match, {name}, ≥ {100 * HALF:g} %"
+        rows.append(claim(text, "–", results["saved"][figure], "%", sign="", level=HALF))
+    return ("goal", "SFT", *CLAIM[2:]), rows
+
+
+def words(results: dict[str, Any]) -> Tables:
+    """Sentences of the page that turn with the verdicts."""
+    found: Tables = {}
+    pairs = {"sequence_sft": (SEQUENCE, "SFT"), "field_sft": (FIELD, "SFT"), "field_sequence": (FIELD, SEQUENCE)}
+    for name, pair in pairs.items():
+        for figure, temperature in EXACT.items():
+            found[f"{name}_{temperature}"] = in_words(*pair, gap(results["differences"], *pair)[figure])
+    verdicts = [row[-1].strip("*") for row in goals(results)[1]]
+    found["goals_met"], found["goals_asked"] = str(verdicts.count(HOLDS)), str(len(verdicts))
+    return found
+
+
+def reach_tables(results: dict[str, Any]) -> Tables:
+    """Steps to sequence credit's last exact match by either credit, seed by seed."""
+    seeds, steps = results["arguments"]["seeds"], results["arguments"]["steps"]
+    rows = []
+    for figure, name in EXACT.items():
+        for credit in CREDITS:
+            reached = results["reach"][credit][figure]
+            mean = number(over_seeds([steps if step is None else step for step in reached]), 0, within=(0, steps))
+            rows.append([name, credit, *("never" if step is None else f"{step:.0f}" for step in reached), mean])
+    return {"reach": (("exact match", "", *(f"seed {seed}" for seed in range(seeds)), "mean"), rows)}
+
+
 def ablation(results: dict[str, Any]) -> Tables:
-    """GRPO with one component left out; each is claimed to lower the figure that the component stands for."""
-    shown, sampled = ("validity", "structure", "compliance", "content_f1"), results["sampled"]
-    there = {m: figure for m, figure in zip(ABLATIONS, ABLATED.values(), strict=True) if m in sampled}
-    rows = [
-        [method, slashed(PAPER[method]) if method in PAPER else "–", *per_cent(sampled[method], shown)]
-        for method in ("GRPO", *there)
-    ]
-    losses = {m: gap(results["differences"], "GRPO", m)[figure]["mean"] for m, figure in there.items()}
+    """GRPO by the better credit with one component left out, claimed to lower the figure that the component stands for;
+    and with the settings of the page before, claimed to lower the right answers."""
+    shown, sampled = ("validity", "structure", "compliance", "content_f1", *EXACT), results["sampled"]
+    credit = results["validation"]["credit"]
+    there = {m: figure for m, figure in zip(LEFT_OUT, ABLATED.values(), strict=True) if m in sampled}
+    named = [credit, *(m for m in ABLATIONS if m in sampled)]
+    rows = [[m, slashed(PAPER[m]) if m in PAPER else "–", *per_cent(sampled[m], shown)] for m in named]
+    losses = {m: gap(results["differences"], credit, m)[figure]["mean"] for m, figure in there.items()}
     dearest = max(losses, key=lambda method: losses[method], default=None)
+    claims = [compared_to_paper(results, credit, method, figure) for method, figure in there.items()]
+    if EARLIER in sampled:
+        claims += [compared(results, credit, EARLIER, figure) for figure in EXACT]
     return {
-        "ablation": (("", "paper", *(NAMES[figure] for figure in shown)), rows if there else []),
-        "ablation_claims": (CLAIM, [compared(results, "GRPO", method, figure) for method, figure in there.items()]),
+        "ablation": (("", "paper", *(NAMES[figure] for figure in shown)), rows if claims else []),
+        "ablation_claims": (CLAIM, claims),
         "dearest": "" if dearest is None else f"{100 * losses[dearest]:.1f} points ({dearest})",
     }
 
 
+def compared_to_paper(results: dict[str, Any], credit: str, method: str, figure: str) -> list[str]:
+    """`compared`, where the paper's own difference is to its GRPO, whichever credit is the better one here."""
+    row = compared(results, credit, method, figure)
+    if method in PAPER and figure in OWN:
+        row[1] = f"{PAPER[SEQUENCE][OWN.index(figure)] - PAPER[method][OWN.index(figure)]:+.1f}"
+    return row
+
+
 def rise_tables(results: dict[str, Any]) -> Tables:
-    half = results["half_way_step"]["GRPO"]
     rows = [
-        [component, *("–" if step is None else str(step) for step in half[component])]
+        [credit, component, *("–" if step is None else str(step) for step in half[component])]
+        for credit, half in ((credit, results["half_way_step"][credit]) for credit in CREDITS)
         for component in COMPONENTS
         if component in half
     ]
-    order = [claim(f"{e['first']} before {e['then']}", "yes", e["steps"], "steps") for e in results["curriculum"]]
+    order = [
+        claim(
+            f"{e['credit']}: {e['first']} before {e['then']}",
+            "yes" if e["credit"] == SEQUENCE else "–",
+            e["steps"],
+            "steps",
+        )
+        for e in results["curriculum"]
+    ]
     seeds = (f"seed {seed}" for seed in range(results["arguments"]["seeds"]))
-    return {"curriculum": (("GRPO", *seeds), rows), "curriculum_claims": (CLAIM, order)}
+    return {"curriculum": (("", "component", *seeds), rows), "curriculum_claims": (CLAIM, order)}
 
 
 def transfer(results: dict[str, Any]) -> Tables:
@@ -408,28 +718,54 @@ def transfer(results: dict[str, Any]) -> Tables:
     ]
     claims = []
     for figure in ("structure", "content_f1"):
-        for better, worse in (("SFT", "base"), ("GRPO", "SFT"), ("GRPO", "base")):
-            paper = gaps(PAPER_TRANSFER[better], PAPER_TRANSFER[worse]) if figure == "structure" else "–"
+        for better, worse in (("SFT", "base"), *((credit, worse) for credit in CREDITS for worse in ("SFT", "base"))):
+            in_paper = figure == "structure" and better in PAPER_TRANSFER
+            paper = gaps(PAPER_TRANSFER[better], PAPER_TRANSFER[worse]) if in_paper else "–"
             entry = gap(results["transfer"], better, worse)[figure]
             claims.append(claim(f"{NAMES[figure]}: {better} > {worse}", paper, entry))
-    literal = gap(results["transfer"], "GRPO", LITERAL)["structure"]
-    claims.append(claim(f"structure: GRPO > {LITERAL}", "–", literal))
+    for figure, better, worse in (
+        ("structure", SEQUENCE, LITERAL),
+        ("exact_match", FIELD, "SFT"),
+        ("exact_match", FIELD, SEQUENCE),
+    ):
+        entry = gap(results["transfer"], better, worse)[figure]
+        claims.append(claim(f"{NAMES[figure]}: {better} > {worse}", "–", entry))
     return {"transfer": (("", "paper", *SHOWN.values()), rows), "transfer_claims": (CLAIM, claims)}
 
 
 def figures(results: dict[str, Any]) -> dict[str, Figure]:
+    """Pictures in which a colour is either a component of the reward or a credit; methods are named by their rows."""
     seeds, curves = results["arguments"]["seeds"], results["curves"]
-    by_method = Figure(figsize=(14, 4.5), layout="constrained")
-    for axis, (key, name) in zip(by_method.subplots(1, len(SHOWN), sharey=True), SHOWN.items(), strict=True):
-        error_bars(axis, {m: entry[key] for m, entry in results["sampled"].items()})
-        axis.set(title=f"{name}, {seeds} seeds", xlabel="per cent")
+    by_method = Figure(figsize=(14, 4), layout="constrained")
+    shown = ("structure", "content_f1", *EXACT)
+    for axis, key in zip(by_method.subplots(1, len(shown), sharey=True), shown, strict=True):
+        error_bars(axis, {m: results["sampled"][m][key] for m in MAIN}, colour=METHOD_COLOUR)
+        axis.set(title=NAMES[key], xlabel=f"per cent, {seeds} seeds")
 
-    by_step = Figure(figsize=(10, 4), layout="constrained")
+    by_checkpoint = Figure(figsize=(10, 4), layout="constrained")
+    for axis, (key, name) in zip(by_checkpoint.subplots(1, len(EXACT)), EXACT.items(), strict=True):
+        for credit, points in results["learning"].items():
+            steps, entries = zip(*points[key], strict=True)
+            means = [entry["mean"] for entry in entries]
+            ends = [(e["mean"], e["mean"]) if e["ci95"][0] is None else interval(e, SHARE) for e in entries]
+            colour = CREDIT_COLOURS[credit]
+            axis.plot(steps, [100 * mean for mean in means], "o-", color=colour, label=credit)
+            axis.fill_between(
+                steps, *([100 * end for end in side] for side in zip(*ends, strict=True)), color=colour, alpha=0.15
+            )
+        last = results["learning"][SEQUENCE][key][-1]
+        axis.axhline(100 * last[1]["mean"], color="grey", linestyle=":", label="sequence credit at its end")
+        axis.axvline(HALF * last[0], color="grey", linestyle="--", label="half of the steps")
+        axis.set(title=f"exact match, {name}, mean of {seeds} seeds", xlabel="step", ylabel="per cent")
+        axis.grid(alpha=0.3)
+    by_checkpoint.axes[0].legend(fontsize=8)
+
+    by_step = Figure(figsize=(13, 4), layout="constrained")
     for axis, (method, components) in zip(by_step.subplots(1, len(curves), sharey=True), curves.items(), strict=True):
         for component in (name for name in COMPONENTS if name in components):
-            steps, means = zip(*components[component], strict=True)
+            at, values = zip(*components[component], strict=True)
             style = "--" if component in DASHED else "-"
-            axis.plot(steps, means, style, color=COLOURS[component], label=component)
+            axis.plot(at, values, style, color=COLOURS[component], label=component)
         axis.set(title=f"{method}, mean of {seeds} seeds", xlabel="step", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
     by_step.axes[0].set_ylabel("mean of the component")
@@ -438,10 +774,11 @@ def figures(results: dict[str, Any]) -> dict[str, Figure]:
     by_schema = Figure(figsize=(10, 3.5), layout="constrained")
     panels = (("sampled", "json, trained on"), ("rows", "rows, not trained on"))
     for axis, (key, name) in zip(by_schema.subplots(1, 2, sharey=True), panels, strict=True):
-        error_bars(axis, {m: results[key][m]["structure"] for m in results["rows"]})
+        error_bars(axis, {m: results[key][m]["structure"] for m in results["rows"]}, colour=METHOD_COLOUR)
         axis.set(title=f"structure, rendering {name}", xlabel="per cent")
     return {
         "structured_grpo_methods.png": by_method,
+        "structured_grpo_learning.png": by_checkpoint,
         "structured_grpo_curriculum.png": by_step,
         "structured_grpo_transfer.png": by_schema,
     }

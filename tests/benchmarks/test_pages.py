@@ -95,7 +95,7 @@ def test_two_seeds_tell_nothing() -> None:
 def test_the_grid_shows_what_was_chosen_and_what_stands_at_its_edge() -> None:
     grid = {"a": {"0.1": {"greedy": 0.5}, "1": {"greedy": 0.25}}, "b": {"0.1": {"greedy": 0.0}, "1": {"greedy": 0.1}}}
     validation = {"grid": grid, "learning_rate": {"a": 0.1, "b": 1.0}, "at_edge": ["b"]}
-    headings, rows = grid_table(validation, lambda cell: cell["greedy"])
+    headings, rows = grid_table(validation, ("greedy",))
     assert headings == ("learning rate", "0.1", "1")
     assert rows == [["a", "**50.0**", "25.0"], ["b", "0.0", "**10.0** (edge)"]]
 
