@@ -22,9 +22,9 @@ keys may be missing: "types" names the declared type of each argument as the lea
 - An object has known keys with allowed values, and lacks only keys that may be left out; an array of objects is such
   objects in the allowed order.
 
-`allowed_agreement` is its graded form for the reward: the share of arguments that are right, over calls matched as well
-as they can be. Without a declared type, and for the grade, a value is right if it equals an allowed one as JSON (1.0 is
-1, at any depth), its strings compared as above.
+`AllowedAligner` is its graded form for the reward: which arguments are right, over calls matched as well as they can
+be. Without a declared type, and for the grade, a value is right if it equals an allowed one as JSON (1.0 is 1, at any
+depth), its strings compared as above.
 """
 
 from __future__ import annotations
@@ -33,8 +33,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokalign.rewards.structured.alignment import (
+    MISTYPED,
+    Aligner,
+    CallAligner,
+    Fixed,
+    below,
+    below_fixed,
+    mistyped,
+)
 from tokalign.rewards.structured.content import equal
 from tokalign.rewards.structured.literals import read_literal
+from tokalign.rewards.structured.shapes import Shape
 
 PYTHON: dict[str, type] = {
     "string": str,
@@ -91,30 +101,6 @@ def calls_match(value: Any, reference: Reference) -> bool:
     return True
 
 
-def allowed_agreement(value: Any, reference: Reference) -> float:
-    """How far the calls of a completion are right, in [0, 1].
-
-    One call for one wanted has (1 + right arguments) / (1 + arguments), and 0 if it calls another function. Of several,
-    the best pairing of calls with wanted ones counts, divided by the number of either side, whichever is larger: an
-    invented call and one made twice cost as a missing one does.
-
-    Args:
-        value: a call `{"name": …, "arguments": {…}}`, or a list of them.
-        reference: see the top of this file.
-    """
-    given, wanted = _listed(value), _listed(reference)
-    shares = [[_agreement(call, one) for call in given] for one in wanted]
-    if not given:
-        return 0.0
-    if len(wanted) == 1:
-        return max(shares[0]) / len(given)
-    from scipy.optimize import linear_sum_assignment  # only now: most references are one call
-
-    rows, columns = linear_sum_assignment(shares, maximize=True)
-    total = sum(shares[row][column] for row, column in zip(rows, columns, strict=True))
-    return float(total / max(len(given), len(wanted)))
-
-
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -137,23 +123,76 @@ def _fits(call: Any, reference: Mapping[str, Any]) -> bool:
     )
 
 
-def _agreement(call: Any, reference: Mapping[str, Any]) -> float:
-    arguments, allowed = _arguments(call, reference), reference["arguments"]
-    if arguments is None:
-        return 0.0
-    needed = reference.get("required", ())
-    right = total = 0
-    # Over the arguments of either side, so that an invented argument costs as a missing one does.
-    for key in allowed.keys() | arguments.keys():
-        if key not in arguments and key not in needed and "" in allowed[key]:
-            continue
-        total += 1
-        if key in arguments and key in allowed:
-            value = arguments[key]
-            right += _right(value, key, reference) or any(_is_allowed(value, one) for one in allowed[key])
-    # The function counts as one more argument that is right, so a call of the right function is worth something even if
-    # all its arguments are wrong, and less than one with a right argument.
-    return (1 + right) / (1 + total)
+class AllowedAligner(CallAligner):
+    """Of calls with a reference of allowed values: the function's name and each argument are leaves.
+
+    An argument has credit 1 if its value is right, `alignment.MISTYPED` if it spells an allowed one, else 0. One that
+    may be left out has no size where it is left out, and an argument that the reference does not know adds 1.
+    """
+
+    @staticmethod
+    def size(reference: Any, fixed: Fixed) -> float:
+        if isinstance(reference, list):
+            return sum([AllowedAligner.size(one, below_fixed(fixed, i)) for i, one in enumerate(reference)])
+        named = below_fixed(fixed, "name") is None
+        return named + sum([_needed(key, reference) for key in reference["arguments"]])
+
+    @staticmethod
+    def fixed_by(reference: Any, shape: Shape) -> Fixed:
+        calls: Any = [{"name": call["name"], "arguments": {}} for call in _listed(reference)]
+        return Aligner.fixed_by(calls if isinstance(reference, list) else calls[0], shape)
+
+    def call(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> float:
+        arguments, allowed = _arguments(value, reference), reference["arguments"]
+        if arguments is None:
+            named = isinstance(value, dict) and "name" in value
+            self._lost_call(reference, fixed, at, below(given, "name") if named else None, given)
+            return 0.0
+        begin = len(self.leaves or ())
+        size = self.size(reference, fixed)
+        credit, invented = 0.0, 0
+        if below_fixed(fixed, "name") is None:
+            credit = 1.0
+            self.note(below(at, "name"), below(given, "name"), 1.0, "value")
+        at, given = below(at, "arguments"), below(given, "arguments")
+        for key, argument in arguments.items():
+            if key in allowed:
+                invented += not _needed(key, reference)  # beyond the size of what is needed
+                own = _credit(argument, key, reference)
+                credit += own
+                self.note(below(at, key), below(given, key), own, "value")
+            else:
+                invented += 1
+                self.note(below(given, key), below(given, key), 0.0, "invented")
+        for key in allowed:
+            if key not in arguments and _needed(key, reference):
+                self.note(below(at, key), None, 0.0, "missing", 1, given)
+        return self.diluted(credit, size, invented, begin) if invented else credit
+
+    def lost(self, reference: Any, fixed: Fixed, at: str | None, given: str | None, parent: str | None) -> None:
+        self._lost_call(reference, fixed, at, given, parent)
+
+    def _lost_call(
+        self, reference: Mapping[str, Any], fixed: Fixed, at: str | None, name: str | None, parent: str | None
+    ) -> None:
+        """Note the leaves of a call without credit: missing in `parent`, but for its name if another stands for it."""
+        if below_fixed(fixed, "name") is None:
+            kind = "missing" if name is None else "value"
+            self.note(below(at, "name"), name, 0.0, kind, 1, parent if name is None else None)
+        for key in reference["arguments"]:
+            if _needed(key, reference):
+                self.note(below(below(at, "arguments"), key), None, 0.0, "missing", 1, parent)
+
+
+def _needed(key: str, reference: Mapping[str, Any]) -> bool:
+    return key in reference.get("required", ()) or "" not in reference["arguments"][key]
+
+
+def _credit(value: Any, key: str, reference: Mapping[str, Any]) -> float:
+    allowed = reference["arguments"][key]
+    if _right(value, key, reference) or any(_is_allowed(value, one) for one in allowed):
+        return 1.0
+    return MISTYPED if any(mistyped(value, one) for one in allowed) else 0.0
 
 
 # ------------------------------------------------------------------------------------------- values, by declared type

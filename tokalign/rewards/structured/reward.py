@@ -40,8 +40,9 @@ from typing import Any, Literal
 import pydantic_core
 
 from tokalign.rewards.structured import rl_struct
-from tokalign.rewards.structured.calls import allowed_agreement, is_allowed_reference
-from tokalign.rewards.structured.content import TextMatch, agreement, equal
+from tokalign.rewards.structured.alignment import Aligner, Alignment, CallAligner, Leaf, Target, align, target_of
+from tokalign.rewards.structured.calls import AllowedAligner, is_allowed_reference
+from tokalign.rewards.structured.content import TextMatch, equal
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Document, Format, Limits, Source
 from tokalign.rewards.structured.documents.json import check_limits, decode_json
 from tokalign.rewards.structured.documents.reading import answer_of, read_document
@@ -50,9 +51,10 @@ from tokalign.rewards.structured.schemas import NO_SCHEMA, CompiledSchema, Schem
 from tokalign.stage.errors import ContractError
 
 COMPONENTS = ("structure", "format", "validity", "schema", "correctness", "length")
-WEIGHTS = {"structure": 1.0, "format": 0.5, "validity": 1.0, "schema": 1.0, "correctness": 1.0, "length": 0.1}
+WEIGHTS = {"structure": 0.4, "format": 0.1, "validity": 0.2, "schema": 0.3, "correctness": 3.0, "length": 0.1}
 NAME, SCHEMA_COLUMN, REFERENCE_COLUMN = "structured", "schema", "answer"
 FLOOR = 0.1  # structure of the least answer; what is not an answer stays below it
+AROUND, BROKEN = 0.9, 0.5  # correctness of what has text around it, and of what breaks off, beside that of the whole
 _KEPT = 1024  # parsed references
 # how an object may become JSON: Pydantic's own way, by alias, and by the two options that a model's configuration has
 _KINDS: tuple[dict[str, Any], ...] = (
@@ -141,7 +143,7 @@ class StructuredReward:
         self.schema_column, self.reference_column = schema_column, reference_column
         self.limits = limits or Limits()
         self.__name__ = name  # TRL names metrics and table columns by it
-        self._references: dict[tuple[str, CompiledSchema], Any] = {}
+        self._references: dict[tuple[str, CompiledSchema], Sequence[Target]] = {}
         self.last_scores: list[dict[str, Any]] = []
         self._shared: tuple[Any, set[str], list[dict[str, Any]]] = (None, set(), [])
 
@@ -168,15 +170,15 @@ class StructuredReward:
             SchemaError, ValueError: a bad schema or reference.
         """
         compiled = self._compiled(schema)
-        result = self._components(completion, self._reference(reference, compiled), compiled)
+        result = self._components(completion, self.targets(reference, compiled), compiled)
         reason = result.pop("_reason")
         return {**result, "reason": reason() if callable(reason) else reason}
 
-    def _components(self, completion: Source, reference: Any, schema: CompiledSchema) -> dict[str, Any]:
+    def _components(self, completion: Source, reference: Sequence[Target], schema: CompiledSchema) -> dict[str, Any]:
         if self.preset is not None:
             bounds = (self.min_length, self.max_length)
             text = answer_of(completion, self.reasoning_end) or ""
-            first = _forms(reference)[0]
+            first = reference[0].value if reference else MISSING
             return self._total(rl_struct.components(text, first, schema.schema, bounds, self.limits))
         document = self._read(completion, schema)
         if document.value is MISSING:
@@ -189,12 +191,19 @@ class StructuredReward:
             return self._of_nothing("nested too deep for this interpreter's stack", reference)
 
     def _of_document(
-        self, completion: Source, document: Document, reference: Any, schema: CompiledSchema
+        self, completion: Source, document: Document, reference: Sequence[Target], schema: CompiledSchema
     ) -> dict[str, Any]:
         grade, perfect = self._grade(document.value, reference, schema)
-        if not document.whole or not grade.attempt:
+        found = self.alignment(document.value, reference)
+        share = 0.0 if found is None else found.share
+        # Two calls where one is wanted may hold the right one, but are no document of the schema
+        share = share if grade.attempt or (share and schema.takes(document.value)) else 0.0
+        # A document that says something right is an attempt, whatever its types: a type fault costs its value alone.
+        if not document.whole or not (grade.attempt or share):
             scores = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
             scores["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
+            if found is not None and not document.whole:
+                scores["correctness"] = share * (BROKEN if document.broken else AROUND)
             return self._total(scores)
         return self._total(
             {
@@ -202,7 +211,7 @@ class StructuredReward:
                 "format": presentation(document, self.fence),
                 "validity": 1.0,
                 "schema": 0.5 * grade.full + 0.5 * perfect,
-                "correctness": self._correctness(document.value, reference),
+                "correctness": None if found is None else share,
                 "length": self._length(completion, document, perfect),
                 "_reason": None if perfect else lambda: self._fault(document, schema, grade),
             }
@@ -218,12 +227,12 @@ class StructuredReward:
             types=schema.shape,
         )
 
-    def _grade(self, value: Any, reference: Any, schema: CompiledSchema) -> tuple[Grade, bool]:
+    def _grade(self, value: Any, reference: Sequence[Target], schema: CompiledSchema) -> tuple[Grade, bool]:
         """Grade, and whether the document is valid without an invented key."""
         if not value and type(value) in (dict, list):
             # right only where the reference is empty too, or where the schema allows nothing else: else the cheapest of
             # all answers would be worth something
-            right = (value in _forms(reference) or schema.only_empty) and schema.is_valid(value)
+            right = (any(value == form.value for form in reference) or schema.only_empty) and schema.is_valid(value)
             return (_PERFECT, True) if right else (_NOTHING, False)
         perfect = schema.is_perfect(value)
         asked = schema.shape.allowed is not None and (schema.shape.required or isinstance(value, list))
@@ -234,14 +243,20 @@ class StructuredReward:
             perfect = grade.keys == 1.0 and not grade.invented and schema.is_valid(value)
         return grade, perfect
 
-    def _correctness(self, value: Any, reference: Any) -> float | None:
-        if reference is MISSING:
+    def alignment(self, value: Any, reference: Sequence[Target], leaves: list[Leaf] | None = None) -> Alignment | None:
+        """How far a parsed document says what the reference says; of several forms, as the one it fits best.
+
+        Args:
+            value: of a `Document`.
+            reference: what `targets` gave; without any, the result is None.
+            leaves: a list to append that form's leaves to.
+        """
+        if not reference:
             return None
-        if self.references == "allowed":
-            return allowed_agreement(value, reference)
-        if type(reference) is tuple:
-            return max([agreement(value, form, text_match=self.text_match) for form in reference])
-        return agreement(value, reference, text_match=self.text_match)
+        if len(reference) == 1:
+            return align(value, reference[0], text_match=self.text_match, leaves=leaves)
+        best = max(reference, key=lambda form: align(value, form, text_match=self.text_match).share)
+        return align(value, best, text_match=self.text_match, leaves=leaves)
 
     def _length(self, completion: Source, document: Document, perfect: bool) -> float | None:
         if self.min_length is None and self.max_length is None:
@@ -254,9 +269,9 @@ class StructuredReward:
         within = (self.min_length or 0) <= said and (self.max_length is None or written <= self.max_length)
         return 1.0 if perfect and within else 0.0
 
-    def _of_nothing(self, reason: Any, reference: Any) -> dict[str, Any]:
+    def _of_nothing(self, reason: Any, reference: Sequence[Target]) -> dict[str, Any]:
         scores: dict[str, Any] = dict.fromkeys(COMPONENTS, 0.0)
-        if reference is MISSING:
+        if not reference:
             scores["correctness"] = None
         if self.min_length is None and self.max_length is None:
             scores["length"] = None
@@ -280,10 +295,14 @@ class StructuredReward:
             return self.schema or NO_SCHEMA
         return compile_text(schema) if isinstance(schema, str) else compile_schema(schema)
 
-    def _reference(self, reference: Any, schema: CompiledSchema) -> Any:
-        """The parsed reference; MISSING if there is none."""
+    def targets(self, reference: Any, schema: CompiledSchema) -> Sequence[Target]:
+        """A reference made ready: one target, several where the JSON of an object depends on its model, none for None.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
         if reference is None:
-            return MISSING
+            return ()
         if isinstance(reference, str):
             key = (reference, schema)
             if key in self._references:  # the completions of a group share one
@@ -294,28 +313,30 @@ class StructuredReward:
             return self._references[key]
         return self._parsed(reference, schema)
 
-    def _parsed(self, reference: Any, schema: CompiledSchema) -> Any:
+    def _parsed(self, reference: Any, schema: CompiledSchema) -> Sequence[Target]:
         if isinstance(reference, str):
             try:
                 check_limits(reference, self.limits)
-                reference = decode_json(reference)
+                forms = [decode_json(reference)]
             except ValueError as error:
                 document = MISSING if self.output_format == "json" else self._read(reference, schema).value
                 if document is MISSING:
                     raise ValueError(f"is not JSON ({str(error)[:200]}); give the right document as JSON") from None
-                reference = document
+                forms = [document]
         else:
-            reference = _plain(reference, NO_SCHEMA if self.references == "allowed" else schema)
-        if self.references == "allowed" and not is_allowed_reference(reference):
+            forms = _plain(reference, NO_SCHEMA if self.references == "allowed" else schema)
+        if self.references == "allowed" and not is_allowed_reference(forms[0]):
             raise ValueError(
                 'is not of the form {"name": …, "arguments": {argument: [allowed value, …]}} or a list of such calls; '
                 "give it so, or set references to 'value'"
             )
-        return reference
+        kind = AllowedAligner if self.references == "allowed" else Aligner
+        kind = CallAligner if kind is Aligner and self.output_format == "tool_call" else kind
+        return [target_of(form, schema.shape, kind) for form in forms]
 
     def check_row(self, schema: Any = None, reference: Any = None) -> None:
         """Raise what scoring a row of the dataset would raise for its schema or reference."""
-        self._reference(reference, self._compiled(schema))
+        self.targets(reference, self._compiled(schema))
 
     def check_columns(self, names: Collection[str], what: str) -> None:
         """Raise where rows lack a column without which this reward would judge something else than it was asked to.
@@ -380,7 +401,7 @@ class StructuredReward:
                 if schema is None and self.schema is None:
                     raise SchemaError("is missing; give it a JSON Schema, or drop the row")
                 compiled = self._compiled(schema)
-                parsed = self._reference(reference, compiled)
+                parsed = self.targets(reference, compiled)
             except ValueError as error:
                 identity = columns["id"][index] if "id" in columns else index
                 column = self.schema_column if isinstance(error, SchemaError) else self.reference_column
@@ -465,20 +486,15 @@ def _checked(weights: Mapping[str, float] | None, default: Mapping[str, float]) 
     return {name: float(weights[name]) for name in COMPONENTS if weights.get(name)}
 
 
-def _forms(reference: Any) -> tuple[Any, ...]:
-    """The forms that a parsed reference has: several where the JSON of an object depends on its model, else one."""
-    return reference if type(reference) is tuple else (reference,)
-
-
-def _plain(reference: Any, schema: CompiledSchema) -> Any:
-    """An object of any kind (a Pydantic model, a dataclass, dates within) as JSON's types; see `_forms`.
+def _plain(reference: Any, schema: CompiledSchema) -> list[Any]:
+    """The forms in JSON's types of an object of any kind (a Pydantic model, a dataclass, dates within).
 
     Raises ValueError where it has no JSON, or none that fits the schema.
     """
     try:
         plain = pydantic_core.to_jsonable_python(reference, **_KINDS[0])
         if plain == reference:
-            return plain
+            return [plain]
         forms = [plain, *(pydantic_core.to_jsonable_python(reference, **kind) for kind in _KINDS[1:])]
     except ValueError as error:
         raise ValueError(f"cannot be read as JSON ({str(error)[:200]}); give the right document as JSON") from None
@@ -488,4 +504,4 @@ def _plain(reference: Any, schema: CompiledSchema) -> Any:
     if not fitting:
         reason = schema.first_error(plain)
         raise ValueError(f"as JSON does not fit the schema ({reason}); give the right document as JSON")
-    return tuple(fitting) if len(fitting) > 1 else fitting[0]
+    return fitting

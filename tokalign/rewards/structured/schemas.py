@@ -19,7 +19,7 @@ import jsonschema_rs
 
 from tokalign.rewards.structured import validators
 from tokalign.rewards.structured.grading import Grade, Walk
-from tokalign.rewards.structured.shapes import DATA, NAMED, OBJECT_WORDS, ShapeCompiler, subschemas
+from tokalign.rewards.structured.shapes import DATA, NAMED, OBJECT_WORDS, ShapeCompiler, subschemas, type_of
 from tokalign.rewards.structured.validators import short
 
 _MAX_VALUES = 10_000
@@ -160,6 +160,11 @@ class CompiledSchema:
     def wants_list(self) -> bool:
         """Whether the document shall be an array."""
         return any(s.types is not None and "array" in s.types for s in (self.shape.options or [self.shape]))
+
+    def takes(self, value: Any) -> bool:
+        """Whether a document may have the type of this value."""
+        kinds = [option.allowed for option in self.shape.options or [self.shape]]
+        return any(allowed is None or type_of(value) in allowed for allowed in kinds)
 
     def is_valid(self, value: Any) -> bool:
         """Full JSON Schema validity."""

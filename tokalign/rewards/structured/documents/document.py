@@ -52,12 +52,14 @@ class Document:
         error: why the text is not exactly one strict document, None if it is.
         fenced: it stood in one Markdown fence.
         outside: characters of the text that do not belong to the document.
+        broken: the value is the beginning of a document that breaks off, or goes on with what is no document.
     """
 
     value: Any
     error: str | None = None
     fenced: bool = False
     outside: int = 0
+    broken: bool = False
 
     @property
     def whole(self) -> bool:

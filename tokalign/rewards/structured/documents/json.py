@@ -154,4 +154,4 @@ def _beginning(text: str, start: int, end: int, reason: str, limits: Limits) -> 
         value = pydantic_core.from_json(part, allow_partial=True, allow_inf_nan=False)
     except ValueError:
         return Document(MISSING, reason)
-    return Document(value, reason, outside=len(text) - len(part))
+    return Document(value, reason, outside=len(text) - len(part), broken=True)

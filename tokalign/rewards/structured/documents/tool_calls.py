@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tokalign.rewards.structured.documents.document import MISSING, Document, Fault, Limits, unreadable
@@ -143,7 +144,8 @@ def read_tool_calls(text: str, parsed: Any, limits: Limits, wants_list: bool, ty
     calls = [_call(item, limits) for item in (value if isinstance(value, list) else [value])]
     if mark == "[TOOL_CALLS]":  # Mistral gives each call an id
         calls = [{k: v for k, v in call.items() if k != "id"} if isinstance(call, dict) else call for call in calls]
-    return _of_calls(calls, document.error, document.outside, wants_list, document.fenced)
+    made = _of_calls(calls, document.error, document.outside, wants_list, document.fenced)
+    return replace(made, broken=document.broken)
 
 
 def _of_calls(calls: list[Any], error: str | None, outside: int, wants_list: bool, fenced: bool = False) -> Document:
