@@ -37,9 +37,8 @@ from tokalign.rewards.structured.alignment import (
     MISTYPED,
     Aligner,
     CallAligner,
-    Fixed,
+    Part,
     below,
-    below_fixed,
     mistyped,
 )
 from tokalign.rewards.structured.content import equal
@@ -127,31 +126,36 @@ class AllowedAligner(CallAligner):
     """Of calls with a reference of allowed values: the function's name and each argument are leaves.
 
     An argument has credit 1 if its value is right, `alignment.MISTYPED` if it spells an allowed one, else 0. One that
-    may be left out has no size where it is left out, and an argument that the reference does not know adds 1.
+    may be left out counts only where it is there; one that the reference does not know is invented.
     """
 
     @staticmethod
-    def size(reference: Any, fixed: Fixed) -> float:
-        if isinstance(reference, list):
-            return sum([AllowedAligner.size(one, below_fixed(fixed, i)) for i, one in enumerate(reference)])
-        named = below_fixed(fixed, "name") is None
-        return named + sum([_needed(key, reference) for key in reference["arguments"]])
+    def part(reference: Any, shape: Shape | None) -> Part:
+        calls: Any = [{"name": call["name"], "arguments": {}} for call in _listed(reference)]
+        plain = Aligner.part(calls if isinstance(reference, list) else calls[0], shape)
+        parts = []
+        for call, one in zip(_listed(reference), plain.items or [plain], strict=True):
+            name = (one.keys or {"name": one})["name"]
+            size = name.size + sum([_needed(key, call) for key in call["arguments"]])
+            parts.append(Part(call, size, False, {"name": name}))
+        if not isinstance(reference, list):
+            return parts[0]
+        return Part(reference, sum([part.size for part in parts]), False, None, parts)
 
     @staticmethod
-    def fixed_by(reference: Any, shape: Shape) -> Fixed:
-        calls: Any = [{"name": call["name"], "arguments": {}} for call in _listed(reference)]
-        return Aligner.fixed_by(calls if isinstance(reference, list) else calls[0], shape)
+    def same(value: Any, part: Part) -> bool:
+        return False  # a reference is no document
 
-    def call(self, value: Any, reference: Any, fixed: Fixed, at: str | None, given: str | None) -> float:
+    def call(self, value: Any, part: Part, at: str | None, given: str | None) -> float:
+        reference = part.value
         arguments, allowed = _arguments(value, reference), reference["arguments"]
         if arguments is None:
             named = isinstance(value, dict) and "name" in value
-            self._lost_call(reference, fixed, at, below(given, "name") if named else None, given)
+            self._lost_call(part, at, below(given, "name") if named else None, given)
             return 0.0
         begin = len(self.leaves or ())
-        size = self.size(reference, fixed)
         credit, invented = 0.0, 0
-        if below_fixed(fixed, "name") is None:
+        if part.keys and part.keys["name"].size:
             credit = 1.0
             self.note(below(at, "name"), below(given, "name"), 1.0, "value")
         at, given = below(at, "arguments"), below(given, "arguments")
@@ -167,20 +171,18 @@ class AllowedAligner(CallAligner):
         for key in allowed:
             if key not in arguments and _needed(key, reference):
                 self.note(below(at, key), None, 0.0, "missing", 1, given)
-        return self.diluted(credit, size, invented, begin) if invented else credit
+        return self.diluted(credit, part.size, invented, begin) if invented else credit
 
-    def lost(self, reference: Any, fixed: Fixed, at: str | None, given: str | None, parent: str | None) -> None:
-        self._lost_call(reference, fixed, at, given, parent)
+    def lost(self, part: Part, at: str | None, given: str | None, parent: str | None) -> None:
+        self._lost_call(part, at, given, parent)
 
-    def _lost_call(
-        self, reference: Mapping[str, Any], fixed: Fixed, at: str | None, name: str | None, parent: str | None
-    ) -> None:
+    def _lost_call(self, part: Part, at: str | None, name: str | None, parent: str | None) -> None:
         """Note the leaves of a call without credit: missing in `parent`, but for its name if another stands for it."""
-        if below_fixed(fixed, "name") is None:
+        if part.keys and part.keys["name"].size:
             kind = "missing" if name is None else "value"
             self.note(below(at, "name"), name, 0.0, kind, 1, parent if name is None else None)
-        for key in reference["arguments"]:
-            if _needed(key, reference):
+        for key in part.value["arguments"]:
+            if _needed(key, part.value):
                 self.note(below(below(at, "arguments"), key), None, 0.0, "missing", 1, parent)
 
 
