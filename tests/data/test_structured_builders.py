@@ -472,7 +472,7 @@ def test_bfcl_schema_takes_whatever_is_allowed_and_tells_no_value(tmp_path: Path
     fixed = {"kind": "big", "limit": "maximum", "list": [], "at": {"y": 1, "z": 2}}
     for more in ({}, {"n": None}, {"unit": None, "n": None}, {"at": {"y": None, "z": 2}}, {"kind": "Big"}):
         call = {"name": "f.g", "arguments": {**fixed, **more}}
-        assert reward.score(json.dumps(call), row["answer"], row["schema"])["total"] == 4.5
+        assert reward.score(json.dumps(call), row["answer"], row["schema"])["total"] == 4.0
         assert calls_match(call, json.loads(row["answer"]))
     shown = json.loads(row["prompt"][0]["content"].split("\n")[-1])["parameters"]["properties"]
     assert shown["kind"]["enum"] == ["big", "small"] and shown["n"] == {"type": "number"}  # the model reads it as it is
@@ -511,10 +511,10 @@ def test_bfcl_of_several_functions_and_calls(tmp_path: Path) -> None:
         text = bfcl.written([{"name": name, "arguments": arguments} for name, arguments in calls], "hermes")
         return reward.score(text, row["answer"], row["schema"])["total"]
 
-    assert total(single, ("g", {"b": "X"})) == 4.5 > total(single, ("f", {"a": 1})) > 0
+    assert total(single, ("g", {"b": "X"})) == 4.0 > total(single, ("f", {"a": 1})) > 0
     right = [("f", {"a": 2}), ("f", {"a": 1}), ("g", {"b": "Y"})]
-    assert total(several_calls, *right) == 4.5
-    assert total(several_calls, *right[:2]) < 4.5 and total(several_calls, *right, right[0]) < 4.5
+    assert total(several_calls, *right) == 4.0
+    assert total(several_calls, *right[:2]) < 4.0 and total(several_calls, *right, right[0]) < 4.0
 
 
 def test_bfcl_of_other_languages_asks_for_source_text(tmp_path: Path) -> None:
@@ -640,7 +640,7 @@ def test_every_real_bfcl_row_has_full_marks_and_a_changed_one_never(tmp_path: Pa
     reward, draw = StructuredReward(output_format="tool_call", references="allowed"), random.Random(0)
     for row in made:
         document, reference = checked(row), json.loads(row["answer"])
-        assert reward.score(row["completion"], row["answer"], row["schema"])["total"] == 4.5
+        assert reward.score(row["completion"], row["answer"], row["schema"])["total"] == 4.0
         assert calls_match(document, reference)
         calls, references = ([each] if isinstance(each, dict) else each for each in (document, reference))
         wrong = [*calls]
@@ -648,9 +648,9 @@ def test_every_real_bfcl_row_has_full_marks_and_a_changed_one_never(tmp_path: Pa
         for other in (wrong, [*calls, calls[0]], calls[1:]):
             assert not calls_match(other, reference)
             text = bfcl.written(other, "hermes") if other else "No call."
-            assert reward.score(text, row["answer"], row["schema"])["total"] < 4.5
+            assert reward.score(text, row["answer"], row["schema"])["total"] < 4.0
         shuffled = draw.sample(calls, len(calls))
-        assert reward.score(bfcl.written(shuffled, "hermes"), row["answer"], row["schema"])["total"] == 4.5
+        assert reward.score(bfcl.written(shuffled, "hermes"), row["answer"], row["schema"])["total"] == 4.0
 
 
 # -------------------------------------------------------------------------------------------------------------- cooking

@@ -9,8 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rewards.ordering import searching
-from tokalign.rewards.structured.calls import allowed_agreement, calls_match, is_allowed_reference
+from tokalign.rewards.structured.alignment import Leaf, align, mistyped, target_of
+from tokalign.rewards.structured.calls import AllowedAligner, calls_match, is_allowed_reference
 from tokalign.rewards.structured.literals import read_literal, write_literal
+
+
+def allowed_agreement(call, reference):
+    """Share of a document of calls; its leaves add up to it."""
+    leaves: list[Leaf] = []
+    target = target_of(reference, None, AllowedAligner)
+    found = align(call, target)
+    assert align(call, target, leaves=leaves) == found
+    assert sum(leaf.weight for leaf in leaves) == pytest.approx(found.size)
+    assert sum(leaf.weight * leaf.credit for leaf in leaves) == pytest.approx(found.credit)
+    return found.share
+
 
 # ------------------------------------------------------------------------------ the leaderboard's rules, one a row
 
@@ -169,11 +182,12 @@ def plain_allowed(call, reference):
             total += 0 if any(isinstance(one, str) and one == "" for one in allowed) else 1
         else:
             total += 1
-            right += any(same(call["arguments"][key], one) for one in allowed)
+            value = call["arguments"][key]
+            right += 1 if any(same(value, one) for one in allowed) else any(mistyped(value, one) for one in allowed) / 2
     return (1 + right) / (1 + total)
 
 
-leaves = st.one_of(st.integers(0, 2), st.booleans(), st.sampled_from(["", "a", "A.", "b", 1.0, None]))
+leaves = st.one_of(st.integers(0, 2), st.booleans(), st.sampled_from(["", "a", "A.", "b", "1", "true", 1.0, None]))
 
 
 @searching(200)
@@ -199,6 +213,8 @@ def test_allowed_agreement_against_a_plain_loop(name, arguments, allowed):
         ({"at": [1, 2]}, {"at": [[1, 2], [3]]}, 1.0),
         ({"at": [{"x": 1}]}, {"at": [[{"x": [1, 2]}]]}, 1.0),
         ({"at": True}, {"at": [1]}, 0.5),
+        ({"at": "1"}, {"at": [3, 1]}, 0.75),
+        ({"at": 1}, {"at": ["1"]}, 0.75),
         ([], {"at": [1]}, 0.0),
     ],
 )

@@ -441,7 +441,7 @@ def test_hostile_text_has_a_score_and_a_reason(output_format, alone):
             {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": text}}]},
         ):
             score = reward.score(completion, json.dumps(GOOD))
-            assert 0 <= score["total"] < 4.5 and score["reason"], name
+            assert 0 <= score["total"] < 4.0 and score["reason"], name
 
 
 def test_what_is_read_to_the_end_is_judged():
@@ -509,5 +509,5 @@ def test_from_any_depth_of_the_stack(output_format):
 )
 def test_any_text_has_a_score(output_format, text):
     score = StructuredReward(SCHEMA, output_format=output_format).score(text, GOOD)
-    assert 0 <= score["total"] <= 4.5
+    assert 0 <= score["total"] <= 4.0
     assert (score["reason"] is None) == (score["schema"] == 1.0)

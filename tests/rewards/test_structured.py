@@ -22,6 +22,8 @@ from tokalign.rewards.structured.reward import WEIGHTS
 from tokalign.rewards.structured.schemas import SchemaError
 from tokalign.stage.errors import ContractError
 
+FULL = sum(WEIGHTS.values()) - WEIGHTS["length"]
+FORM = FULL - WEIGHTS["correctness"]  # without a reference
 weightings = st.fixed_dictionaries({}, optional={name: st.floats(0.01, 5) for name in COMPONENTS[1:]})
 
 
@@ -159,7 +161,7 @@ def test_a_flawless_answer_has_everything():
 
 def test_components_that_do_not_apply_are_none():
     score = StructuredReward(SCHEMA).score(GOOD)
-    assert score["correctness"] is None and score["length"] is None and score["total"] == 3.5
+    assert score["correctness"] is None and score["length"] is None and score["total"] == FORM
     assert StructuredReward(SCHEMA).score("prose")["correctness"] is None
     assert StructuredReward(SCHEMA).score("prose", GOOD)["correctness"] == 0.0
 
@@ -251,13 +253,13 @@ def test_an_empty_document_is_right_where_the_reference_is_empty():
     assert (
         reward.score("{}")["total"] == reward.score("{}", '{"a": 1}')["total"] == reward.score("{}", "[]")["total"] == 0
     )
-    assert reward.score("{}", "{}")["total"] == 4.5
+    assert reward.score("{}", "{}")["total"] == FULL
     assert StructuredReward(SCHEMA).score("{}", "{}")["total"] == 0  # the reference itself does not fit
 
 
 def test_without_a_schema_any_object_is_an_answer():
     reward = StructuredReward()
-    assert reward.score(GOOD, GOOD)["total"] == 4.5
+    assert reward.score(GOOD, GOOD)["total"] == FULL
     for hack in ("5", '"name"', "null", "{}", "[]", "prose"):
         assert reward.score(hack, GOOD)["total"] == 0
 
@@ -278,22 +280,22 @@ def test_tool_calls_with_allowed_values():
     reward = StructuredReward(schema, output_format="tool_call", references="allowed")
     reference = {"name": "f", "arguments": {"x": [1, 2], "unit": ["", "m"]}}
     assert reward.score('{"name": "f", "arguments": {"x": 2}}', reference)["correctness"] == 1
-    assert reward.score('{"name": "f", "arguments": {"x": 3}}', json.dumps(reference))["correctness"] == 0.5
+    assert reward.score('{"name": "f", "arguments": {"x": 3}}', json.dumps(reference))["correctness"] == 0
     message = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]
-    assert reward.score(message, reference)["total"] == 4.5
+    assert reward.score(message, reference)["total"] == FULL
     both = StructuredReward({"type": "array", "items": schema}, output_format="tool_call", references="allowed")
     two = [reference, {"name": "f", "arguments": {"x": [3]}}]
-    for text, correctness in (("31", 1), ("13", 1), ("11", 0.75), ("3", 0.5)):
+    for text, correctness in (("31", 1), ("13", 1), ("11", 0.5), ("3", 0.5)):
         calls = [{"name": "f", "arguments": {"x": int(x)}} for x in text]
         assert both.score(json.dumps(calls), json.dumps(two))["correctness"] == correctness
 
 
 def test_references_in_the_output_format():
     yaml = StructuredReward(SCHEMA, output_format="yaml")
-    assert yaml.score("name: soup\nservings: 4", "name: soup\nservings: 4")["total"] == 4.5
+    assert yaml.score("name: soup\nservings: 4", "name: soup\nservings: 4")["total"] == FULL
     xml = StructuredReward(SCHEMA, output_format="xml")
     text = "<recipe><name>soup</name><servings>4</servings></recipe>"
-    assert xml.score(text, text)["total"] == xml.score(text, GOOD)["total"] == 4.5
+    assert xml.score(text, text)["total"] == xml.score(text, GOOD)["total"] == FULL
 
 
 class Recipe(BaseModel):
@@ -307,16 +309,16 @@ def test_schemas_of_every_kind_score_alike(tmp_path):
     for schema in (Recipe, Recipe.model_json_schema(), json.dumps(Recipe.model_json_schema()), path, str(path)):
         reward = StructuredReward(schema)
         assert (
-            reward.score(GOOD)["total"] == 3.5
+            reward.score(GOOD)["total"] == FORM
             and reward.score('{"name": "soup"}')["structure"] == 0.1 + 0.9 * 1.25 / 2.25
         )
     row = StructuredReward({"type": "array"})
-    assert row.score(GOOD, schema=json.dumps(Recipe.model_json_schema()))["total"] == 3.5  # a row's own wins
+    assert row.score(GOOD, schema=json.dumps(Recipe.model_json_schema()))["total"] == FORM  # a row's own wins
 
 
 def test_more_values_than_a_score_may_visit():
     reward = StructuredReward({"type": "array", "items": {"type": "integer"}}, limits=Limits(max_values=4))
-    assert reward.score("[1, 2, 3]")["total"] == 3.5
+    assert reward.score("[1, 2, 3]")["total"] == FORM
     assert reward.score("[1, 2, 3, 4, 5]")["reason"] == "more than 4 values"
     assert reward.score('["a", ["b"], ["c"], {}, 5]')["reason"] == "more than 4 values"
     nested = {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}
@@ -459,14 +461,17 @@ def test_only_active_components_are_logged():
 
 def test_other_columns_can_be_read():
     reward = StructuredReward(schema_column="form", reference_column="gold")
-    assert reward(completions=[GOOD], form=[json.dumps(SCHEMA)], gold=[GOOD], answer=["not read"]) == [4.5]
+    assert reward(completions=[GOOD], form=[json.dumps(SCHEMA)], gold=[GOOD], answer=["not read"]) == [FULL]
 
 
 @pytest.mark.parametrize("preset", [None, "rl-struct"])
 def test_a_batch_without_its_schema_is_refused(preset):
-    """Where an integer `a` is required, `{"b": "x"}` is worth nothing, and without the schema it would be worth 3.5."""
+    """Where an integer `a` is required, `{"b": "x"}` is worth nothing, and without the schema it would be an answer."""
     wrong, rows = '{"b": "x"}', ['{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}']
-    assert StructuredReward(preset=preset)(completions=[wrong], schema=rows)[0] < StructuredReward({})([], [wrong])[0]
+    assert (
+        StructuredReward(preset=preset)(completions=[wrong], schema=rows)[0]
+        < StructuredReward({}, preset=preset)([], [wrong])[0]
+    )
     absent = "^The batch has no column `schema` and no schema is given for all rows; set `schema` .*_columns` false"
     for function in (StructuredReward(preset=preset), *StructuredReward(preset=preset).component_rewards()):
         with pytest.raises(ContractError, match=absent):
@@ -484,7 +489,7 @@ def test_a_named_reference_column_must_be_there():
     alone = StructuredReward(SCHEMA, reference_column="anwser", weights={"structure": 1})  # it compares with none
     assert alone(completions=[GOOD]) == [1.0]
     with pytest.warns(UserWarning, match="Rows have no column `answer`: the component correctness is off"):
-        assert StructuredReward(SCHEMA)(completions=[GOOD]) == [3.5]
+        assert StructuredReward(SCHEMA)(completions=[GOOD]) == [FORM]
 
 
 def test_components_share_one_reading(monkeypatch):
@@ -502,7 +507,7 @@ def test_components_share_one_reading(monkeypatch):
     assert found["correctness"][1] is None
     assert reward.last_scores == reward.score_batch(TEXTS, answer=columns["answer"])
     other = reward(completions=TEXTS, answer=[None, None, None])
-    assert other[0] == 3.6  # other references are another batch
+    assert other[0] == pytest.approx(FORM + WEIGHTS["length"])  # other references are another batch
 
 
 def test_a_batch_is_known_by_what_it_holds_not_by_its_list():

@@ -209,4 +209,4 @@ def test_text_values_take_the_type_that_the_function_declares():
 def test_every_family_earns_full_marks():
     reward = StructuredReward({**SCHEMA, "minItems": 2}, output_format="tool_call")
     for text in TWO.values():
-        assert reward.score(text, [CALL, SECOND])["total"] == 4.5
+        assert reward.score(text, [CALL, SECOND])["total"] == 4.0

@@ -28,7 +28,8 @@ from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.schemas import SchemaError, compile_schema
 
 DRAFT_4, DRAFT_6, DRAFT_7 = ({"$schema": f"http://json-schema.org/draft-0{n}/schema#"} for n in (4, 6, 7))
-FULL = 3.5  # without a reference
+FULL = 1.0  # without a reference
+CORRECT = 3.0
 scalars = st.sampled_from([None, True, 3, 2.5, "a", "red", ""])
 values = st.recursive(
     scalars,
@@ -433,11 +434,11 @@ def test_what_a_model_writes_is_a_perfect_answer_to_itself(model):
     text = model.model_dump_json()
     for reference in (text, model.model_dump(mode="json"), model.model_dump(), model):
         score = reward.score(text, reference)
-        assert (score["total"], score["correctness"], score["reason"]) == (FULL + 1, 1, None), type(reference)
-    assert reward.score(model.model_dump_json(by_alias=True), model)["total"] == FULL + 1
+        assert (score["total"], score["correctness"], score["reason"]) == (FULL + CORRECT, 1, None), type(reference)
+    assert reward.score(model.model_dump_json(by_alias=True), model)["total"] == FULL + CORRECT
     for key in json.loads(text) if text[0] == "{" else ():
         broken = json.loads(text) | {key: [{"zz": None}]}
-        assert reward.score(json.dumps(broken), model)["total"] < FULL + 1
+        assert reward.score(json.dumps(broken), model)["total"] < FULL + CORRECT
 
 
 def test_the_forms_of_a_model_do_not_mix():

@@ -10,7 +10,7 @@ a document has of a part is its credit, in [0, n]:
 - An array has the sum over the pairs of the alignment that keeps the order and has the most credit (of several, one
   with the most pairs), times n / (n + surplus · m): the surplus is the number of items more than the reference has, m
   the mean size of the reference's items, at least 1. So an item inserted, dropped or moved costs about one item.
-- Tool calls (`CallAligner`) pair in any order, and a call of another function has nothing.
+- Tool calls (`CallAligner`) pair in any order. A call of another function has nothing, nor has one made again.
 
 The share credit / n of the whole is the reward's correctness. What is wrong has no credit, so leaving it out gains
 nothing. What is invented takes from its own container alone, so each leaf put right raises the share, whatever else is
@@ -30,6 +30,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 from tokalign.rewards.structured.content import TextMatch, equal, token_f1
@@ -37,7 +38,7 @@ from tokalign.rewards.structured.shapes import Shape
 
 MISTYPED = 0.5  # credit of a string that spells the right scalar, or of a scalar where its spelling is right
 _BUDGET = 1 << 15  # steps of exact alignments in one document: some 10 ms
-_COLUMNS = 256  # of an index of records
+_INDEXED = 255  # most records and keys of an index
 _CONTAINERS = (dict, list)
 
 
@@ -136,20 +137,26 @@ def align(
 def mistyped(value: Any, right: Any) -> bool:
     """Whether exactly one of two scalars is a string, and it spells the other as JSON does."""
     if type(value) is str:
-        text, other = value, right
-    elif type(right) is str:
-        text, other = right, value
-    else:
-        return False
+        return type(right) is not str and equal(_spelled(value), right)
+    return type(right) is str and type(value) not in _CONTAINERS and equal(_spelled(right), value)
+
+
+_WORDS = {"true": True, "false": False, "null": None}
+
+
+def _spelled(text: str) -> Any:
+    """The scalar that a text spells; the text itself if none."""
     text = text.strip()
-    if other is None or isinstance(other, bool):
-        return text.lower() == ("null" if other is None else str(other).lower())
-    if not isinstance(other, int | float) or "_" in text:
-        return False
+    if text[:1] not in "+-.0123456789tfnTFN" or len(text) > 40 or "_" in text:
+        return text
+    if text.isdigit():
+        return int(text)
+    if (word := text.lower()) in _WORDS:
+        return _WORDS[word]
     try:
-        return (int(text) if text.lstrip("+-").isdigit() else float(text)) == other
+        return float(text)
     except ValueError:
-        return False
+        return text
 
 
 def below(pointer: str | None, key: Any) -> str | None:
@@ -197,7 +204,7 @@ _NULL = frozenset(("null",))
 
 
 class _Records:
-    """Index of an array of scalars, or of objects of scalars that all have the same keys and strings at the same ones.
+    """Index of an array of scalars, or of objects of scalars with the same keys and with strings at the same ones.
 
     It gives the credits of an item against many of the array's at once, as `Aligner.pair` gives them one by one.
     """
@@ -207,64 +214,67 @@ class _Records:
         """The index; None of other arrays."""
         named = items[0].keys is not None
         found = None
-        for item in items if len(items) <= _COLUMNS else ():
+        for item in items if len(items) <= _INDEXED else ():
             if (item.keys is not None) is not named or (not named and type(item.value) in _CONTAINERS):
                 return None
             row = item.value if named else {"": item.value}
             parts = item.keys if named else {"": item}
             own = {key: (type(value) is str, parts[key].size) for key, value in row.items()}
-            if any(type(value) in _CONTAINERS for value in row.values()) or (found is not None and own != found):
+            if any(type(value) in _CONTAINERS for value in row.values()) or own != (found or own):
                 return None
             found = own
-        return None if found is None else cls(items, found, plain)
+        return None if found is None or len(found) > _INDEXED else cls(items, found, plain)
 
     def __init__(self, items: Sequence[Part], keys: dict[str, tuple[bool, int]], plain: bool):
         self.named, self.plain = items[0].keys is not None, plain
         self.size = items[0].size
         self.strings = {key: string for key, (string, _) in keys.items()}
         self.rows = [item.value if self.named else {"": item.value} for item in items]
-        # The columns in which a value stands, each a digit of one number: adding these numbers counts the equal values
+        self.are_strings, self.types = [*self.strings.values()], [*map(type, self.rows[0].values())]
+        # The columns in which a value stands, each a byte of one number: adding these numbers counts the equal values
         # in all columns at once.
         self.places: dict[Any, int] = defaultdict(int)
         self.weighed = [key for key, (_, size) in keys.items() if size]
         for column, row in enumerate(self.rows):
             for key in self.weighed:
-                self.places[self._token(key, row[key])] += 1 << (column << 4)
+                token = (key, row[key]) if plain else (key, row[key], type(row[key]) is bool)
+                self.places[token] += 1 << (column << 3)
 
-    def _token(self, key: str, value: Any) -> Any:
-        return (key, value) if self.plain else (key, value, type(value) is bool)
-
-    def credits(self, value: Any, columns: range) -> list[float] | None:
-        """Credits of an item against these columns; None of one that is no such record."""
+    def credits(self, value: Any) -> Sequence[float] | None:
+        """Credits of an item against each of the array's; None of one that is no such record."""
         if (type(value) is dict) is not self.named or (not self.named and type(value) is list):
             return None
-        row, places, strings = value if self.named else {"": value}, self.places, self.strings
-        counts, odd = 0, []
+        row, get = value if self.named else {"": value}, self.places.get
         try:
-            for key, item in row.items():
-                counts += places.get((key, item) if self.plain else (key, item, type(item) is bool), 0)
-                if (type(item) is str) is not strings.get(key):
-                    odd.append(key)
+            if self.plain:
+                counts = sum(map(get, row.items(), repeat(0)))
+            else:
+                counts = sum([get((key, item, type(item) is bool), 0) for key, item in row.items()])
         except TypeError:  # it holds containers
             return None
-        credits: list[float] = [counts >> (column << 4) & 0xFFFF for column in columns]
+        credits = counts.to_bytes(len(self.rows), "little")
+        if row.keys() == self.strings.keys() and (
+            [*map(type, row.values())] == self.types or [type(item) is str for item in row.values()] == self.are_strings
+        ):
+            return credits
+        found: list[float] = [*credits]
         invented = 0
-        for key in odd:
-            if key not in strings:
+        for key, item in row.items():
+            if key not in self.strings:
                 invented += 1
-            elif key in self.weighed:
-                for index, column in enumerate(columns):
-                    credits[index] += MISTYPED * mistyped(row[key], self.rows[column][key])
-        if invented:
-            share = self.size / (self.size + invented)
-            credits = [credit * share for credit in credits]
-        return credits
+            elif (type(item) is str) is not self.strings[key] and key in self.weighed:
+                spelt = _spelled(item) if type(item) is str else None  # read once for all columns
+                for column, right in enumerate(self.rows):
+                    same = mistyped(item, right[key]) if spelt is None else equal(spelt, right[key])
+                    found[column] += MISTYPED * same
+        share = self.size / (self.size + invented)
+        return [own * share for own in found]
 
 
 # ------------------------------------------------------------------------------------------------------ the recursion
 
 Compare = Callable[[Any, Part, str | None, str | None], float]
-Found = list[tuple[int, int, float]]  # (item of the document, item of the reference, credit)
+Pairs = list[tuple[int, int]]  # (item of the document, item of the reference)
 
 
 class Aligner:
@@ -344,23 +354,21 @@ class Aligner:
         """Credit of a list of what `compare` compares, whose items may or may not come in any order."""
         begin = len(self.leaves or ())
         items = part.items or []
+        pairs: Pairs | None = None if at is None else []
+        if in_order or not value or not self._affords(len(value), len(items), part):
+            credit = self._in_order(value, part, compare, pairs)
+        else:
+            credit = self._in_any_order(value, items, compare, pairs)
         surplus = len(value) - len(items)
         invented = surplus * max(1.0, part.size / len(items)) if surplus > 0 else 0.0
-        if in_order or not self._affords(len(value), items):
-            found = self._in_order(value, items, part.records, compare)
-        else:
-            found = _assigned([[compare(item, child, None, None) for child in items] for item in value])
-        if at is None:
-            credit = sum([own for _, _, own in found], 0.0)
-        else:
-            credit = 0.0
-            for row, column, _ in found:
-                credit += compare(value[row], items[column], below(at, column), below(given, row))
-            columns = {column for _, column, _ in found}
+        if pairs is not None:
+            for row, column in pairs:
+                compare(value[row], items[column], below(at, column), below(given, row))
+            columns = {column for _, column in pairs}
             for column, child in enumerate(items):
                 if column not in columns:
                     self.lost(child, below(at, column), None, given)
-            rows = {row for row, _, _ in found}
+            rows = {row for row, _ in pairs}
             for row in range(len(value)):
                 if row not in rows:
                     weight = invented / (len(value) - len(rows))
@@ -393,58 +401,89 @@ class Aligner:
 
     # --------------------------------------------------------------------------------------------------------- pairing
 
-    def _in_order(self, value: list[Any], items: list[Part], records: _Records | None, compare: Compare) -> Found:
-        """The pairs of the alignment that keeps the order."""
+    def _in_order(self, value: list[Any], part: Part, compare: Compare, pairs: Pairs | None) -> float:
+        """Credit of the alignment that keeps the order; its pairs are appended to `pairs`, where they are wanted."""
         # Equal items at either end belong together in some best alignment: whatever else one of them could be paired
         # with has no more credit. So most lists need no table.
+        items = part.items or []
         rows, columns = len(value), len(items)
         least = min(rows, columns)
-        start, end = 0, 0
+        start, end, ends = 0, 0, 0
         while start < least and self.same(value[start], items[start]):
+            ends += items[start].size
             start += 1
         while end < least - start and self.same(value[rows - 1 - end], items[columns - 1 - end]):
             end += 1
-        found: Found = [(i, i, items[i].size) for i in range(start)]
+            ends += items[columns - end].size
+        if pairs is not None:
+            pairs += [(i, i) for i in range(start)] + [(rows - i, columns - i) for i in range(1, end + 1)]
         rest = range(start, rows - end), range(start, columns - end)
-        best = self._best(value, items, records, compare, *rest)
-        if best is None:
-            row, column = start, start
+        credit = self._best(value, part, compare, pairs, *rest)
+        if credit is None:
+            credit, row, column = 0.0, start, start
             for anchor in [*_anchors(value, items, *rest), (rows - end, columns - end)]:
-                part = range(row, anchor[0]), range(column, anchor[1])
-                best = self._best(value, items, records, compare, *part)
-                if best is None:
-                    best = [(i, j, compare(value[i], items[j], None, None)) for i, j in zip(*part, strict=False)]
-                found += best
+                between = range(row, anchor[0]), range(column, anchor[1])
+                within = self._best(value, part, compare, pairs, *between)
+                if within is None:
+                    both = list(zip(*between, strict=False))
+                    within = sum([compare(value[i], items[j], None, None) for i, j in both])
+                    if pairs is not None:
+                        pairs += both
+                credit += within
                 if anchor[0] < rows - end:
-                    found.append((*anchor, items[anchor[1]].size))
+                    credit += items[anchor[1]].size
+                    if pairs is not None:
+                        pairs.append(anchor)
                 row, column = anchor[0] + 1, anchor[1] + 1
-        else:
-            found += best
-        return found + [(rows - i, columns - i, items[columns - i].size) for i in range(end, 0, -1)]
+        return ends + credit
+
+    def _in_any_order(self, value: list[Any], items: list[Part], compare: Compare, pairs: Pairs | None) -> float:
+        """Credit of the best pairing; its pairs are appended to `pairs`, where they are wanted."""
+        from scipy.optimize import linear_sum_assignment  # only now: most references are one call
+
+        # An item that stands here more often than the reference has it is in no pair: it might have a part of another
+        # right, and repeating what is known would pay.
+        rows: list[int] = []
+        table: list[list[float]] = []
+        met: Counter[str] = Counter()
+        for index, item in enumerate(value):
+            credits = [compare(item, child, None, None) for child in items]
+            text = _written(item)
+            if not met[text] or met[text] < sum(own == child.size for own, child in zip(credits, items, strict=True)):
+                rows.append(index)
+                table.append(credits)
+            met[text] += 1
+        found = list(zip(*linear_sum_assignment(table, maximize=True), strict=True))
+        if pairs is not None:
+            pairs += [(rows[row], int(column)) for row, column in found]
+        return float(sum([table[row][column] for row, column in found]))
 
     def _best(
-        self,
-        value: list[Any],
-        items: list[Part],
-        records: _Records | None,
-        compare: Compare,
-        rows: range,
-        columns: range,
-    ) -> Found | None:
-        """The exact alignment of two stretches; None where the budget does not allow it."""
+        self, value: list[Any], part: Part, compare: Compare, pairs: Pairs | None, rows: range, columns: range
+    ) -> float | None:
+        """The same of two stretches, exactly; None where the budget does not allow it."""
         if not rows or not columns:
-            return []
-        if not self._affords(len(rows), items[columns.start : columns.stop]):
+            return 0.0
+        if not self._affords(len(rows), len(columns), part):
             return None
-        table: list[list[float]] = []
-        for row in rows:
-            credits = None if records is None or self.words else records.credits(value[row], columns)
-            table.append(credits or [compare(value[row], items[column], None, None) for column in columns])
-        return [(rows[row], columns[column], credit) for row, column, credit in _best_in_order(table)]
+        items, records = (part.items or [])[columns.start : columns.stop], None if self.words else part.records
+        table: list[Sequence[float]] = []
+        for item in value[rows.start : rows.stop]:
+            credits = None if records is None else records.credits(item)
+            if credits is None:
+                table.append([compare(item, child, None, None) for child in items])
+            else:
+                table.append(credits[columns.start : columns.stop])
+        if pairs is None:
+            return _most_in_order(table)[-1]
+        best: list[list[float]] = []
+        credit = _most_in_order(table, best)[-1]
+        pairs += [(rows.start + row, columns.start + column) for row, column in _traced(table, best)]
+        return credit
 
-    def _affords(self, rows: int, items: Sequence[Part]) -> bool:
-        """Whether the budget allows a table of so many rows and these columns, which it is then less by."""
-        steps = rows * (sum([item.size for item in items]) + len(items))
+    def _affords(self, rows: int, columns: int, part: Part) -> bool:
+        """Whether the budget allows a table of so many rows and columns of an array, which it is then less by."""
+        steps = rows * columns * (1 + part.size // len(part.items or "1"))
         if steps > self.left:
             return False
         self.left -= steps
@@ -456,7 +495,9 @@ class CallAligner(Aligner):
 
     def top(self, value: Any, part: Part) -> float:
         at = None if self.leaves is None else ""
-        several, wanted = type(value) is list, part.items is not None
+        several, wanted = type(value) is list, type(part.value) is list
+        if wanted and not part.items:
+            return self.pair(value, part, at, at)
         if not several and not wanted:
             return self.call(value, part, at, at)
         whole = part if wanted else Part([part.value], part.size, part.plain, None, [part])
@@ -481,39 +522,46 @@ class CallAligner(Aligner):
         return self.pair(value, part, at, given)
 
 
-def _assigned(table: list[list[float]]) -> Found:
-    """The best pairing in any order."""
-    from scipy.optimize import linear_sum_assignment  # only now: most references are one call
+def _most_in_order(table: list[Sequence[float]], best: list[list[float]] | None = None) -> list[float]:
+    """The most credit of pairs that keep the order, of all rows and the first j + 1 columns (Needleman and Wunsch).
 
-    rows, columns = linear_sum_assignment(table, maximize=True)
-    return [(int(row), int(column), table[row][column]) for row, column in zip(rows, columns, strict=True)]
-
-
-def _best_in_order(table: list[list[float]]) -> Found:
-    """The best alignment that keeps the order: the dynamic programme of Needleman and Wunsch."""
-    if len(table) == len(table[0]) and all(max(row) == row[i] for i, row in enumerate(table)):
-        return [(i, i, row[i]) for i, row in enumerate(table)]  # no row has a better place
-    # A little for each pair, so that wrong items have a place too; a power of two, which keeps the sums exact.
-    little = 2.0 ** -(min(len(table), len(table[0])).bit_length() + 20)
-    # best[i][j]: of the first i rows and j columns
-    best = [[0.0] * (len(table[0]) + 1)]
+    To `best`, where it is wanted, the same of the first i rows is appended for every i.
+    """
+    now = [0.0] * len(table[0])
     for row in table:
-        above, now, left = best[-1], [0.0], 0.0
-        for j, credit in enumerate(row):
-            left = max(above[j] + credit + little, above[j + 1], left)
-            now.append(left)
+        if best is not None:
+            best.append(now)
+        before, now = now, []
+        most = corner = 0.0
+        for above, credit in zip(before, row, strict=True):
+            corner += credit
+            if corner > most:
+                most = corner
+            if above > most:
+                most = above
+            now.append(most)
+            corner = above
+    if best is not None:
         best.append(now)
-    found: Found = []
+    return now
+
+
+def _traced(table: list[Sequence[float]], best: list[list[float]]) -> Pairs:
+    """The pairs that make the most credit, and those of what is left between two of them, in order."""
+    found: Pairs = []
     i, j = len(table), len(table[0])
+    end = (i, j)
     while i and j:
-        if best[i][j] == best[i - 1][j]:
+        if best[i][j - 1] == best[i - 1][j - 1]:
             i -= 1
-        elif best[i][j] == best[i][j - 1]:
+        elif j > 1 and best[i][j - 1] == best[i][j - 2]:
             j -= 1
         else:
+            found += zip(range(i, end[0]), range(j, end[1]), strict=False)
             i, j = i - 1, j - 1
-            found.append((i, j, table[i][j]))
-    return found[::-1]
+            found.append((i, j))
+            end = (i, j)
+    return [*zip(range(end[0]), range(end[1]), strict=False), *found]
 
 
 def _anchors(value: Sequence[Any], items: Sequence[Part], rows: range, columns: range) -> list[tuple[int, int]]:

@@ -197,7 +197,7 @@ class StructuredReward:
         found = self.alignment(document.value, reference)
         share = 0.0 if found is None else found.share
         # Two calls where one is wanted may hold the right one, but are no document of the schema
-        share = share if grade.attempt or (share and schema.takes(document.value)) else 0.0
+        share = share if grade.attempt or (grade is not _NOTHING and schema.takes(document.value)) else 0.0
         # A document that says something right is an attempt, whatever its types: a type fault costs its value alone.
         if not document.whole or not (grade.attempt or share):
             scores = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
