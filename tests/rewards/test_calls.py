@@ -124,7 +124,8 @@ def test_calls_may_come_in_any_order():
     assert calls_match(calls("rome", "Bonn", "Paris"), reference)
     assert allowed_agreement(calls("rome", "Bonn", "Paris"), reference) == 1
     for wrong, share in [
-        (calls("Rome", "Rome", "Paris"), 2.5 / 3),  # the second call has the right function and no right argument
+        (calls("Rome", "Rome", "Paris"), 2 / 3),  # a call made again has nothing
+        (calls("Rome", "Oslo", "Paris"), 2.5 / 3),  # the second call has the right function and no right argument
         (calls("Rome", "Paris"), 2 / 3),
         (calls("Rome", "Paris", "Bonn", "Bonn"), 3 / 4),
         ([*calls("Rome", "Paris"), {"name": "g", "arguments": {}}], 2 / 3),

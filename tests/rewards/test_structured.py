@@ -16,14 +16,14 @@ from tests.rewards import ordering
 from tests.rewards.ordering import COMPONENTS, fault, hacks, is_attempt, schemas, searching, text_of, valid
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured import reward as module
+from tokalign.rewards.structured.alignment import align, target_of
 from tokalign.rewards.structured.content import equal
 from tokalign.rewards.structured.documents.document import Limits
-from tokalign.rewards.structured.reward import WEIGHTS
+from tokalign.rewards.structured.reward import AROUND, BROKEN, WEIGHTS
 from tokalign.rewards.structured.schemas import SchemaError
 from tokalign.stage.errors import ContractError
 
-FULL = sum(WEIGHTS.values()) - WEIGHTS["length"]
-FORM = FULL - WEIGHTS["correctness"]  # without a reference
+FULL, FORM = 4.0, 1.0  # without bounds; and without a reference
 weightings = st.fixed_dictionaries({}, optional={name: st.floats(0.01, 5) for name in COMPONENTS[1:]})
 
 
@@ -103,9 +103,15 @@ def test_every_hack_is_below_every_honest_attempt(data):
     assert least["structure"] >= 0.1 and least["validity"] == 1
     for hack in hacks(schema, perfect):
         score = reward.score(hack, reference)
+        assert score["reason"] is not None
+        if score["correctness"]:  # the right document, broken off or with text around it
+            assert (
+                score["correctness"] <= AROUND and score["total"] < reward.score(text_of(perfect), reference)["total"]
+            )
+            score["total"] -= reward.weights.get("correctness", 0.0) * score["correctness"]
+            score["correctness"] = 0.0
         assert score["total"] < least["total"], (hack, score, least)
         assert all(score[name] <= least[name] for name in components(least)), hack
-        assert score["reason"] is not None
 
 
 @searching(100)
@@ -126,6 +132,146 @@ def test_a_value_put_right_pays(data):
     assert then["correctness"] > now["correctness"] and then["structure"] >= now["structure"]
     assert then["total"] >= now["total"]
     assert then["total"] > now["total"] or not reward.weights.get("correctness")
+
+
+@searching(100)
+@given(st.data())
+def test_what_says_nothing_right_is_below_what_says_half_with_one_fault_of_form(data):
+    """Law 1, outside unions: a document of another alternative may lack every key that the reference has."""
+    schema = data.draw(schemas().filter(lambda schema: '"kind"' not in json.dumps(schema)))
+    reference, empty = data.draw(valid(schema)), data.draw(valid(schema))
+    assume(isinstance(reference, dict) and reference)
+    fence = data.draw(st.sampled_from(["optional", "never"]))
+    reward = StructuredReward(schema, fence=fence, max_length=100_000)
+    constants = reward.score(json.dumps(empty), reference)
+    assume(constants["correctness"] == 0)
+    near = json.loads(json.dumps(reference))
+    for path in data.draw(st.permutations(sorted(scalars_of(reference), key=str))):
+        wrong = ordering.spoiled(near, path, "type", data.draw(st.sampled_from(["zz", 77, 7.5, True, "77"])))
+        if reward.score(json.dumps(wrong), reference)["correctness"] >= 0.5 and is_attempt(schema, wrong):
+            near = wrong
+    assume(is_attempt(schema, near))
+    least = 0.5
+    where = data.draw(st.sampled_from(["key", "string", "before", "after", "fence", "optional"]))
+    before = after = made = ""
+    if where == "key":
+        near["zz_extra"], least = 1, 1 / 3
+    elif where == "string":
+        numbers = [path for path in scalars_of(near) if type(ordering.at(near, path)) in (int, float)]
+        assume(numbers)
+        path = data.draw(st.sampled_from(numbers))
+        near, least = ordering.spoiled(near, path, "type", json.dumps(ordering.at(near, path))), 0.0
+    elif where == "optional":
+        optional = [key for key in near if key not in schema.get("required", ())]
+        assume(optional)
+        del near[data.draw(st.sampled_from(optional))]
+    else:
+        before, after = (
+            ("", "\nEnjoy!") if where == "after" else ("Here it is: ", "") if where == "before" else ("", "")
+        )
+        made = "json" if where == "fence" else ""
+    then = reward.score(text_of(near, before, after, made), reference)
+    assume(then["correctness"] >= least * (AROUND if before or after else 1))
+    assert constants["total"] < then["total"], (where, near)
+
+
+def scalars_of(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from scalars_of(item, (*path, key))
+    if not isinstance(value, dict | list):
+        yield path
+
+
+@searching(100)
+@given(st.data())
+def test_a_type_fault_costs_its_value_and_an_eighth(data):
+    """Law 5, as long as the document stays an attempt: one without anything right is none."""
+    schema = data.draw(schemas().filter(lambda schema: "anyOf" not in json.dumps(schema)))
+    reference = data.draw(valid(schema))
+    reward = StructuredReward(schema)
+    paths = [path for path in scalars_of(reference) if path]
+    assume(paths)
+    path = data.draw(st.sampled_from(paths))
+    worse = ordering.spoiled(reference, path, "type", data.draw(st.sampled_from(ordering.WRONG)))
+    now, then = reward.score(json.dumps(reference), reference), reward.score(json.dumps(worse), reference)
+    assume(then["validity"] == 1)
+    lost = reward.weights["correctness"] * (now["correctness"] - then["correctness"])
+    assert now["total"] - then["total"] <= lost + sum(WEIGHTS.values()) / 8
+    assert now["correctness"] - then["correctness"] <= 1 / align(reference, target_of(reference)).size * 1.0001
+
+
+def test_a_document_broken_off_or_with_text_around_it_earns_part_of_its_correctness():
+    """Law 2 beyond whole documents, and law 6: text after a document costs."""
+    reward, right = StructuredReward(SCHEMA), {"name": "soup", "servings": 4, "note": "hot"}
+    whole = json.dumps(right)
+    assert reward.score(f"{whole} Enjoy!", right)["correctness"] == AROUND
+    assert reward.score(whole[:-1], right)["correctness"] == BROKEN
+    for before, after in (("", " Enjoy!"), ("Here: ", "")):
+        totals = [
+            reward.score(before + json.dumps(value) + after, right)["total"]
+            for value in (
+                {"name": "x", "servings": 1},
+                {"name": "soup", "servings": 1},
+                {"name": "soup", "servings": 4},
+                right,
+            )
+        ]
+        assert totals == sorted(set(totals)) and totals[-1] < reward.score(whole, right)["total"]
+    broken = [reward.score(whole[:end], right)["correctness"] for end in range(len(whole))]
+    assert broken == sorted(broken) and set(broken) == {0, BROKEN / 3, BROKEN * 2 / 3, BROKEN}
+    assert reward.score(whole + whole, right)["total"] == 0
+
+
+def test_correctness_has_most_of_the_weight():
+    assert WEIGHTS["correctness"] >= sum(WEIGHTS.values()) / 2  # law 8
+
+
+def test_placeholders_are_below_what_is_nearly_right():
+    schema = {
+        "type": "object",
+        "properties": {"reasoning": {"type": "string"}, "answer": {"type": "number"}},
+        "required": ["reasoning", "answer"],
+    }
+    right = {"reasoning": "16-3-4=9 eggs, 9*2=18", "answer": 18}
+    totals = [
+        StructuredReward(schema).score(json.dumps(value), right)["total"]
+        for value in (right, {**right, "answer": "18"}, {**right, "unit": "$"}, {"reasoning": "", "answer": 0})
+    ]
+    assert totals[0] == FULL and min(totals[1:3]) > 2 * totals[3] > 0
+
+
+def test_a_list_without_its_first_item_is_above_an_empty_one():
+    schema = {
+        "type": "object",
+        "properties": {"title": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}},
+        "required": ["title", "tags"],
+    }
+    right = {"title": "t", "tags": ["a", "b", "c", "d"]}
+    less, empty = (StructuredReward(schema).score(json.dumps({"title": "t", "tags": t}), right) for t in ([*"bcd"], []))
+    assert less["correctness"] == 4 / 5 and empty["correctness"] == 1 / 5
+
+
+def test_parallel_calls_come_in_any_order():
+    call = {
+        "type": "object",
+        "properties": {
+            "name": {"const": "f"},
+            "arguments": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+        "required": ["name", "arguments"],
+    }
+    reward = StructuredReward({"type": "array", "items": call, "minItems": 1}, output_format="tool_call")
+    made = {city: {"name": "f", "arguments": {"city": city}} for city in ("Paris", "Rome")}
+
+    def total(*cities):
+        text = "\n".join(f"<tool_call>{json.dumps(made[city])}</tool_call>" for city in cities)
+        return reward.score(text, reference=[*made.values()])["total"]
+
+    assert total("Rome", "Paris") == total("Paris", "Rome") == FULL > total("Paris", "Paris") == total("Paris")
+    single = StructuredReward(call, output_format="tool_call")
+    text = f"<tool_call>{json.dumps(made['Rome'])}</tool_call>"
+    assert single.score(text + text, made["Rome"])["total"] == 0  # nobody can tell which one is meant
 
 
 def differing(value, reference, path=()):

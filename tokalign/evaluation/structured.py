@@ -8,7 +8,7 @@ Figures, each with its count and 95 % interval, of one completion a problem, gre
 | `structure` | all required keys with values of the right types and no invented key (`StructuredReward`: structure 1) |
 | `compliance` | valid under the whole schema, and no invented key (`StructuredReward`: schema 1) |
 | `content_f1` | F1 over typed leaves against the reference, 0 without a document; over problems with a reference |
-| `exact_match` | typed equality with the reference; over problems with a reference |
+| `exact_match` | typed equality with the reference, tool calls in any order; over problems with a reference |
 | `invented_keys` | mean number of keys that the schema does not know; over documents |
 | `hallucinated` | has any invented key; over documents |
 | `total` | the reward |
@@ -196,7 +196,7 @@ def judge(reward: StructuredReward, text: str, reference: str | None, schema: st
             content, exact = scores["correctness"], calls_match(document.value, decode_json(reference))
         else:
             right = decode_json(reference)
-            content, exact = leaf_f1(document.value, right), equal(document.value, right)
+            content, exact = leaf_f1(document.value, right), _exactly(document.value, right, reward.output_format)
     return {
         "total": scores["total"],
         "reason": scores["reason"],
@@ -209,6 +209,20 @@ def judge(reward: StructuredReward, text: str, reference: str | None, schema: st
         "invented_keys": invented,
         "hallucinated": None if invented is None else invented > 0,
     }
+
+
+def _exactly(value: Any, right: Any, output_format: str) -> bool:
+    """Typed equality; the order of tool calls is free."""
+    if output_format != "tool_call" or not (isinstance(value, list) and isinstance(right, list)):
+        return equal(value, right)
+    # equality is transitive, so each call may take the first that it equals
+    left = list(right)
+    for call in value:
+        index = next((index for index, one in enumerate(left) if equal(call, one)), None)
+        if index is None:
+            return False
+        del left[index]
+    return not left
 
 
 class Timing:

@@ -362,7 +362,11 @@ class StructuredReward:
                 f"{what} has no column `{self.reference_column}`; set `reference_column` to the column that holds the "
                 "right documents, or leave the component correctness out of the weights."
             )
-        warnings.warn(f"Rows have no column `{REFERENCE_COLUMN}`: the component correctness is off.", stacklevel=1)
+        warnings.warn(
+            f"Rows have no column `{REFERENCE_COLUMN}`: the component correctness is off, and the reward cannot see "
+            "what a document says: placeholders that fit the schema have full marks.",
+            stacklevel=1,
+        )
 
     # -------------------------------------------------------------------------------------------------------- a batch
 
