@@ -179,12 +179,15 @@ def plain_allowed(call, reference):
     right = total = 0
     for key in set(call["arguments"]) | set(reference["arguments"]):
         allowed = reference["arguments"].get(key, [])
-        if key not in call["arguments"]:
-            total += 0 if any(isinstance(one, str) and one == "" for one in allowed) else 1
-        else:
-            total += 1
+        optional = any(isinstance(one, str) and one == "" for one in allowed)
+        own = 0
+        if key in call["arguments"]:
             value = call["arguments"][key]
-            right += 1 if any(same(value, one) for one in allowed) else any(mistyped(value, one) for one in allowed) / 2
+            own = 1 if any(same(value, one) for one in allowed) else any(mistyped(value, one) for one in allowed) / 2
+        if not optional:
+            right, total = right + own, total + 1
+        elif key in call["arguments"]:
+            total += 1 - own  # right or left out, it counts nothing
     return (1 + right) / (1 + total)
 
 

@@ -130,7 +130,7 @@ class AllowedAligner(CallAligner):
 
     An argument has credit 1 if its value is right, `alignment.MISTYPED` if it spells an allowed one. An array or object
     that is not right has `_IN_PARTS` of the share of it that is. Any other value has 0. An argument that may be left
-    out counts only where it is there; one that the reference does not know is invented.
+    out counts only where it is wrong; one that the reference does not know is invented.
     """
 
     @staticmethod
@@ -158,17 +158,22 @@ class AllowedAligner(CallAligner):
             self._lost_call(part, at, below(given, "name") if named else None, given)
             return 0.0
         begin = len(self.leaves or ())
-        credit, invented = 0.0, 0
+        credit, invented = 0.0, 0.0
         if part.keys and part.keys["name"].size:
             credit = 1.0
             self.note(below(at, "name"), below(given, "name"), 1.0, "value")
         at, given = below(at, "arguments"), below(given, "arguments")
         for key, argument in arguments.items():
             if key in allowed:
-                invented += not _needed(key, reference)  # beyond the size of what is needed
-                own = _credit(argument, key, reference)
-                credit += own
-                self.note(below(at, key), below(given, key), own, "value")
+                own, weight = _credit(argument, key, reference), 1.0
+                if _needed(key, reference):
+                    credit += own
+                else:
+                    # Leaving it out is as right as a right value, which therefore pays nothing: else a guess of what
+                    # may be anything (either truth value, say) would raise the share. What is wrong is an invention.
+                    own, weight = float(own == 1.0), 1.0 - own
+                    invented += weight
+                self.note(below(at, key), below(given, key), own, "value", weight)
             else:
                 invented += 1
                 self.note(below(given, key), below(given, key), 0.0, "invented")
