@@ -13,8 +13,9 @@ nearly right answer is the reference with one fault (`FAULTS`), at every place t
 A placeholder that is right by luck (`false` where false is asked for) is worth what a right value is worth, and no
 reward can tell luck from knowledge in one row. So a placeholder is taken that the reference does not have under that
 key, where the schema has one. The row "fixed placeholders" counts the luck and is no part of the ratio. For the same
-reason a whole text that is right in all does not count. Copies of *all* words or numbers of the request do, right ones
-among them: who enumerates did not choose. A copy of one right word is an honest value and is not among the policies.
+reason a list of all numbers of the request does not count where it is the very list that is asked for, nor does a whole
+text that is right in all. Else lists of everything count, right items among them: who enumerates did not choose. A copy
+of one right word is an honest value and is not among the policies.
 
 Writes results.json; docs/results/dishonest.md shows it.
 """
@@ -106,6 +107,7 @@ class Filling:
         if kind == "array":
             inner = schema.get("items", {})
             fitting = [value for value in self.listed if fits(value, inner)]
+            fitting = fitting if self.wrong(fitting, key) else []
             # no item may be right, too: where the reference has none, or where BFCL takes "" for it
             least = 0 if self.wrong([], key) and self.wrong("", key) else 1
             items = max(self.items, least, schema.get("minItems", 0))
@@ -126,21 +128,23 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
 
 def known_as(value: Any) -> str:
     """What makes two values the same: as JSON, strings without case, spaces and the signs that BFCL leaves out."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(known_as, value))}]"
     if type(value) in (int, float):
         return json.dumps(float(value))
     return json.dumps(re.sub(r"[ ,./\-_*^]", "", value).lower() if isinstance(value, str) else value)
 
 
 def by_key(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The scalars and empty lists of a document as `known_as`, each with the nearest key above it."""
+    """The scalars and lists of scalars in a document as `known_as`, each with the nearest key above it."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from by_key(item, name)
-    elif isinstance(value, list) and value:
-        for item in value:
-            yield from by_key(item, key)
-    else:
+        return
+    if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
         yield key, known_as(value)
+    for item in value if isinstance(value, list) else ():
+        yield from by_key(item, key)
 
 
 # --------------------------------------------------------------------------------------------------- dishonest answers
