@@ -31,7 +31,9 @@ from rich.console import Console
 from rich.table import Table as ScreenTable
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("critical_token_dpo", "treg", "structured_grpo", "routing", "compositions", "speed", "reliability")
+PAGES = (
+    "critical_token_dpo", "treg", "structured_grpo", "dishonest", "routing", "compositions", "speed", "reliability",
+)  # fmt: skip
 MARK = re.compile(r"<!-- (table|number): (.+?) -->.*?<!-- end -->", re.DOTALL)
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
 NOT_RUN = "*not run*"

@@ -7,7 +7,8 @@ r"""Everything that docs/results/ says, in one command: runs the experiments, ke
 
 Each experiment is a file of experiments/, run with the arguments below, one after the other. A killed suite started
 again skips what is finished and goes on within the experiment that it was at. On a machine with a GPU `speed-gpu` runs
-as well: the same measurements in bf16 at the shapes of 1.5B and 8B models.
+as well: the same measurements in bf16 at the shapes of 1.5B and 8B models. `dishonest` runs where the variable
+TOKALIGN_SHARED_DATA names the folder with the public data sets that it reads.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # as a script, this file has its own folder there
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.experiments.dishonest import DATA  # noqa: E402
 from benchmarks.render import read_json, render, write_json  # noqa: E402
 from tokalign.cli.ledger_models import trained_model  # noqa: E402
 
@@ -46,7 +48,7 @@ class Experiment:
         full: beside the module's defaults. quick: of the short run; `{base}` stands for the ledger's weak base model,
             `{early}` for one that was stopped early in its training (short runs wait for no large model).
         threads: CPU threads that PyTorch gets; one where the models are so small that more would only wait.
-        gpu: it needs one.
+        gpu: it needs one. data: it needs the public data sets.
     """
 
     name: str
@@ -54,6 +56,11 @@ class Experiment:
     full: str = ""
     threads: int = 1
     gpu: bool = False
+    data: bool = False
+
+    def possible(self) -> bool:
+        """Whether this machine has what it needs."""
+        return (not self.gpu or torch.cuda.is_available()) and (not self.data or bool(os.environ.get(DATA)))
 
     def command(self, *, quick: bool) -> list[str]:
         """What is run, without the folder that it writes."""
@@ -83,6 +90,7 @@ EXPERIMENTS = (
         f"{FEW} --base {{base}} --eval_model {{base}} --llm {{early}} --rollouts 4 --pairs 32 --continuations 4",
     ),
     Experiment("faults", "--kills 2 --training_kills 2 --only pairs score_contrast write-answers critical_dpo"),
+    Experiment("dishonest", "--rows 20", data=True),
     Experiment("speed", "--size quick", threads=os.cpu_count() or 1),
     Experiment(
         "speed-gpu",
@@ -119,8 +127,7 @@ def main(args: SuiteArguments) -> None:
         raise SystemExit(f"No experiment {', '.join(sorted(unknown))}; there are {', '.join(names)}.")
     if not args.render:
         for experiment in EXPERIMENTS:
-            chosen = experiment.name in args.only if args.only else not experiment.gpu or torch.cuda.is_available()
-            if chosen:
+            if experiment.name in args.only if args.only else experiment.possible():
                 run(experiment, out, results / "data", quick=args.quick)
     render(results, pages)
 

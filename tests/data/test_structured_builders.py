@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard
 
 from tests.data.test_builders import DATA, needs_data, write
 from tests.support import tiny_tokenizer
-from tokalign.data.builders import bfcl, cooking, gsm8k, gsm8k_json
+from tokalign.data.builders import bfcl, cooking, gsm8k, gsm8k_json, snips
 from tokalign.data.builders import problems as own
 from tokalign.prompts import PromptRendering
 from tokalign.rewards import StructuredReward
@@ -206,6 +206,94 @@ def test_real_gsm8k_becomes_documents(tmp_path: Path) -> None:
         document = checked(row)
         assert json.loads(row["answer"]) == document
         assert not any("<<" in step["text"] or not step["calculation"] for step in document["steps"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- SNIPS
+
+SPOKEN = [
+    {"text": "Play Motörhead on Deezer ", "intent": "Play", "slots": [["service", "Deezer "], ["artist", "Motörhead"]]},
+    {"text": "Rate it 5", "intent": "Rate", "slots": [["value", "5"]]},
+    {"text": "Play something", "intent": "Play", "slots": []},
+    {"text": "Play Pandora on Deezer", "intent": "Play", "slots": [["service", "Pandora"], ["service", "Deezer"]]},
+]
+
+
+def build_snips(folder: Path, rows: list[dict], **options) -> Dataset:
+    source = write(folder / "train.jsonl", rows)
+    snips.main(snips.SnipsArguments(source=source, output_dir=str(folder / "out"), **options))
+    return load_stage(folder / "out", split="train", stage="structured")
+
+
+def test_snips_sentences_become_documents_and_no_slot_is_required(tmp_path: Path) -> None:
+    rows = build_snips(tmp_path, SPOKEN)
+    assert [checked(row) for row in rows] == [
+        {"intent": "Play", "artist": "Motörhead", "service": "Deezer"},
+        {"intent": "Rate", "value": "5"},
+        {"intent": "Play"},
+    ]
+    assert rows["answer"] == [row["completion"][0]["content"] for row in rows]
+    assert {row["schema"] for row in rows} == {rows[0]["schema"]}
+    texts = {name: {"type": "string"} for name in ("artist", "service", "value")}
+    assert json.loads(rows[0]["schema"]) == {
+        "type": "object",
+        "properties": {"intent": {"enum": ["Play", "Rate"]}, **texts},
+        "required": ["intent"],
+        "additionalProperties": False,
+    }
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {"two texts for one slot": 1}
+
+
+def test_snips_prompts_and_schemas_are_those_asked_for(tmp_path: Path) -> None:
+    options = {"schemas": "intent", "show_schema": False, "show_keys": True, "instruction": ""}
+    play, rate = build_snips(tmp_path / "intent", SPOKEN[:2], **options)
+    assert play["prompt"][0]["content"] == "Play Motörhead on Deezer\nIntents: Play\nSlots: artist, service"
+    assert json.loads(rate["schema"])["properties"] == {"intent": {"const": "Rate"}, "value": {"type": "string"}}
+    shown = build_snips(tmp_path / "shown", SPOKEN[:2])[1]
+    assert shown["prompt"][0]["content"].split("\n") == [
+        "Rate it 5",
+        "Answer with one JSON document and nothing else.",
+        "JSON Schema: " + shown["schema"],
+    ]
+    with pytest.raises(ContractError, match="'one'; use 'all' or 'intent'"):
+        build_snips(tmp_path, SPOKEN, schemas="one")
+
+
+def test_the_folder_of_the_snips_benchmark_is_read(tmp_path: Path) -> None:
+    def query(*parts: tuple) -> dict:
+        return {"data": [{"text": text} | ({"entity": slot[0]} if slot else {}) for text, *slot in parts]}
+
+    folder = tmp_path / "engines" / "Play"
+    folder.mkdir(parents=True)
+    few, all_of_them = [query(("Play",))], [query(("Play ",), ("Motörhead", "artist")), query(("Play",))]
+    (folder / "train_Play.json").write_text(json.dumps({"Play": few}))
+    full = folder / "train_Play_full.json"
+    full.write_bytes(json.dumps({"Play": all_of_them}, ensure_ascii=False).encode("latin-1"))
+    (folder / "validate_Play.json").write_text(json.dumps({"Play": [query(("to", "artist"), (" it",))]}))
+    args = snips.SnipsArguments(source=str(tmp_path / "engines"), output_dir=str(tmp_path / "out"))
+    snips.main(args)
+    train, test = (load_stage(tmp_path / "out", split=split, stage="structured") for split in ("train", "test"))
+    assert [checked(row) for row in train] == [{"intent": "Play", "artist": "Motörhead"}, {"intent": "Play"}]
+    assert train[0]["prompt"][0]["content"].startswith("Play Motörhead\n")
+    assert [checked(row) for row in test] == [{"intent": "Play", "artist": "to"}]
+    full.write_text('{"Rate": []}')
+    with pytest.raises(ContractError, match=r"train_Play_full.json is not a file of the benchmark"):
+        snips.main(args)
+
+
+@pytest.mark.skipif(not (DATA / "snips" / "test.jsonl").exists(), reason=f"no SNIPS under {DATA}")
+def test_real_snips_becomes_documents_of_full_marks(tmp_path: Path) -> None:
+    snips.main(snips.SnipsArguments(source=str(DATA / "snips"), output_dir=str(tmp_path)))
+    assert DatasetCard.load(tmp_path / "README.md").data.license == "cc0-1.0"
+    reward = StructuredReward()
+    for split, kept, dropped in (("train", 2096, 4), ("test", 1397, 3)):
+        rows = load_stage(tmp_path, split=split, stage="structured")
+        assert len(rows) == kept
+        assert read_manifest(tmp_path / split)["dropped"] == {"two texts for one slot": dropped}
+        for row in rows.select(range(0, kept, 20)):
+            document = checked(row)
+            assert json.loads(row["answer"]) == document
+            scores = reward.score(row["completion"], row["answer"], row["schema"])
+            assert scores["total"] == sum(reward.weights[name] for name in reward.active)
 
 
 # ----------------------------------------------------------------------------------------------------------------- BFCL

@@ -70,6 +70,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             Verb("math", "tokalign.data.builders.hendrycks_math", "MATH, competition problems"),
             Verb("ultrafeedback", "tokalign.data.builders.ultrafeedback", "UltraFeedback, open instructions"),
             Verb("gsm8k-json", "tokalign.data.builders.gsm8k_json", "GSM8K answered as JSON"),
+            Verb("snips", "tokalign.data.builders.snips", "SNIPS, sentences to a voice assistant as JSON"),
             Verb("bfcl", "tokalign.data.builders.bfcl", "function calls of the Berkeley leaderboard"),
             Verb("cooking", "tokalign.data.builders.cooking", "cooking recipes as JSON"),
             Verb("ledger", "tokalign.worlds.ledger_builder", "the made-up ledger world"),

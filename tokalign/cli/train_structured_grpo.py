@@ -6,8 +6,8 @@ r"""GRPO with structured-output rewards: teach a model to answer in the structur
     tokalign structured-grpo --model_name_or_path runs/sft --dataset_name runs/gsm8k_json \
         --schema schema.json --rollouts vllm-colocate --output_dir runs/structured_grpo
 
-`dataset_name` is a folder of structured problems (`tokalign data gsm8k-json|bfcl|cooking|ledger|problems`) or a dataset
-on the hub with a column `prompt`; `schema` (a JSON file) is for all rows, the column `schema` for each. With
+`dataset_name` is a folder of structured problems (`tokalign data gsm8k-json|snips|bfcl|cooking|ledger|problems`) or a
+dataset on the hub with a column `prompt`; `schema` (a JSON file) is for all rows, the column `schema` for each. With
 `--rollouts vllm-server`, start `trl vllm-serve --model …` on other GPUs first. Besides the model, `output_dir` gets
 `log_history.json` and `curriculum.png`: every component of the reward over the steps.
 """

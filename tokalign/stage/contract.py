@@ -48,7 +48,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 _MADE_BY = {
     "problems": "`tokalign data`",
-    "structured": "`tokalign data gsm8k-json`, `bfcl` or `cooking`, which write a schema a row",
+    "structured": "`tokalign data gsm8k-json`, `snips`, `bfcl` or `cooking`, which write a schema a row",
     "rollouts": "`tokalign sample`",
     "preferences": "`tokalign pairs`",
     "sft": "`tokalign pairs`",

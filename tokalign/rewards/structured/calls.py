@@ -38,8 +38,10 @@ from tokalign.rewards.structured.alignment import (
     Aligner,
     CallAligner,
     Part,
+    align,
     below,
     mistyped,
+    target_of,
 )
 from tokalign.rewards.structured.content import equal
 from tokalign.rewards.structured.literals import read_literal
@@ -64,6 +66,7 @@ _OTHERS: dict[str, type] = {
     **dict.fromkeys(("HashMap", "Hashtable", "dict"), dict),
 }
 _KEYS = {"name", "arguments", "types", "required", "language"}
+_IN_PARTS = 0.9  # most that an array or object earns which is not right as a whole
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 Reference = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -125,8 +128,9 @@ def _fits(call: Any, reference: Mapping[str, Any]) -> bool:
 class AllowedAligner(CallAligner):
     """Of calls with a reference of allowed values: the function's name and each argument are leaves.
 
-    An argument has credit 1 if its value is right, `alignment.MISTYPED` if it spells an allowed one, else 0. One that
-    may be left out counts only where it is there; one that the reference does not know is invented.
+    An argument has credit 1 if its value is right, `alignment.MISTYPED` if it spells an allowed one. An array or object
+    that is not right has `_IN_PARTS` of the share of it that is. Any other value has 0. An argument that may be left
+    out counts only where it is wrong; one that the reference does not know is invented.
     """
 
     @staticmethod
@@ -154,17 +158,22 @@ class AllowedAligner(CallAligner):
             self._lost_call(part, at, below(given, "name") if named else None, given)
             return 0.0
         begin = len(self.leaves or ())
-        credit, invented = 0.0, 0
+        credit, invented = 0.0, 0.0
         if part.keys and part.keys["name"].size:
             credit = 1.0
             self.note(below(at, "name"), below(given, "name"), 1.0, "value")
         at, given = below(at, "arguments"), below(given, "arguments")
         for key, argument in arguments.items():
             if key in allowed:
-                invented += not _needed(key, reference)  # beyond the size of what is needed
-                own = _credit(argument, key, reference)
-                credit += own
-                self.note(below(at, key), below(given, key), own, "value")
+                own, weight = _credit(argument, key, reference), 1.0
+                if _needed(key, reference):
+                    credit += own
+                else:
+                    # Leaving it out is as right as a right value, which therefore pays nothing: else a guess of what
+                    # may be anything (either truth value, say) would raise the share. What is wrong is an invention.
+                    own, weight = float(own == 1.0), 1.0 - own
+                    invented += weight
+                self.note(below(at, key), below(given, key), own, "value", weight)
             else:
                 invented += 1
                 self.note(below(given, key), below(given, key), 0.0, "invented")
@@ -194,7 +203,52 @@ def _credit(value: Any, key: str, reference: Mapping[str, Any]) -> float:
     allowed = reference["arguments"][key]
     if _right(value, key, reference) or any(_is_allowed(value, one) for one in allowed):
         return 1.0
+    return _best(value, allowed)
+
+
+# ------------------------------------------------------------------------------------- arrays and objects, in parts
+
+
+def _best(value: Any, allowed: list[Any]) -> float:
+    """Credit of a value that is not right, by the allowed one that it comes nearest to."""
+    if isinstance(value, list | dict):
+        # The rest is for a value that is right as a whole, by its declared type too.
+        return _IN_PARTS * max((_parts(value, one) for one in allowed), default=0.0)
     return MISTYPED if any(mistyped(value, one) for one in allowed) else 0.0
+
+
+def _parts(value: Any, one: Any) -> float:
+    """Share of an array or object that is right, by the rules of the alignment; 0 of two kinds."""
+    if isinstance(value, list) and isinstance(one, list):
+        return align(value, target_of(_first_allowed(one))).share
+    if not isinstance(value, dict) or not isinstance(one, dict):
+        return 0.0
+    lists = _alternatives(one)
+    known = value.keys() & lists.keys()
+    size = len(known) + sum(key not in value and "" not in values for key, values in lists.items())
+    credit = sum(
+        [
+            1.0 if any(_is_allowed(value[key], each) for each in lists[key]) else _best(value[key], lists[key])
+            for key in sorted(known)
+        ]
+    )
+    return credit / max(size + len(value) - len(known), 1)
+
+
+def _first_allowed(one: Any) -> Any:
+    """An allowed value with its objects as plain ones: of each key the first value."""
+    if isinstance(one, list):
+        return [_first_allowed(item) for item in one]
+    if not isinstance(one, dict):
+        return one
+    first = {key: next((each for each in values if each != ""), "") for key, values in _alternatives(one).items()}
+    return {key: _first_allowed(each) for key, each in first.items()}
+
+
+def _alternatives(one: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The allowed values of each key of an object; of one that holds plain values, those alone."""
+    plain = not all(isinstance(values, list) for values in one.values())
+    return {key: [values] if plain else values for key, values in one.items()}
 
 
 # ------------------------------------------------------------------------------------------- values, by declared type
