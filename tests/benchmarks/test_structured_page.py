@@ -14,6 +14,7 @@ import pytest
 from benchmarks.experiments.common import over_seeds
 from benchmarks.experiments.structured_ledger import (
     ABLATED,
+    BETA,
     BOUND,
     CONSTRAINED,
     CREDITS,
@@ -249,12 +250,12 @@ def test_all_methods_see_as_many_samples_as_grpo():
 
 
 def test_every_grpo_has_an_anchor_but_the_earlier_one_and_ablations_follow_the_better_credit():
-    assert options_of(SEQUENCE, FIELD) == {"beta": 0.04, "credit": "sequence"}
-    assert options_of(FIELD, SEQUENCE) == {"beta": 0.04, "credit": "field"}
-    assert options_of(LITERAL, FIELD) == {"beta": 0.04, "credit": "sequence", "reward_preset": "rl-struct"}
+    assert options_of(SEQUENCE, FIELD) == {"beta": BETA, "credit": "sequence"}
+    assert options_of(FIELD, SEQUENCE) == {"beta": BETA, "credit": "field"}
+    assert options_of(LITERAL, FIELD) == {"beta": BETA, "credit": "sequence", "reward_preset": "rl-struct"}
     for credit, name in zip(CREDITS, ("sequence", "field"), strict=True):
         options = options_of("GRPO − validity", credit)
-        assert options["credit"] == name and options["beta"] == 0.04
+        assert options["credit"] == name and options["beta"] == BETA
         assert json.loads(options["component_weights"]).items() < WEIGHTS.items()
         assert options_of("GRPO − correctness", credit)["credit"] == "sequence"
     assert options_of(EARLIER, FIELD)["beta"] == 0 and options_of(EARLIER, FIELD)["credit"] == "sequence"
