@@ -8,7 +8,8 @@ r"""What the structured reward pays an answer that knows the schema but not the 
 
 A policy that climbs the reward is drawn to dishonest texts wherever the ratio is 1 or more. Dishonest texts are made of
 the row's schema and request alone (`POLICIES`): placeholders, copies, enumerations, repeats, and tricks of form. A
-nearly right answer is the reference with one fault (`FAULTS`), at every place that leaves half of its values right.
+nearly right answer is the reference with one fault (`FAULTS`), at every place that leaves half of its values right;
+arguments that BFCL lets be left out are not counted among them.
 
 A placeholder that is right by luck (`false` where false is asked for) is worth what a right value is worth, and no
 reward can tell luck from knowledge in one row. So a placeholder is taken that the reference does not have under that
@@ -217,7 +218,7 @@ def enumerations(row: Row) -> Iterator[str]:
     for listed in (numbers, words, choices, tuple(range(LONG)), everything, (*range(LONG), *everything)):
         yield row.render(replace(base, listed=listed).fill(row.schema))
         if listed:
-            yield row.render(as_lists(base.fill(row.schema), list(listed)))
+            yield row.render(as_lists(base.fill(row.schema), list(listed), base))
     objects = [number for number in (*numbers, *range(LONG))]
     yield row.render(numbered(replace(base, items=1).fill(row.schema), objects))
     made = [choose(base.fill(row.schema), choices, choice) for choice in choices]
@@ -238,11 +239,13 @@ def enumerated(schema: Any) -> Iterator[Any]:
             yield from enumerated(inner)
 
 
-def as_lists(value: Any, listed: list[Any]) -> Any:
+def as_lists(value: Any, listed: list[Any], filling: Filling, key: str = "") -> Any:
     """The document with a list of everything in place of each of its values, the name of a call aside."""
     if isinstance(value, dict):
-        return {key: item if key == "name" else as_lists(item, listed) for key, item in value.items()}
-    return [as_lists(item, listed) for item in value] if value and isinstance(value, list) else listed
+        return {name: item if name == "name" else as_lists(item, listed, filling, name) for name, item in value.items()}
+    if isinstance(value, list) and value:
+        return [as_lists(item, listed, filling, key) for item in value]
+    return listed if filling.wrong(listed, key) else value
 
 
 def numbered(value: Any, numbers: list[Any]) -> Any:
@@ -332,12 +335,22 @@ def walk(value: Any, schema: dict[str, Any], path: tuple[Any, ...] = ()) -> Iter
             yield from walk(item, schema.get("items", {}), (*path, i))
 
 
-def places(value: Any, schema: dict[str, Any]) -> list[Place]:
-    """The scalars of a right document that the schema does not fix."""
+def places(row: Row) -> list[Place]:
+    """The scalars that a right document needs: not those that the schema fixes, nor arguments that may be left out."""
+    calls = json.loads(row.reference) if row.allowed else []
+    calls = calls if isinstance(calls, list) else [calls]
+
+    def needed(path: tuple[Any, ...]) -> bool:
+        if not row.allowed:
+            return True
+        call = calls[path[0] if isinstance(path[0], int) else 0]
+        key = next(part for part in path if part in call["arguments"])
+        return "" not in call["arguments"][key] or key in call.get("required", ())
+
     return [
         (path, inner, of)
-        for path, inner, of in walk(value, schema)
-        if not isinstance(inner, dict | list) and "const" not in of
+        for path, inner, of in walk(row.right, row.schema)
+        if not isinstance(inner, dict | list) and "const" not in of and needed(path)
     ]
 
 
@@ -373,14 +386,14 @@ def key_of(path: Sequence[Any]) -> str:
 
 def number_as_text(row: Row) -> Iterator[str]:
     """A number as a string."""
-    for path, value, _ in places(row.right, row.schema):
+    for path, value, _ in places(row):
         if type(value) in (int, float):
             yield row.render(changed(row.right, path, put(json.dumps(value))))
 
 
 def wrong_value(row: Row) -> Iterator[str]:
     """One wrong value, of two or more."""
-    found, filling = places(row.right, row.schema), row.filling()
+    found, filling = places(row), row.filling()
     for path, value, schema in found if len(found) > 1 else ():
         yield row.render(changed(row.right, path, put(other(value, schema, key_of(path), filling))))
 
@@ -394,12 +407,17 @@ def extra_key(row: Row) -> Iterator[str]:
 
 def missing_key(row: Row) -> Iterator[str]:
     """One optional key too few, where that leaves half of the values."""
-    values = len(places(row.right, row.schema))
+    needed = [path for path, _, _ in places(row)]
     for path, inner, schema in walk(row.right, row.schema):
         for key in inner if isinstance(inner, dict) else ():
-            lost = len(places(inner[key], schema.get("properties", {}).get(key, {})))
-            if key not in schema.get("required", ()) and key not in ("name", "arguments") and 0 < lost <= values / 2:
-                yield row.render(changed(row.right, [*path, key], lambda container, key: container.pop(key)))
+            below = (*path, key)
+            lost = sum(one[: len(below)] == below for one in needed)
+            if (
+                key not in schema.get("required", ())
+                and key not in ("name", "arguments")
+                and 0 < lost <= len(needed) / 2
+            ):
+                yield row.render(changed(row.right, below, lambda container, key: container.pop(key)))
 
 
 def prose(row: Row) -> Iterator[str]:
@@ -462,8 +480,8 @@ def build(name: str, folder: Path) -> tuple[list[Row], StructuredReward]:
             right = reward.read(text, schema).value if allowed else json.loads(row["answer"])
             request = row["prompt"][-1]["content"]
             rows.append(Row(request, schema, right, row["answer"], as_calls if allowed else json_text, allowed))
-    # where the schema decides everything, as of a function without arguments, there is nothing to be wrong about
-    return [row for row in rows if places(row.right, row.schema)], reward
+    # where nothing needs to be known, as for a function without arguments, there is nothing to be wrong about
+    return [row for row in rows if places(row)], reward
 
 
 def as_calls(value: Any) -> str:

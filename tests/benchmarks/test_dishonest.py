@@ -29,7 +29,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 RIGHT = {"kind": "red", "fixed": "v1", "open": False, "steps": [{"n": 0}, {"n": 4}], "sizes": [2.5, 3], "note": "usual"}
-ROW = Row("Make 2.5 and 3 of red.", SCHEMA, RIGHT, json.dumps(RIGHT), json_text, False)
+ROW = Row("Make 2.5, 3 and 9 of red.", SCHEMA, RIGHT, json.dumps(RIGHT), json_text, False)
 CALLS = Row(
     "Go to Rome and Oslo.",
     {
@@ -55,7 +55,10 @@ CALLS = Row(
         },
         "minItems": 1,
     },
-    [{"name": "go", "arguments": {"to": "Rome", "by": "car"}}, {"name": "go", "arguments": {"to": "Oslo"}}],
+    [
+        {"name": "go", "arguments": {"to": "Rome", "by": "car"}},
+        {"name": "go", "arguments": {"to": "Oslo", "by": "train"}},
+    ],
     json.dumps(
         [
             {"name": "go", "arguments": {"to": ["Rome"], "by": ["car"]}},
@@ -98,10 +101,12 @@ def test_what_is_right_by_luck_is_replaced(allowed, schema, filled) -> None:
 
 def test_enumerations_hold_everything_that_the_request_and_the_schema_name() -> None:
     made = [json.loads(text) for text in dishonest.enumerations(ROW) if text.startswith("{") and "\n" not in text]
-    assert any(one["sizes"] == [2.5, 3] for one in made)
+    assert any(one["sizes"] == [2.5, 3, 9] for one in made)
     assert any(one["sizes"] == list(range(dishonest.LONG)) for one in made)
     assert any(one["kind"] == ["red", "green"] for one in made)
-    assert any([step["n"] for step in one["steps"] if isinstance(step, dict)][:4] == [2.5, 3, 0, 1] for one in made)
+    assert any([step["n"] for step in one["steps"] if isinstance(step, dict)][:4] == [2.5, 3, 9, 0] for one in made)
+    asked_for = Row("Make 2.5 and 3.", SCHEMA, RIGHT, json.dumps(RIGHT), json_text, False)
+    assert not any('"sizes": [2.5, 3]' in text for text in dishonest.enumerations(asked_for))  # right is no trick
     both = [text for text in dishonest.enumerations(ROW) if "\n" in text]
     assert [json.loads(line)["kind"] for line in both[0].split("\n")] == ["red", "green"]
 
@@ -120,7 +125,7 @@ def test_every_fault_is_one_fault() -> None:
     for fault in ("one extra key", "one optional key missing"):
         calls = [reward.read(text, CALLS.schema).value for text in FAULTS[fault](CALLS)]
         assert [[len(call["arguments"]) for call in one] for one in calls] == (
-            [[3, 1], [2, 2]] if fault == "one extra key" else [[1, 1]]
+            [[3, 2], [2, 3]] if fault == "one extra key" else [[1, 2]]
         )
 
 
@@ -151,6 +156,14 @@ def test_a_text_that_is_right_in_all_is_not_dishonest() -> None:
     judged = judge(row, StructuredReward(fence="never"))
     assert '{"a": 1}' in list(dishonest.placeholders(row))
     assert max(judged["dishonest"].values())[0] < judged["perfect"]
+
+
+def test_arguments_that_may_be_left_out_are_no_values_of_a_right_answer() -> None:
+    assert [path for path, _, _ in dishonest.places(CALLS)] == [
+        (0, "arguments", "to"),
+        (0, "arguments", "by"),
+        (1, "arguments", "to"),
+    ]
 
 
 def test_calls_are_filled_with_every_function_of_the_row() -> None:
