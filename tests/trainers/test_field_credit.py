@@ -65,7 +65,8 @@ def looped(credit: FieldCredit, judged: list[Judged], charged: list[Charged]) ->
             for name in here:
                 came = [member.values for member in group if name in member.values or name == INVENTED]
                 values = [values.get(name, 1.0) for values in came]
-                number += deviation(judged[index].values[name], values, credit.scale, credit.epsilon)
+                scale = "none" if name == INVENTED else credit.scale
+                number += deviation(judged[index].values[name], values, scale, credit.epsilon)
             if credit.overlap == "mean" and here:
                 number /= len(here)
             if credit.form_on == "place" and token in row.faults:
@@ -118,7 +119,7 @@ def test_who_is_charged_for_what() -> None:
     assert right == pytest.approx([0.577, 0.707, 0.0], abs=1e-3)
     assert wrong == pytest.approx([0.577, -0.707, 0.0], abs=1e-3)
     assert lacks == pytest.approx([-1.155, 0.0, 0.0], abs=1e-3)
-    assert invents == pytest.approx([0.0, 0.0, -1.5], abs=1e-3)  # of the four, three did not
+    assert invents == pytest.approx([0.0, 0.0, -0.75], abs=1e-3)  # of the four, three did not; rare, so by no std
 
 
 def test_a_form_that_all_have_and_fields_that_all_have_right_move_nothing() -> None:
@@ -138,7 +139,7 @@ def test_a_field_is_the_references_wherever_it_stands() -> None:
     lacks, has, value, invents = ("/a/0/n", "there"), ("/a/1/n", "there"), ("/a/1/n", "value"), ("/z", "invented")
     assert judged.values == {lacks: 0.0, has: 1.0, value: 1.0, invents: 0.0}
     texts = {name: tokenizer.decode([ids[i] for i in tokens]) for name, tokens in charged.tokens.items()}
-    assert texts == {lacks: "]", has: '"n":', value: '"b"', invents: '"z": 3'}
+    assert texts == {lacks: "]", has: '"n":', value: '"b"', invents: ', "z": 3'}
     _, after = credit.judge(text + " ok", ids[:-1] + tokenizer(" ok")["input_ids"], '{"a": []}', None)
     assert [i for i in after.faults if i < len(text)] == [] and len(after.faults) >= 2
 
@@ -180,7 +181,7 @@ def test_the_tokens_of_a_field_answer_for_it_and_all_for_the_form(path, tmp_path
     there, values = [float(answer is not None) for answer in ANSWER], [a for a in ANSWER if a is not None]
     for row, answer in enumerate(ANSWER):
         elsewhere = texts_where(trainer, batch, row, form[row]).replace(" ", "")
-        assert elsewhere.startswith('"answer":') if answer is not None else elsewhere == "}"
+        assert elsewhere.startswith(',"answer":') if answer is not None else elsewhere == "}"
         made = batch["advantages"][row][batch["completion_mask"][row].bool()]
         at = [number for number in made.tolist() if abs(number - form[row]) > 1e-3]
         charged = [deviation(there[row], there, "group", 1e-4)]

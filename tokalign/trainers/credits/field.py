@@ -5,11 +5,12 @@
 for completion i of a group G, its token t, and the decisions d that the reference judges. Each path p of the reference
 is two of them, each over the completions of the group that came to it:
 
-- that p is there, on the tokens of its key: c = 1. Where p is missing, c = 0 on the bracket that closes the object
-  which lacks it. A completion that broke off lacks nothing, since it never came to close.
+- that p is there, on the tokens of its key and of the comma before it, which chose to go on: c = 1. Where p is missing,
+  c = 0 on the bracket that closes the object which lacks it. A completion that broke off lacks nothing, since it never came to close.
 - what stands at p, on the tokens of its value: c in [0, 1] says how far it is right. Who lacks p has no say in it.
 
-What a completion invented is a third kind: c = 0 on its own tokens, and 1 for those that did not. A^form is the
+What a completion invented is a third kind: c = 0 on its own tokens, and 1 for those that did not. It is not divided by
+std_G: an invention is rare, so it would cost more than a right value earns, and teach to say less. A^form is the
 group-relative advantage of what the reward's form components are worth together, so the right number in a malformed
 document is praised as number, and the malformed rest is blamed as form.
 
@@ -155,11 +156,15 @@ class FieldCredit:
     def judge(self, completion: Any, ids: Sequence[int], reference: Any, schema: Any) -> tuple[Judged, Charged]:
         """A completion's fields from the reward's spans, and the tokens that they are charged on."""
         assert self.reward is not None
-        credit = self.reward.credit(completion, reference, schema)
+        text, credit = text_of(completion), self.reward.credit(completion, reference, schema)
         weights, scores = self.reward.weights, credit.scores
         form = sum(w * (scores[name] or 0.0) for name, w in weights.items() if name != "correctness")
         cut = any(span.component == "broken" for span in credit.spans)
-        spans = [span for span in credit.spans if not (cut and span.component == "missing")]
+        spans = [
+            _from_comma(span, text) if span.component in ("key", "invented") else span
+            for span in credit.spans
+            if not (cut and span.component == "missing")
+        ]
         values: dict[Field, float] = {}
         for span in spans:
             if span.component in CHARGED:
@@ -172,7 +177,6 @@ class FieldCredit:
         judged = Judged(values if exact else {}, form)
         tokenizer = self.trainer.processing_class
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        text = text_of(completion)
         offsets = token_offsets(tokenizer, ids, text) if exact else None
         if offsets is None:
             return judged, Charged(len(ids))
@@ -243,6 +247,14 @@ def _field(span: Any) -> Field:
     return span.pointer, "there" if span.component == "missing" else span.component
 
 
+def _from_comma(span: Any, text: str) -> Any:
+    """The span of a key, or of something invented, from the comma before it."""
+    start = span.start
+    while start and text[start - 1] in " \t\r\n,":
+        start -= 1
+    return span._replace(start=start)
+
+
 def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon: float) -> list[dict[Field, float]]:
     """The group-relative advantage of every decision of every completion of one group, by decision.
 
@@ -253,7 +265,8 @@ def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon:
     for name in dict.fromkeys(name for row in rows for name in row):
         others = name[1] == "invented"
         came = [(own, row.get(name, 1.0)) for own, row in zip(made, rows, strict=True) if others or name in row]
-        for (own, _), number in zip(came, relative([value for _, value in came], scale, epsilon), strict=True):
+        numbers = relative([value for _, value in came], "none" if others else scale, epsilon)
+        for (own, _), number in zip(came, numbers, strict=True):
             own[name] = number
     return made
 
