@@ -6,7 +6,8 @@ for completion i of a group G, its token t, and the decisions d that the referen
 is two of them, each over the completions of the group that came to it:
 
 - that p is there, on the tokens of its key and of the comma before it, which chose to go on: c = 1. Where p is missing,
-  c = 0 on the bracket that closes the object which lacks it. A completion that broke off lacks nothing, since it never came to close.
+  c = 0 on the bracket that closes the object which lacks it. A completion that broke off lacks nothing, since it never
+  came to close.
 - what stands at p, on the tokens of its value: c in [0, 1] says how far it is right. Who lacks p has no say in it.
 
 What a completion invented is a third kind: c = 0 on its own tokens, and 1 for those that did not. It is not divided by
