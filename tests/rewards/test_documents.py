@@ -56,6 +56,8 @@ def test_whole_json(text):
         ('{"a": 1, "b": [2, 3', {"a": 1, "b": [2, 3]}, 0, "not JSON: Expecting ',' delimiter at character 19"),
         ('x {"a": {"b": "c', {"a": {}}, 4, "not JSON: Expecting value at character 0"),
         ('{"a": 1,}', {"a": 1}, None, "not JSON: "),
+        ('{"a": [{"a": "a"}, {"a": "\\"a\\"', {"a": [{"a": "a"}, {}]}, None, "not JSON: "),
+        ('{"a": 1, "a": tr', {"a": 1}, None, "not JSON: "),  # no second value
     ],
 )
 def test_partial_json(text, value, outside, error):
@@ -73,6 +75,8 @@ def test_partial_json(text, value, outside, error):
         ('{"a": 1} {"a": 2}', "more than one document"),
         ('{"a": 1, "a": 2}', "the key 'a' is repeated"),
         ('{"a": {"b": 1, "b": 1}} and more', "the key 'b' is repeated"),
+        ('{"a": 1, "a": 2', "the key 'a' is repeated"),  # broken off, so that nothing has closed the object
+        ('x {"b": 3, "a": [{"b": 1}, {"b": 2, "\\u0062": 3, "c": "d, e', "the key 'b' is repeated"),
         ('{"a": NaN}', "NaN is not JSON"),
         ('{"a": -Infinity}', "-Infinity is not JSON"),
         ('{"a": 1e999}', "the number 1e999 is out of range"),

@@ -63,6 +63,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # a string that never ends takes the rest with it
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_FEW = 32  # keys that are counted in a text one by one
 _STARTS = 8  # places in a text where a document is looked for; each costs at most one pass
 
 
@@ -161,4 +162,35 @@ def _beginning(text: str, at: int, start: int, end: int, reason: str, limits: Li
         value = pydantic_core.from_json(part, allow_partial=True, allow_inf_nan=False)
     except ValueError:
         return Document(MISSING, reason, parts=parts)
+    _refuse_repeated(part, value)
     return Document(value, reason, outside=len(text) - len(part), broken=True, parts=parts)
+
+
+def _refuse_repeated(part: str, value: Any) -> None:
+    """Raise `Fault` if an object that the beginning `part` of a document leaves open repeats a key.
+
+    What is closed has been read strictly; `value` is what a lenient parser read, which keeps one of the two.
+    """
+    # Most beginnings need no second parse: no key of an open object stands there twice.
+    keys: list[str] = []
+    while value and type(value) in (dict, list):
+        if type(value) is list:
+            value = value[-1]
+        else:
+            keys += value
+            value = value[keys[-1]]
+    if "\\" not in part and len(keys) <= _FEW and all(part.count(f'"{key}"') == 1 for key in keys):
+        return
+    bare = _STRING.sub(lambda match: "_" * len(match[0]), part)
+    for end in (len(part), max(bare.rfind(","), bare.rfind("{"))):  # the last value may be cut
+        opened: list[str] = []
+        for bracket in _NO_BRACKET.sub("", bare[:end]):
+            if bracket in "[{":
+                opened.append("}" if bracket == "{" else "]")
+            else:
+                opened.pop()
+        try:
+            DECODER.decode(part[:end] + "".join(reversed(opened)))
+        except json.JSONDecodeError:
+            continue
+        return
