@@ -271,8 +271,10 @@ def test_evaluation_and_other_formats(path, tmp_path) -> None:
         ({"reward_preset": "rl-struct"}, "The preset 'rl-struct' does not know fields; set credit to 'sequence'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "normalises each field by itself already"),
         ({"credit_mode": "weight"}, "an advantage of its own; leave credit_mode unset"),
+        ({"credit": ["field", "sequence"]}, "which exclude one another"),
+        ({"credit_funcs": [FieldCredit()]}, "Two credit functions are named 'field'"),  # it would count twice
     ],
 )
 def test_field_credit_is_refused_where_there_is_none(path, tmp_path, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        make_trainer(path, tmp_path, credit="field", **options)
+        make_trainer(path, tmp_path, **{"credit": "field"} | options)

@@ -467,6 +467,9 @@ def one_short(completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
     [
         (one_short, "completion 2"),
         (lambda completion_ids, **_: [[1.0]], "1 rows for 8"),
+        (lambda **_: None, "returned None for 8 completions"),
+        (lambda completion_ids, **_: [1.0 for _ in completion_ids], "returned 1.0 for the"),
+        (Credit(lambda i, t: "a"), "returned what is no number"),
         (Credit(lambda i, t: math.inf), "infinite number for completion 0"),
         (Credit(tokens=lambda trainer, batch: batch["completion_mask"][:, :-1].float()), "shape"),
     ],
@@ -486,10 +489,13 @@ def test_what_a_function_returns_is_checked(both, credit, message) -> None:
         (Credit(mode="sum"), {}, "'sum'"),
         (Credit(replaces=(digits,)), {}, "'digits'"),
         (None, {"credit": "no_such_credit"}, "no_such_credit"),
+        ("entropy", {}, "'entropy', which cannot be called"),
+        (ones, {"credit_page_steps": -1}, "credit_page_steps is -1"),
+        (ones, {"credit_coefficient": math.nan}, "credit_coefficient is nan"),
     ],
 )
 def test_credit_that_cannot_be_is_refused_at_the_start(tiny_path, folder, credit, options, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make(tiny_path, folder, credit, **options)
 
 

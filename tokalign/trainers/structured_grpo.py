@@ -187,6 +187,8 @@ class StructuredGRPOConfig(TokenCreditGRPOConfig):
         super().__post_init__()
         if "field" not in (self.credit or ()):
             return
+        if "sequence" in (self.credit or ()):
+            raise ValueError("credit names both 'field' and 'sequence', which exclude one another; leave one out.")
         if self.credit_mode == "weight":
             raise ValueError("The credit 'field' is an advantage of its own; leave credit_mode unset.")
         if self.multi_objective_aggregation != "sum_then_normalize":
@@ -266,9 +268,10 @@ class StructuredGRPOTrainer(TokenCreditGRPOTrainer):
         args = copy(args)  # the caller's may be used again, with weights that lie beside the caller's list
         args.reward_weights = weights
         named = args.credit
-        if named is None:
-            named = [CREDIT if _has_fields(rewards, args) else "sequence"]
         given = list(credit_funcs) if isinstance(credit_funcs, list | tuple) else [credit_funcs]
+        if named is None:
+            own = any(isinstance(function, FieldCredit) for function in given)
+            named = [CREDIT if _has_fields(rewards, args) and not own else "sequence"]
         if "field" in named:
             given = [*_field_credits(rewards, args), *given]
         args.credit = [name for name in named if name not in ("field", "sequence")]  # the rest has no reward to know

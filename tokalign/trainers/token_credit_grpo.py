@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,10 @@ class TokenCreditGRPOConfig(GRPOConfig):
         self.credit = [self.credit] if isinstance(self.credit, str) else self.credit
         if self.credit_mode not in (None, *MODES):
             raise ValueError(f"credit_mode is {self.credit_mode!r}; use one of {', '.join(MODES)}.")
+        if self.credit_coefficient is not None and not math.isfinite(self.credit_coefficient):
+            raise ValueError(f"credit_coefficient is {self.credit_coefficient}; use a finite number.")
+        if self.credit_page_steps < 0:
+            raise ValueError(f"credit_page_steps is {self.credit_page_steps}; use 0 for no page, or a number of steps.")
         super().__post_init__()
 
 
@@ -126,7 +131,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         credit_funcs: one credit function or several; those that `args.credit` names follow.
 
     Raises:
-        TypeError: `args` of another kind.
+        TypeError: `args` of another kind, or a credit function that cannot be called.
         ValueError: two credit functions of one name, one of an unknown mode, or one that replaces a reward function
             which the trainer does not have.
 
@@ -160,12 +165,17 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
                 "of the credit."
             )
         super().__init__(model, reward_funcs, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        given = list(credit_funcs) if isinstance(credit_funcs, Sequence) else [credit_funcs]
+        given = list(credit_funcs) if isinstance(credit_funcs, list | tuple) else [credit_funcs]
         named = [_named(name) for name in args.credit or ()]
         self._credits: dict[str, torch.Tensor] = {}  # (B, T) of the last generation batch, for the page
         self.credit_funcs: list[Any] = [function for function in given + named if function is not None]
         self.credit_func_names = [get_callable_name(function) for function in self.credit_funcs]
         for function in self.credit_funcs:
+            if not (callable(function) or hasattr(function, "tokens")):
+                raise TypeError(
+                    f"`credit_funcs` holds {function!r}, which cannot be called; give it a function, and names to "
+                    "`credit` of the configuration."
+                )
             if hasattr(function, "attach"):
                 function.attach(self)
         self._check_credit()
@@ -252,8 +262,8 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         waiting = {i: value for i, value in enumerate(said) if inspect.isawaitable(value)}
         for i, value in zip(waiting, self._wait_for(list(waiting.values())), strict=True):
             said[i] = value
-        for name, rows in zip(self.credit_func_names, said, strict=True):
-            if rows is not None:
+        for function, name, rows in zip(self.credit_funcs, self.credit_func_names, said, strict=True):
+            if not hasattr(function, "tokens"):
                 _check_said(name, rows, ids)
         return said
 
@@ -346,7 +356,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
             values = torch.full(ids.shape, torch.nan)
             for row, said in zip(values, rows, strict=True):
                 if said is not None:
-                    row[: len(said)] = torch.as_tensor(said, dtype=torch.float32)
+                    row[: len(said)] = _numbers(said, self.credit_func_names[index])
             values = values.to(ids.device)
         if values.isinf().any():
             row = int(values.isinf().any(dim=1).nonzero()[0])
@@ -390,14 +400,27 @@ def _named(name: str) -> Any:
 
 def _check_said(name: str, rows: Any, completion_ids: list[list[int]]) -> None:
     """Whether there is a row for each completion and a number for each of its ids."""
-    if len(rows) != len(completion_ids):
+    if not isinstance(rows, Sized) or len(rows) != len(completion_ids):
+        what = f"{len(rows)} rows" if isinstance(rows, Sized) else repr(rows)
         raise ValueError(
-            f"The credit function {name!r} returned {len(rows)} rows for {len(completion_ids)} completions; return "
-            "one each, None for a completion that keeps its sequence's advantage."
+            f"The credit function {name!r} returned {what} for {len(completion_ids)} completions; return a list for "
+            "each, or None for a completion that keeps its sequence's advantage."
         )
     for number, (row, ids) in enumerate(zip(rows, completion_ids, strict=True)):
-        if row is not None and len(row) != len(ids):
+        if row is not None and (not isinstance(row, Sized) or len(row) != len(ids)):
+            what = f"{len(row)} numbers" if isinstance(row, Sized) else repr(row)
             raise ValueError(
-                f"The credit function {name!r} returned {len(row)} numbers for the {len(ids)} ids of completion "
+                f"The credit function {name!r} returned {what} for the {len(ids)} ids of completion "
                 f"{number}; return one for each of its `completion_ids`."
             )
+
+
+def _numbers(said: Any, name: str) -> torch.Tensor:
+    """What a function said of a completion, (T,)."""
+    try:
+        return torch.as_tensor(said, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The credit function {name!r} returned what is no number ({error}); return numbers, NaN for a token that "
+            "it says nothing of."
+        ) from None

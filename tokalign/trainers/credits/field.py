@@ -96,10 +96,10 @@ class FieldCredit:
     form_on: Literal["all", "place"] = "all"
     overlap: Literal["sum", "mean"] = "sum"
     mode: str = field(default="advantage", init=False)
-    __name__: str = field(default="field", init=False)
     trainer: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.__name__ = "field"  # not a field of the dataclass, which would rename the class
         if self.reward is not None:
             self._credit(self.reward)
 
