@@ -30,6 +30,7 @@ from typing import Any, Literal
 from accelerate.utils import gather_object
 
 from tokalign.rewards import StructuredReward
+from tokalign.rewards.structured.credit import Span
 from tokalign.rewards.structured.documents.reading import text_of
 from tokalign.rewards.structured.reward import NAME
 from tokalign.stage.pieces import spans_to_tokens, token_offsets
@@ -248,12 +249,12 @@ def _field(span: Any) -> Field:
     return span.pointer, "there" if span.component == "missing" else span.component
 
 
-def _from_comma(span: Any, text: str) -> Any:
+def _from_comma(span: Span, text: str) -> Span:
     """The span of a key, or of something invented, from the comma before it."""
     start = span.start
     while start and text[start - 1] in " \t\r\n,":
         start -= 1
-    return span._replace(start=start)
+    return Span(span.pointer, start, span.end, span.component, span.value)
 
 
 def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon: float) -> list[dict[Field, float]]:
