@@ -16,8 +16,7 @@ from tests.rewards import ordering
 from tests.rewards.ordering import COMPONENTS, fault, hacks, is_attempt, schemas, searching, text_of, valid
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured import reward as module
-from tokalign.rewards.structured.alignment import align, target_of
-from tokalign.rewards.structured.content import equal
+from tokalign.rewards.structured.alignment import align
 from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import AROUND, BROKEN, WEIGHTS
 from tokalign.rewards.structured.schemas import SchemaError
@@ -114,27 +113,31 @@ def test_every_hack_is_below_every_honest_attempt(data):
         assert all(score[name] <= least[name] for name in components(least)), hack
 
 
-@searching(100)
+@searching(60)
 @given(st.data())
 def test_a_value_put_right_pays(data):
-    """At any place that both have, outside unions: there the tag alone would be put right, not what it tags."""
+    """Law 2, outside unions: there the tag alone would be put right, not what it tags."""
     schema = data.draw(schemas().filter(lambda schema: '"kind"' not in json.dumps(schema)))
     reference, value = data.draw(valid(schema)), data.draw(valid(schema))
     for _ in range(data.draw(st.integers(0, 2))):
         value = data.draw(fault(schema, value))
     reward = data.draw(rewards(schema))
     now = reward.score(json.dumps(value), json.dumps(reference))
-    wrong = sorted(differing(value, reference), key=str)
+    leaves = []
+    align(value, reward.targets(reference, reward.schema)[0], leaves=leaves)
+    wrong = [leaf for leaf in leaves if leaf.kind == "value" and leaf.credit < 1]
+    wrong = [leaf for leaf in wrong if leaf.given and leaf.given.count("/") == leaf.pointer.count("/")]
     assume(wrong and now["validity"] == 1)
-    path = data.draw(st.sampled_from(wrong))
-    right = ordering.spoiled(value, path, "type", ordering.at(reference, path))
+    leaf = data.draw(st.sampled_from(wrong))
+    path = steps(value, leaf.given)
+    right = ordering.spoiled(value, path, "type", ordering.at(reference, steps(reference, leaf.pointer)))
     then = reward.score(json.dumps(right), json.dumps(reference))
     assert then["correctness"] > now["correctness"] and then["structure"] >= now["structure"]
     assert then["total"] >= now["total"]
     assert then["total"] > now["total"] or not reward.weights.get("correctness")
 
 
-@searching(100)
+@searching(40)
 @given(st.data())
 def test_what_says_nothing_right_is_below_what_says_half_with_one_fault_of_form(data):
     """Law 1, outside unions: a document of another alternative may lack every key that the reference has."""
@@ -145,17 +148,18 @@ def test_what_says_nothing_right_is_below_what_says_half_with_one_fault_of_form(
     reward = StructuredReward(schema, fence=fence, max_length=100_000)
     constants = reward.score(json.dumps(empty), reference)
     assume(constants["correctness"] == 0)
-    near = json.loads(json.dumps(reference))
-    for path in data.draw(st.permutations(sorted(scalars_of(reference), key=str))):
-        wrong = ordering.spoiled(near, path, "type", data.draw(st.sampled_from(["zz", 77, 7.5, True, "77"])))
-        if reward.score(json.dumps(wrong), reference)["correctness"] >= 0.5 and is_attempt(schema, wrong):
-            near = wrong
+    near, paths = reference, sorted(scalars_of(reference), key=str)
+    for path in data.draw(st.permutations(paths))[: len(paths) // 2]:
+        now = ordering.at(reference, path)
+        other = not now if isinstance(now, bool) else "zz" if isinstance(now, str) else 8 if now == 7 else 7
+        near = ordering.spoiled(near, path, "type", other)
+    assume(reward.score(json.dumps(near), reference)["correctness"] >= 0.5)
     assume(is_attempt(schema, near))
     least = 0.5
     where = data.draw(st.sampled_from(["key", "string", "before", "after", "fence", "optional"]))
     before = after = made = ""
     if where == "key":
-        near["zz_extra"], least = 1, 1 / 3
+        near, least = {**near, "zz_extra": 1}, 1 / 3
     elif where == "string":
         numbers = [path for path in scalars_of(near) if type(ordering.at(near, path)) in (int, float)]
         assume(numbers)
@@ -164,7 +168,8 @@ def test_what_says_nothing_right_is_below_what_says_half_with_one_fault_of_form(
     elif where == "optional":
         optional = [key for key in near if key not in schema.get("required", ())]
         assume(optional)
-        del near[data.draw(st.sampled_from(optional))]
+        left = data.draw(st.sampled_from(optional))
+        near = {key: item for key, item in near.items() if key != left}
     else:
         before, after = (
             ("", "\nEnjoy!") if where == "after" else ("Here it is: ", "") if where == "before" else ("", "")
@@ -183,7 +188,7 @@ def scalars_of(value, path=()):
         yield path
 
 
-@searching(100)
+@searching(50)
 @given(st.data())
 def test_a_type_fault_costs_its_value_and_an_eighth(data):
     """Law 5, as long as the document stays an attempt: one without anything right is none."""
@@ -198,7 +203,7 @@ def test_a_type_fault_costs_its_value_and_an_eighth(data):
     assume(then["validity"] == 1)
     lost = reward.weights["correctness"] * (now["correctness"] - then["correctness"])
     assert now["total"] - then["total"] <= lost + sum(WEIGHTS.values()) / 8
-    assert now["correctness"] - then["correctness"] <= 1 / align(reference, target_of(reference)).size * 1.0001
+    assert now["correctness"] - then["correctness"] <= 1.001 / reward.targets(reference, reward.schema)[0].part.size
 
 
 def test_a_document_broken_off_or_with_text_around_it_earns_part_of_its_correctness():
@@ -274,16 +279,12 @@ def test_parallel_calls_come_in_any_order():
     assert single.score(text + text, made["Rome"])["total"] == 0  # nobody can tell which one is meant
 
 
-def differing(value, reference, path=()):
-    """Places of scalars of the reference that the document has otherwise."""
-    if isinstance(value, dict) and isinstance(reference, dict):
-        for key in value.keys() & reference.keys():
-            yield from differing(value[key], reference[key], (*path, key))
-    elif isinstance(value, list) and isinstance(reference, list):
-        for index in range(min(len(value), len(reference))):
-            yield from differing(value[index], reference[index], (*path, index))
-    elif path and not isinstance(reference, dict | list) and not equal(value, reference):
-        yield path
+def steps(value, pointer):
+    """The path that a JSON pointer names in a document."""
+    path: tuple = ()
+    for step in pointer.split("/")[1:]:
+        path += (int(step) if isinstance(ordering.at(value, path), list) else step,)
+    return path
 
 
 # -------------------------------------------------------------------------------------------- what scores what
