@@ -9,7 +9,7 @@ the grade of keys and types and f the same with bounds (`tokalign.rewards.struct
 
 | the completion is | structure | correctness | others |
 |---|---|---|---|
-| an answer: one whole document with a part that the schema asks for, or a right value | FLOOR + (1 − FLOOR) k | a | below |
+| an answer: one whole document with a part that the schema asks for, or right | FLOOR + (1 − FLOOR) k | a | below |
 | one with c characters around it, or broken off | 0.9 FLOOR k (½ + ½ / (1 + c / 100)) | AROUND a, BROKEN a | 0 |
 | keys that are asked for, but none with the right type | 0.9 FLOOR k | 0 | 0 |
 | anything else: `{}`, a scalar, a JSON string, prose, repeated keys, NaN, too deep, too long | 0 | 0 | 0 |
