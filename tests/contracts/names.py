@@ -7,7 +7,6 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 
-
 OF_TUPLES = {"_replace", "_asdict", "_make", "_fields"}  # which Python documents of named tuples
 
 
