@@ -240,7 +240,7 @@ def test_components_stand_in_their_rewards_place(path, tmp_path) -> None:
 
 
 def test_resumes_exactly(path, tmp_path) -> None:
-    """Sampled rollouts and dropout-free LoRA: four steps, and two with two more from the checkpoint."""
+    """Sampled rollouts, field credit and dropout-free LoRA: four steps, and two with two more from the checkpoint."""
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def run(name: str, resume: str | None = None, **options):
@@ -251,6 +251,7 @@ def test_resumes_exactly(path, tmp_path) -> None:
             reward_funcs=[odd_length],
             peft_config=lora,
             max_completion_length=12,
+            credit="field",
             **options,
         )
         trainer.train(resume_from_checkpoint=resume)
