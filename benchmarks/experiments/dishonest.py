@@ -518,7 +518,8 @@ def summarise(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
     best = [max(row["dishonest"].values()) for row in judged]
     worst = [min(row["honest"].values()) for row in judged]
     ratios = np.array([top[0] / low for top, low in zip(best, worst, strict=True)])
-    winners = Counter(max(row["dishonest"], key=lambda name: row["dishonest"][name]) for row in judged)
+    # of kinds that earn the same, the first
+    winners = Counter(max(row["dishonest"], key=lambda name: row["dishonest"][name][0]) for row in judged)
     first = int(ratios.argmax())
     return {
         "below": share(list(ratios < 1)),

@@ -7,9 +7,11 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 
+OF_TUPLES = {"_replace", "_asdict", "_make", "_fields"}  # which Python documents of named tuples
+
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name not in OF_TUPLES
 
 
 def used(tree: ast.AST) -> set[str]:

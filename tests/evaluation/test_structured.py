@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from tests.support import ALPHABET, tiny_model, tiny_tokenizer
 from tokalign.cli.main import main
-from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, latency_of, plot
+from tokalign.evaluation.structured import FIGURES, compare, evaluate_structured, judge, latency_of, plot
 from tokalign.generation.protocol import Completion
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.content import leaf_f1
@@ -189,6 +189,22 @@ def test_allowed_values_are_judged_by_their_agreement(tmp_path):
     )
     assert metrics["figures"]["exact_match"]["value"] == 0.5
     assert metrics["figures"]["content_f1"]["value"] == pytest.approx((1 + 1 / 2) / 2)
+
+
+def test_calls_with_values_match_in_any_order():
+    call = {"type": "object", "required": ["name", "arguments"], "properties": {"name": {}, "arguments": {}}}
+    reward = StructuredReward({"type": "array", "items": call}, output_format="tool_call")
+    one, two = ({"name": "f", "arguments": {"x": x}} for x in (1, True))
+    answer = json.dumps([one, two, one])
+    for calls, exact in (
+        ([two, one, one], True),
+        ([one, two, one], True),
+        ([one, two, two], False),
+        ([one, two], False),
+    ):
+        judged = judge(reward, json.dumps(calls), answer, None)
+        assert judged["exact_match"] is exact and (judged["content_f1"] == 1.0) is exact
+        assert (judged["reward_correctness"] == 1.0) is exact
 
 
 def test_runs_side_by_side(tmp_path):

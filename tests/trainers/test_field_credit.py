@@ -65,8 +65,7 @@ def looped(credit: FieldCredit, judged: list[Judged], charged: list[Charged]) ->
             for name in here:
                 came = [member.values for member in group if name in member.values or name == INVENTED]
                 values = [values.get(name, 1.0) for values in came]
-                scale = "none" if name == INVENTED else credit.scale
-                number += deviation(judged[index].values[name], values, scale, credit.epsilon)
+                number += deviation(judged[index].values[name], values, credit.scale, credit.epsilon)
             if credit.overlap == "mean" and here:
                 number /= len(here)
             if credit.form_on == "place" and token in row.faults:
@@ -119,7 +118,7 @@ def test_who_is_charged_for_what() -> None:
     assert right == pytest.approx([0.577, 0.707, 0.0], abs=1e-3)
     assert wrong == pytest.approx([0.577, -0.707, 0.0], abs=1e-3)
     assert lacks == pytest.approx([-1.155, 0.0, 0.0], abs=1e-3)
-    assert invents == pytest.approx([0.0, 0.0, -0.75], abs=1e-3)  # of the four, three did not; rare, so by no std
+    assert invents == pytest.approx([0.0, 0.0, -1.5], abs=1e-3)  # of the four, three did not
 
 
 def test_a_form_that_all_have_and_fields_that_all_have_right_move_nothing() -> None:

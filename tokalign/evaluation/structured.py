@@ -196,7 +196,8 @@ def judge(reward: StructuredReward, text: str, reference: str | None, schema: st
             content, exact = scores["correctness"], calls_match(document.value, decode_json(reference))
         else:
             right = decode_json(reference)
-            content, exact = leaf_f1(document.value, right), _exactly(document.value, right, reward.output_format)
+            exact = _exactly(document.value, right, reward.output_format)
+            content = 1.0 if exact else leaf_f1(document.value, right)
     return {
         "total": scores["total"],
         "reason": scores["reason"],

@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
@@ -242,35 +242,49 @@ class _Records:
                 token = (key, row[key]) if plain else (key, row[key], type(row[key]) is bool)
                 self.places[token] += 1 << (column << 3)
 
-    def credits(self, value: Any) -> Sequence[float] | None:
-        """Credits of an item against each of the array's; None of one that is no such record."""
-        if (type(value) is dict) is not self.named or (not self.named and type(value) is list):
-            return None
-        row, get = value if self.named else {"": value}, self.places.get
-        try:
-            if self.plain:
-                counts = sum(map(get, row.items(), repeat(0)))
-            else:
-                counts = sum([get((key, item, type(item) is bool), 0) for key, item in row.items()])
-        except TypeError:  # it holds containers
-            return None
-        credits = counts.to_bytes(len(self.rows), "little")
-        if row.keys() == self.strings.keys() and (
-            [*map(type, row.values())] == self.types or [type(item) is str for item in row.values()] == self.are_strings
-        ):
-            return credits
-        found: list[float] = [*credits]
-        invented = 0
+    def table(self, values: Sequence[Any], columns: range) -> list[Sequence[float] | None]:
+        """Credits of items against these of the array's, a row an item; None for one that is no such record."""
+        get, plain, named, width = self.places.get, self.plain, self.named, len(self.rows)
+        known, types, are_strings = self.strings.keys(), self.types, self.are_strings
+        table: list[Sequence[float] | None] = []
+        for value in values:
+            if (type(value) is dict) is not named or type(value) is list:
+                table.append(None)
+                continue
+            row = value if named else {"": value}
+            try:
+                if plain:
+                    counts = sum(map(get, row.items(), repeat(0)))
+                else:
+                    counts = sum([get((key, item, type(item) is bool), 0) for key, item in row.items()])
+            except TypeError:  # it holds containers
+                table.append(None)
+                continue
+            credits: Sequence[float] = counts.to_bytes(width, "little")
+            if row.keys() != known or (
+                [*map(type, row.values())] != types and [type(item) is str for item in row.values()] != are_strings
+            ):
+                credits = self._faulty(row, credits)
+            table.append(credits if len(columns) == width else credits[columns.start : columns.stop])
+        return table
+
+    def _faulty(self, row: Mapping[str, Any], counts: Sequence[float]) -> Sequence[float]:
+        """The credits of a record with keys of its own, or strings where the others have none or the reverse."""
+        credits, invented = [*counts], 0
         for key, item in row.items():
             if key not in self.strings:
                 invented += 1
             elif (type(item) is str) is not self.strings[key] and key in self.weighed:
-                spelt = _spelled(item) if type(item) is str else None  # read once for all columns
-                for column, right in enumerate(self.rows):
-                    same = mistyped(item, right[key]) if spelt is None else equal(spelt, right[key])
-                    found[column] += MISTYPED * same
+                spelt = _spelled(item) if type(item) is str else item  # read once for all columns
+                if type(spelt) is not str:
+                    for column, right in enumerate(self.rows):
+                        other = right[key] if type(item) is str else _spelled(right[key])
+                        if spelt == other and equal(spelt, other):
+                            credits[column] += MISTYPED
+        if not invented:
+            return credits
         share = self.size / (self.size + invented)
-        return [own * share for own in found]
+        return [own * share for own in credits]
 
 
 # ------------------------------------------------------------------------------------------------------ the recursion
@@ -470,14 +484,15 @@ class Aligner:
         if not self._affords(len(rows), len(columns), part):
             return None
         items, records = (part.items or [])[columns.start : columns.stop], None if self.words else part.records
-        table: list[Sequence[float]] = []
-        for item in value[rows.start : rows.stop]:
-            credits = None if records is None else records.credits(item)
-            if credits is None:
-                table.append([compare(item, child, None, None) for child in items])
-            else:
-                table.append(credits[columns.start : columns.stop])
+        values = value[rows.start : rows.stop]
+        known = [None] * len(rows) if records is None else records.table(values, columns)
+        table: list[Sequence[float]] = [
+            [compare(item, child, None, None) for child in items] if credits is None else credits
+            for item, credits in zip(values, known, strict=True)
+        ]
         if pairs is None:
+            if len(rows) == len(columns) and all(max(row) == row[i] for i, row in enumerate(table)):
+                return sum([row[i] for i, row in enumerate(table)], 0.0)  # no item has a better place
             return _most_in_order(table)[-1]
         best: list[list[float]] = []
         credit = _most_in_order(table, best)[-1]

@@ -7,26 +7,35 @@ after RL-Struct (arXiv 2512.00319), whose literal reward is `preset="rl-struct"`
 (`tokalign.rewards.structured.documents.reading`), and every component is a small function of that one reading. With k
 the grade of keys and types and f the same with bounds (`tokalign.rewards.structured.grading`):
 
-| the completion is | structure | others |
-|---|---|---|
-| an answer: one whole document that attempts what the schema asks | FLOOR + (1 − FLOOR) k | below |
-| keys that are asked for, but none with the right type | 0.9 FLOOR k | 0 |
-| a document broken off, or with c characters around it | 0.9 FLOOR k (½ + ½ / (1 + c / 100)) | 0 |
-| anything else: `{}`, a scalar, a JSON string, prose, repeated keys, NaN, too deep, too long | 0 | 0 |
+| the completion is | structure | correctness | others |
+|---|---|---|---|
+| an answer: one whole document with a part that the schema asks for, or right | FLOOR + (1 − FLOOR) k | a | below |
+| one with c characters around it, or broken off | 0.9 FLOOR k (½ + ½ / (1 + c / 100)) | AROUND a, BROKEN a | 0 |
+| keys that are asked for, but none with the right type | 0.9 FLOOR k | 0 | 0 |
+| anything else: `{}`, a scalar, a JSON string, prose, repeated keys, NaN, too deep, too long | 0 | 0 | 0 |
 
-    validity 1;  format 1 if the fence is as asked;  schema ½ f + ½ [valid and no invented key];
-    correctness = agreement with the reference;  length 1 if valid and within the bounds
+    a = share of the reference that the document says (`tokalign.rewards.structured.alignment`)
+    validity 1;  format 1 if the fence is as asked;  schema ½ f + ½ [valid and no invented key]
+    length 1 if valid and within the bounds
+
+Correctness has three quarters of all weight: form alone (1.0 of 4.0) is worth less than a document with half of its
+values right and one fault of form, and each value put right pays, whatever else is wrong. Below alternatives (`anyOf`,
+`oneOf`) a value put right may change the alternative that a document is graded by, and with it its form.
+
+**Without a reference the reward sees form alone.** Placeholders that fit the schema then have full marks, and a policy
+will find them: give references, or other rewards beside this one.
 
 A *fault* is a missing key, an invented key, a value of a wrong type, or text around the document. While the component
-structure is on, every row of the table but the first ranks below every answer, and a fault lowers each score that is
-above 0. Whichever components are on, a fault raises none of them, as long as the reference fits the schema. Where the
-schema has alternatives (`anyOf`, `oneOf`), a completion is judged by the one that it fits best, so a change is a fault
-only if it is one under that alternative, both before and after the change. An empty list is right where the schema asks
-for no items; `minItems` or a reference makes it cost. An empty document is an answer where the reference is empty, or
-where the schema allows no other. A valid document without invented keys has full marks, whatever words the schema uses.
+structure is on, a fault lowers each score that is above 0. Whichever components are on, a fault raises none of them, as
+long as the reference fits the schema. Where the schema has alternatives, a completion is judged by the one that it fits
+best, so a change is a fault only if it is one under that alternative, both before and after the change. An empty list
+is right where the schema asks for no items; `minItems` or a reference makes it cost. An empty document is an answer
+where the reference is empty, or where the schema allows no other. A valid document without invented keys has full marks
+of form, whatever words the schema uses, and one that equals the reference has all.
 
 Deviations from the paper: structure is judged on parsed keys and types instead of substrings, a fence is no reason to
-be invalid, correctness compares typed values instead of words, the length term is a bonus instead of a malus.
+be invalid, correctness compares typed values instead of words and weighs most, the length term is a bonus instead of
+a malus.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ is two of them, each over the completions of the group that came to it:
   came to close.
 - what stands at p, on the tokens of its value: c in [0, 1] says how far it is right. Who lacks p has no say in it.
 
-What a completion invented is a third kind: c = 0 on its own tokens, and 1 for those that did not. It is not divided by
-std_G: an invention is rare, so it would cost more than a right value earns, and teach to say less. A^form is the
+What a completion invented is a third kind: c = 0 on its own tokens, and 1 for those that did not. A^form is the
 group-relative advantage of what the reward's form components are worth together, so the right number in a malformed
 document is praised as number, and the malformed rest is blamed as form.
 
@@ -255,7 +254,7 @@ def _from_comma(span: Span, text: str) -> Span:
     start = span.start
     while start and text[start - 1] in " \t\r\n,":
         start -= 1
-    return Span(span.pointer, start, *span[2:])  # faster than `_replace`, and there is one a key
+    return Span(span.pointer, start, span.end, span.component, span.value)
 
 
 def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon: float) -> list[dict[Field, float]]:
@@ -268,8 +267,7 @@ def field_advantages(rows: Sequence[Mapping[Field, float]], scale: str, epsilon:
     for name in dict.fromkeys(name for row in rows for name in row):
         others = name[1] == "invented"
         came = [(own, row.get(name, 1.0)) for own, row in zip(made, rows, strict=True) if others or name in row]
-        numbers = relative([value for _, value in came], "none" if others else scale, epsilon)
-        for (own, _), number in zip(came, numbers, strict=True):
+        for (own, _), number in zip(came, relative([value for _, value in came], scale, epsilon), strict=True):
             own[name] = number
     return made
 
