@@ -26,6 +26,17 @@ def timed(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+def in_turns(steps: dict[str, Callable[[], object]], pairs: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each call of two functions that take turns (and turns at going first), after two pairs to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for pair in range(pairs + 2):
+        for name in [*steps] if pair % 2 else [*steps][::-1]:
+            taken = timed(steps[name], device)
+            if pair >= 2:
+                seconds[name].append(taken)
+    return seconds
+
+
 def resident(name: str) -> int:
     """A field of /proc/self/status in bytes: VmRSS (now) or VmHWM (most since the last reset, or ever).
 

@@ -27,7 +27,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.experiments.measure import peak_bytes, random_llama, timed, word_tokenizer
+from benchmarks.experiments.measure import in_turns, peak_bytes, random_llama, word_tokenizer
 from benchmarks.render import ROOT, Tables, save
 from tokalign.trainers import CriticalTokenDPOConfig, CriticalTokenDPOTrainer, TRegConfig, TRegTrainer
 
@@ -120,24 +120,13 @@ def measure_memory(arguments: Arguments, vocab_size: int, method: str) -> int:
     return int(run.stdout.splitlines()[-1])
 
 
-def measure_time(arguments: Arguments, vocab_size: int, folder: str) -> dict[str, list[float]]:
-    """Seconds of each step, the two methods taking turns (and turns at going first)."""
-    methods = ("dpo", arguments.method)
-    steps = {method: make_step(arguments, vocab_size, method, folder) for method in methods}
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    for pair in range(arguments.pairs + 2):
-        for method in methods if pair % 2 else methods[::-1]:
-            taken = timed(steps[method], arguments.device)
-            if pair >= 2:  # the first two warm up
-                seconds[method].append(taken)
-    return seconds
-
-
 def compare(arguments: Arguments, vocab_size: int) -> dict:
     """Both measurements for one vocabulary size."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(arguments, vocab_size, folder)
-        seconds = measure_time(arguments, vocab_size, folder)
+        methods = ("dpo", arguments.method)
+        steps = {method: make_step(arguments, vocab_size, method, folder) for method in methods}
+        seconds = in_turns(steps, arguments.pairs, arguments.device)
     ours, stock = seconds[arguments.method], seconds["dpo"]
     peaks = {method: measure_memory(arguments, vocab_size, method) for method in seconds}
     return {

@@ -4,11 +4,11 @@ r"""Every speed and memory ratio that this package sets itself a goal for, and t
     python -m benchmarks.experiments.speed --size quick               # minutes: whether everything runs
     python -m benchmarks.experiments.speed --device cuda --dtype bfloat16 --size real   # one 80 GB GPU: 1.5B and 8B
 
-Runs contrast.py, preference_step.py, structured_credit.py and routed_decoding.py one after the other, each in processes
-of its own (so that no peak of memory is another's), with the arguments in PARTS, and judges what they measured. What is
-compared takes turns in one process; how often, and which of the times counts, is said with each ratio. Measure on an
-idle machine. A killed run started again skips the parts that are finished. Writes results.json to `output_dir`;
-docs/results/speed.md shows it.
+Runs contrast.py, preference_step.py, structured_credit.py, credit_step.py and routed_decoding.py one after the other,
+each in processes of its own (so that no peak of memory is another's), with the arguments in PARTS, and judges what they
+measured. What is compared takes turns in one process; how often, and which of the times counts, is said with each
+ratio. Measure on an idle machine. A killed run started again skips the parts that are finished. Writes results.json to
+`output_dir`; docs/results/speed.md shows it.
 """
 
 from __future__ import annotations
@@ -111,6 +111,13 @@ def credit_ratios(result: Result) -> list[Result]:
     return [*rows, ratio("offsets of tokens", "ours / decoding", None, share, detail, how)]
 
 
+def credit_step_ratios(result: Result) -> list[Result]:
+    arguments = result["arguments"]
+    what, how = "field credit / sequence credit", f"median of the ratios of {arguments['pairs']} pairs of steps"
+    detail = f"{arguments['vocab_size']:,} words, {arguments['batch_size']} completions of {arguments['size']} bytes"
+    return [ratio("structured GRPO step, time", what, ("≤", 1.05), result["time_ratio"], detail, how)]
+
+
 def routed_rates(result: Result) -> list[Result]:
     """Tokens a second of the three ways and of the ideal, by batch size."""
     tokens, pair = result["arguments"]["new_tokens"], result["arguments"]["pair"]
@@ -154,6 +161,13 @@ PARTS: dict[str, Part] = {
     "critical-token DPO step": Part("preference_step", step_ratios, *STEP),
     "T-REG step": Part("preference_step", step_ratios, *(f"--method treg {options}" for options in STEP)),
     "credit spans": Part("structured_credit", credit_ratios, "--completions 40 --rounds 1", "", None),
+    "credit step": Part(
+        "credit_step",
+        credit_step_ratios,
+        "--hidden_size 64 --layers 2 --vocab_size 500 --pairs 3",
+        "",
+        f"{LLAMA_8B} --vocab_size 128256 --batch_size 16",
+    ),
     "router": Part(
         "routed_decoding",
         router_ratios,

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.experiments import speed, structured_credit
+from benchmarks.experiments import credit_step, speed, structured_credit
+from tokalign.trainers.credits.field import FieldCredit
 
 
 def routed_result(**changes) -> dict:
@@ -52,6 +53,24 @@ def test_credit_is_judged_by_its_slowest_kind_with_a_reference(tmp_path, capsys)
     assert equal["value"] == times.pop("equal to the reference") and alone["value"] == times.pop("no reference")
     assert slowest["value"] == max(times.values()) > 0 and slowest["goal"] == ("≤", 2)
     assert equal["goal"] is alone["goal"] is offsets["goal"] is None
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_steps_with_field_credit_credit_fields(tmp_path, monkeypatch, capsys):
+    said, credit = [], FieldCredit.__call__
+
+    def recorded(*args, **columns):
+        said.append(credit(*args, **columns))
+        return said[-1]
+
+    monkeypatch.setattr(FieldCredit, "__call__", recorded)
+    shape = {"vocab_size": 400, "hidden_size": 64, "layers": 1, "size": 300, "pairs": 1}
+    result = credit_step.main(credit_step.CreditStepArguments(**shape, output_dir=str(tmp_path)))
+    assert len(said) == 3 and all(len(set(row)) > 2 for rows in said for row in rows)  # of one trainer's three steps
+    sequence, field = (result["seconds"][credit] for credit in credit_step.CREDITS)
+    (row,) = speed.credit_step_ratios(json.loads((tmp_path / "results.json").read_text()))
+    assert row["value"] == field[0] / sequence[0] > 0 and row["goal"] == ("≤", 1.05)
     capsys.readouterr()
 
 

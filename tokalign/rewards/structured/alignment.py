@@ -86,7 +86,6 @@ class Part:
         size: its leaves, less those that the schema fixes.
         plain: it holds no boolean, 0 or 1, which Python's own equality mistakes for one another.
         keys, items: parts of an object, of an array; None of a leaf, and of what the schema fixes.
-        records: index of an array of records.
     """
 
     value: Any
@@ -94,7 +93,14 @@ class Part:
     plain: bool
     keys: dict[str, Part] | None = None
     items: list[Part] | None = None
-    records: _Records | None = None
+    _records: _Records | Literal[False] | None = False
+
+    @property
+    def records(self) -> _Records | None:
+        """Index of an array of records, made when it is first needed; None of other parts."""
+        if self._records is False:
+            self._records = _Records.of(self.items or [], self.plain) if self.items else None
+        return self._records
 
 
 class Target(NamedTuple):
@@ -193,7 +199,7 @@ def _part(reference: Any, shape: Shape | None) -> Part:
             if not items[-1].size and (shape is None or index >= shape.min_items):
                 items[-1] = _part(item, None)
         plain = all(one.plain for one in items)
-        part = Part(reference, sum([one.size for one in items]), plain, None, items, _Records.of(items, plain))
+        part = Part(reference, sum([one.size for one in items]), plain, None, items)
     if shape is not None and (
         (shape.allowed == _NULL and reference is None)
         or (shape.constant and shape.bounds is not None and shape.bounds.is_valid(reference))
@@ -215,28 +221,25 @@ class _Records:
     def of(cls, items: Sequence[Part], plain: bool) -> _Records | None:
         """The index; None of other arrays."""
         named = items[0].keys is not None
-        found = None
+        keys: list[tuple[str, bool, int]] = []
         for item in items if len(items) <= _INDEXED else ():
-            if (item.keys is not None) is not named or (not named and type(item.value) in _CONTAINERS):
+            parts = (item.keys or {}) if named else {"": item}
+            own = [(key, type(part.value) is str, part.size) for key, part in parts.items()]
+            if own != (keys or own) or any(type(part.value) in _CONTAINERS for part in parts.values()):
                 return None
-            row = item.value if named else {"": item.value}
-            parts = item.keys if named else {"": item}
-            own = {key: (type(value) is str, parts[key].size) for key, value in row.items()}
-            if any(type(value) in _CONTAINERS for value in row.values()) or own != (found or own):
-                return None
-            found = own
-        return None if found is None or len(found) > _INDEXED else cls(items, found, plain)
+            keys = own
+        return cls(items, keys, plain) if 0 < len(keys) <= _INDEXED else None
 
-    def __init__(self, items: Sequence[Part], keys: dict[str, tuple[bool, int]], plain: bool):
+    def __init__(self, items: Sequence[Part], keys: list[tuple[str, bool, int]], plain: bool):
         self.named, self.plain = items[0].keys is not None, plain
         self.size = items[0].size
-        self.strings = {key: string for key, (string, _) in keys.items()}
+        self.strings = {key: string for key, string, _ in keys}
         self.rows = [item.value if self.named else {"": item.value} for item in items]
         self.are_strings, self.types = [*self.strings.values()], [*map(type, self.rows[0].values())]
         # The columns in which a value stands, each a byte of one number: adding these numbers counts the equal values
         # in all columns at once.
         self.places: dict[Any, int] = defaultdict(int)
-        self.weighed = [key for key, (_, size) in keys.items() if size]
+        self.weighed = [key for key, _, size in keys if size]
         for column, row in enumerate(self.rows):
             for key in self.weighed:
                 token = (key, row[key]) if plain else (key, row[key], type(row[key]) is bool)

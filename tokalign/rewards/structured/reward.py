@@ -11,7 +11,7 @@ the grade of keys and types and f the same with bounds (`tokalign.rewards.struct
 |---|---|---|---|
 | an answer: one whole document with a part that the schema asks for, or right | FLOOR + (1 − FLOOR) k | a | below |
 | one with c characters around it, or broken off | 0.9 FLOOR k (½ + ½ / (1 + c / 100)) | AROUND a, BROKEN a | 0 |
-| keys that are asked for, but none with the right type | 0.9 FLOOR k | 0 | 0 |
+| without a part that is asked for and of the right type, or right | 0.9 FLOOR k | a | 0 |
 | anything else: `{}`, a scalar, a JSON string, prose, repeated keys, NaN, too deep, too long | 0 | 0 | 0 |
 
     a = share of the reference that the document says (`tokalign.rewards.structured.alignment`)
@@ -242,14 +242,14 @@ class StructuredReward:
         grade, perfect = self._grade(document.value, reference, schema)
         found = self.alignment(document.value, reference, leaves)
         share = 0.0 if found is None else found.share
-        # Two calls where one is wanted may hold the right one, but are no document of the schema
+        # Two calls where one is wanted may hold the right one, but are no document of the schema.
         share = share if grade.attempt or (grade is not _NOTHING and schema.takes(document.value)) else 0.0
         # A document that says something right is an attempt, whatever its types: a type fault costs its value alone.
-        if not document.whole or not (grade.attempt or share):
+        if not document.whole or not (grade.attempt or (share and grade.keys)):
             scores = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
             scores["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
-            if found is not None and not document.whole:
-                scores["correctness"] = share * (BROKEN if document.broken else AROUND)
+            if found is not None:
+                scores["correctness"] = share * (1.0 if document.whole else BROKEN if document.broken else AROUND)
             return self._total(scores)
         return self._total(
             {

@@ -183,17 +183,18 @@ class FieldCredit:
             return judged, Charged(len(ids))
         tokens: dict[Field, set[int]] = {}
         faults: set[int] = set()
+        touched = list(zip(spans, spans_to_tokens(offsets, spans), strict=True))
         # A key is the value's that follows it; its own pointer is the document's, the value's the reference's.
-        keys = sorted((span for span in spans if span.component == "key"), key=lambda key: key.end)
-        ends, key_tokens = [key.end for key in keys], spans_to_tokens(offsets, keys)
-        for span, indices in zip(spans, spans_to_tokens(offsets, spans), strict=True):
+        keys = sorted((span.end, indices) for span, indices in touched if span.component == "key")
+        ends = [end for end, _ in keys]
+        for span, indices in touched:
             if span.component in ("around", "broken"):
                 faults.update(indices)
             elif span.component in CHARGED:
                 tokens.setdefault(_field(span), set()).update(indices)  # a token on two spans of one counts once
                 before = bisect_right(ends, span.start) - 1
                 if span.component == "value" and before >= 0 and not text[ends[before] : span.start].strip():
-                    tokens.setdefault((span.pointer, "there"), set()).update(key_tokens[before])
+                    tokens.setdefault((span.pointer, "there"), set()).update(keys[before][1])
         return judged, Charged(len(ids), {name: sorted(found) for name, found in tokens.items()}, sorted(faults))
 
     # ------------------------------------------------------------------------------------------------- the mathematics
