@@ -406,7 +406,8 @@ def _check_said(name: str, rows: Any, completion_ids: list[list[int]]) -> None:
             f"The credit function {name!r} returned {what} for {len(completion_ids)} completions; return a list for "
             "each, or None for a completion that keeps its sequence's advantage."
         )
-    for number, (row, ids) in enumerate(zip(rows, completion_ids, strict=True)):
+    said: Any = rows  # anything of a length, as far as a type checker knows
+    for number, (row, ids) in enumerate(zip(said, completion_ids, strict=True)):
         if row is not None and (not isinstance(row, Sized) or len(row) != len(ids)):
             what = f"{len(row)} numbers" if isinstance(row, Sized) else repr(row)
             raise ValueError(
