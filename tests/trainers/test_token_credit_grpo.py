@@ -492,6 +492,8 @@ def test_what_a_function_returns_is_checked(both, credit, message) -> None:
         ("entropy", {}, "'entropy', which cannot be called"),
         (ones, {"credit_page_steps": -1}, "credit_page_steps is -1"),
         (ones, {"credit_coefficient": math.nan}, "credit_coefficient is nan"),
+        (ones, {"credit_coefficient": 2.0}, "whose credit is added to the advantage"),
+        (None, {"credit_model": "teacher"}, "no credit function reads it"),
     ],
 )
 def test_credit_that_cannot_be_is_refused_at_the_start(tiny_path, folder, credit, options, message) -> None:

@@ -181,6 +181,20 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         self._check_credit()
 
     def _check_credit(self) -> None:
+        bonuses = [function for function in self.credit_funcs if self._credit_mode(function) == "advantage"]
+        for option, readers in (
+            ("credit_mode", self.credit_funcs),
+            ("credit_model", self.credit_funcs),
+            ("credit_negative", self.credit_funcs),
+            ("credit_coefficient", bonuses),
+        ):
+            if getattr(self.args, option) is not None and not readers:
+                raise ValueError(
+                    f"`{option}` is {getattr(self.args, option)!r}, but no credit function reads it: name one in "
+                    "`credit`"
+                    + (" whose credit is added to the advantage" if self.credit_funcs else "")
+                    + f", or leave `{option}` out."
+                )
         for function, name in zip(self.credit_funcs, self.credit_func_names, strict=True):
             if self.credit_func_names.count(name) > 1:
                 raise ValueError(
