@@ -406,7 +406,7 @@ def test_columns_of_the_reward_are_not_unused(path, tmp_path) -> None:
 
 
 def test_arguments_of_another_kind_are_refused(path, tmp_path) -> None:
-    with pytest.raises(TypeError, match="must be a StructuredGRPOConfig, got GRPOConfig; it has the same fields"):
+    with pytest.raises(TypeError, match="must be a StructuredGRPOConfig, got GRPOConfig; it has"):
         StructuredGRPOTrainer(path, args=GRPOConfig(**settings(tmp_path)), train_dataset=Dataset.from_list(problems(4)))
 
 

@@ -37,7 +37,6 @@ from tqdm import tqdm
 from trl import is_conversational
 
 from tokalign.generation.constrained import is_byte_encoded
-from tokalign.internals.trl import get_config_model_id
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.documents.document import Limits
 from tokalign.rewards.structured.reward import ComponentReward
@@ -239,6 +238,7 @@ class StructuredGRPOTrainer(TokenCreditGRPOTrainer):
     """
 
     args: StructuredGRPOConfig
+    _config_class = StructuredGRPOConfig
 
     def __init__(
         self,
@@ -251,14 +251,7 @@ class StructuredGRPOTrainer(TokenCreditGRPOTrainer):
         credit_funcs: Any = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = StructuredGRPOConfig(f"{name.split('/')[-1]}-StructuredGRPO")
-        if not isinstance(args, StructuredGRPOConfig):
-            raise TypeError(
-                f"`args` must be a StructuredGRPOConfig, got {type(args).__name__}; it has the same fields and "
-                "those of the structured reward."
-            )
+        args = self._arguments(model, args)
         rewards, weights, classes = _side_by_side(reward_funcs, args, kwargs.pop("reward_processing_classes", None))
         self.structured_rewards = _structured(rewards)
         self.structured = self.structured_rewards[0]

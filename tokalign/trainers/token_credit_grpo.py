@@ -16,7 +16,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -142,6 +142,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
     """
 
     args: TokenCreditGRPOConfig
+    _config_class: ClassVar[type[TokenCreditGRPOConfig]] = TokenCreditGRPOConfig
     _asked: list[dict[str, Any]] | None = None  # rows whose prompts become ids
     _next_page = 0  # step at which a page is due
 
@@ -156,14 +157,7 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         credit_funcs: Callable[..., Any] | Sequence[Any] | None = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = TokenCreditGRPOConfig(f"{name.split('/')[-1]}-TokenCreditGRPO")
-        if not isinstance(args, TokenCreditGRPOConfig):
-            raise TypeError(
-                f"`args` must be a TokenCreditGRPOConfig, got {type(args).__name__}; it has the same fields and those "
-                "of the credit."
-            )
+        args = self._arguments(model, args)
         super().__init__(model, reward_funcs, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         given = list(credit_funcs) if isinstance(credit_funcs, list | tuple) else [credit_funcs]
         named = [_named(name) for name in args.credit or ()]
@@ -179,6 +173,19 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
             if hasattr(function, "attach"):
                 function.attach(self)
         self._check_credit()
+
+    @classmethod
+    def _arguments(cls, model: Any, args: Any) -> Any:
+        """The arguments, by default those of a new run named after the model, as TRL names its own."""
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = cls._config_class(f"{name.split('/')[-1]}-{cls.__name__.removesuffix('Trainer')}")
+        if not isinstance(args, cls._config_class):
+            raise TypeError(
+                f"`args` must be a {cls._config_class.__name__}, got {type(args).__name__}; it has TRL's fields and "
+                "those of this trainer."
+            )
+        return args
 
     def _check_credit(self) -> None:
         bonuses = [function for function in self.credit_funcs if self._credit_mode(function) == "advantage"]

@@ -5,7 +5,8 @@
 
 π_φ was trained by DPO (or as PRIME's implicit process reward model) from π_ref. r_s is the dense reward of both papers;
 A_t is PRIME's: each token's reward less what the other completions of the group have per token on average, r̄_j, summed
-to the end. It is added to the advantage of the outcome, as there. β = 0.05 and γ = 1, as in PRIME.
+to the end. It is added to the advantage of the outcome, as there. β = 0.05 and γ = 1 by default. These two and the
+form of the mean were written from memory of PRIME and not compared with its text.
 
 It costs two forwards of the frozen base. Left out: PRIME trains π_φ on, on the policy's own completions; here it stays
 as it was given. RTO's PPO, which learns a critic from r_t, is not this either.
