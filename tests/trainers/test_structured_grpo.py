@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.trainers.structured import (
     KINDS,
+    ByToken,
     document,
     make_trainer,
     odd_length,
@@ -240,7 +241,7 @@ def test_components_stand_in_their_rewards_place(path, tmp_path) -> None:
 
 
 def test_resumes_exactly(path, tmp_path) -> None:
-    """Sampled rollouts, field credit and dropout-free LoRA: four steps, and two with two more from the checkpoint."""
+    """Sampled rollouts, credit that differs by token and dropout-free LoRA: four steps, and two with two more from the checkpoint."""
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def run(name: str, resume: str | None = None, **options):
@@ -252,6 +253,7 @@ def test_resumes_exactly(path, tmp_path) -> None:
             peft_config=lora,
             max_completion_length=12,
             credit="field",
+            credit_funcs=[ByToken()],  # what an untrained model writes has no fields that differ
             **options,
         )
         trainer.train(resume_from_checkpoint=resume)
