@@ -241,7 +241,7 @@ def test_components_stand_in_their_rewards_place(path, tmp_path) -> None:
 
 
 def test_resumes_exactly(path, tmp_path) -> None:
-    """Sampled rollouts, credit that differs by token and dropout-free LoRA: four steps, and two with two more from the checkpoint."""
+    """Sampled rollouts, credit by token, dropout-free LoRA: four steps, and two with two more from the checkpoint."""
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def run(name: str, resume: str | None = None, **options):
