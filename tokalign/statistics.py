@@ -354,6 +354,48 @@ def stratified_auroc(
     Raises:
         ValueError: lengths differ, or a score is not finite.
     """
+    strata, is_target = np.asarray(strata), np.asarray(is_target, dtype=bool)
+    found = _stratified(scores, is_target, strata, rows, samples, seed)
+    if found is None:
+        return None
+    value, values, pairs = found
+    paired_here = np.isin(strata, np.intersect1d(strata[is_target], strata[~is_target]))
+    return {
+        "auroc": value,
+        "ci95": list(percentile_interval(values, confidence)),
+        "pairs": pairs,
+        "targets": int((paired_here & is_target).sum()),
+        "others": int((paired_here & ~is_target).sum()),
+    }
+
+
+def stratified_auroc_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    is_target: np.ndarray,
+    strata: np.ndarray,
+    rows: np.ndarray,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any] | None:
+    """By how much the scores `a` have a larger `stratified_auroc` than `b` on the same items: resampled together.
+
+    Returns:
+        `difference` and `ci95`; None where no stratum has both kinds.
+    """
+    first, second = (_stratified(scores, is_target, strata, rows, samples, seed) for scores in (a, b))
+    if first is None or second is None:
+        return None
+    interval = percentile_interval(first[1] - second[1], confidence)  # one seed and one set of rows: the same draws
+    return {"difference": first[0] - second[0], "ci95": list(interval)}
+
+
+def _stratified(
+    scores: np.ndarray, is_target: np.ndarray, strata: np.ndarray, rows: np.ndarray, samples: int, seed: int
+) -> tuple[float, np.ndarray, int] | None:
+    """AUROC within strata, its resamples and its number of pairs, or None; the draws depend on the rows alone."""
     scores, is_target = np.asarray(scores, dtype=np.float64), np.asarray(is_target, dtype=bool)
     strata, rows = np.asarray(strata), np.asarray(rows)
     if not scores.shape == is_target.shape == strata.shape == rows.shape or scores.ndim != 1:
@@ -393,14 +435,7 @@ def stratified_auroc(
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=min(chunk, samples - start))
         resampled, among = won(drawn[:, row])
         values.append(resampled[among > 0] / among[among > 0])  # a resample may hold no pair
-    paired_here = np.isin(stratum, np.intersect1d(stratum[target], stratum[~target]))
-    return {
-        "auroc": float(wins[0] / pairs[0]),
-        "ci95": list(percentile_interval(np.concatenate(values), confidence)),
-        "pairs": int(pairs[0]),
-        "targets": int((paired_here & target).sum()),
-        "others": int((paired_here & ~target).sum()),
-    }
+    return float(wins[0] / pairs[0]), np.concatenate(values), int(pairs[0])
 
 
 def hit(scores: Sequence[float] | np.ndarray, target: int, *, within: int = 0) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokalign.signals.steps import Steps, detection, step_scores
+from tokalign.signals.steps import Steps, detection, difference, step_scores
 from tokalign.statistics import auroc, stratified_auroc
 
 
@@ -100,6 +100,19 @@ def test_detection_is_what_loops_over_steps_say(solutions, data) -> None:
         assert (None if found[name] is None else found[name]["auroc"]) == (expected and pytest.approx(expected))
     assert (found["hit1"] is None) == (not hits)
     assert not hits or found["hit1"]["share"] == pytest.approx(np.mean(hits))
+
+
+def test_a_difference_resamples_both_signals_together() -> None:
+    rng = np.random.default_rng(1)
+    steps = Steps.of([4] * 60, [int(rng.integers(0, 4)) for _ in range(60)], list(range(60)))
+    noise = rng.normal(size=240)
+    better, worse = noise - 1.5 * steps.wrong, noise - 1.0 * steps.wrong
+    found = difference(better, worse, steps, samples=200)
+    apart = [detection(scores, steps, samples=200)["matched"] for scores in (better, worse)]
+    assert found is not None and apart[0] and apart[1]
+    assert found["difference"] == pytest.approx(apart[0]["auroc"] - apart[1]["auroc"])
+    assert found["ci95"][0] > 0 and np.diff(found["ci95"]) < np.diff(apart[0]["ci95"])
+    assert difference(better, better, steps, samples=20) == {"difference": 0, "ci95": [0, 0]}
 
 
 def test_step_scores_take_the_tokens_of_a_step_that_count() -> None:

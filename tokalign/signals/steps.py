@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tokalign.statistics import share_interval, stratified_auroc
+from tokalign.statistics import share_interval, stratified_auroc, stratified_auroc_difference
 
 Reduce = Literal["min", "mean"]
 
@@ -124,6 +124,15 @@ def detection(scores: np.ndarray, steps: Steps, *, samples: int = 1000, seed: in
         "hit1": _hits(scores, steps, compared, samples, seed),
         "hit1_all": _hits(scores, steps, known, samples, seed),
     }
+
+
+def difference(
+    a: np.ndarray, b: np.ndarray, steps: Steps, *, samples: int = 1000, seed: int = 0
+) -> dict[str, Any] | None:
+    """Position-matched AUROC of scores `a` minus that of `b` (N,), on the steps that both score: `difference`, `ci95`."""
+    compared = np.isfinite(a) & np.isfinite(b) & (steps.wrong | steps.right)
+    columns = (array[compared] for array in (a, b, steps.wrong, steps.index, steps.question))
+    return stratified_auroc_difference(*columns, samples=samples, seed=seed)
 
 
 def _hits(scores: np.ndarray, steps: Steps, among: np.ndarray, samples: int, seed: int) -> dict[str, Any] | None:
