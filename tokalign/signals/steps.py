@@ -129,7 +129,7 @@ def detection(scores: np.ndarray, steps: Steps, *, samples: int = 1000, seed: in
 def difference(
     a: np.ndarray, b: np.ndarray, steps: Steps, *, samples: int = 1000, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Position-matched AUROC of scores `a` minus that of `b` (N,), on the steps that both score: `difference`, `ci95`."""
+    """Position-matched AUROC of `a` minus that of `b` (N,), on the steps that both score: `difference`, `ci95`."""
     compared = np.isfinite(a) & np.isfinite(b) & (steps.wrong | steps.right)
     columns = (array[compared] for array in (a, b, steps.wrong, steps.index, steps.question))
     return stratified_auroc_difference(*columns, samples=samples, seed=seed)
