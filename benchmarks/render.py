@@ -30,6 +30,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as ScreenTable
 
+from tokalign.stage.files import write_text_atomically
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "critical_token_dpo", "treg", "structured_grpo", "dishonest", "routing", "compositions", "speed", "reliability",
@@ -143,7 +145,7 @@ def duration(seconds: float) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
