@@ -294,7 +294,8 @@ def step_ids(
     return {"prompt_ids": prompt_ids, "completion_ids": ids, "step_tokens": spans_to_tokens(offsets, spans)}
 
 
-def _splits(source: str) -> list[str]:
+def splits_of(source: str) -> list[str]:
+    """The splits that a source has."""
     return ["test"] if _is_list(source) else list(source_files(source) or open_source(source))
 
 
@@ -322,7 +323,7 @@ def _rows(source: str, split: str) -> Iterator[dict[str, Any]]:
         yield from open_source(source)[split]
 
 
-def _solutions(source: str, split: str) -> Iterator[dict[str, str]]:
+def solutions_of(source: str, split: str) -> Iterator[dict[str, str]]:
     """A split's solutions as JSON text beside their question, or why a row is dropped: columns of one type."""
     form = None
     for row in _rows(source, split):
@@ -338,10 +339,10 @@ def main(args: StepLabelArguments) -> None:
     """Write every split of the source, and the card."""
     with TemporaryDirectory() as folder:
         splits = {}
-        for split in _splits(args.source):
+        for split in splits_of(args.source):
             file = Path(folder) / f"{split}.jsonl"
             with file.open("w", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(row) + "\n" for row in _solutions(args.source, split))
+                lines.writelines(json.dumps(row) + "\n" for row in solutions_of(args.source, split))
             if not file.stat().st_size:
                 raise ContractError(f"Split {split} of {args.source} holds no row; check --source.")
             splits[split] = read_files([file], cache_dir=folder)
