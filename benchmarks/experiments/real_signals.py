@@ -660,6 +660,7 @@ def tables(results: dict[str, Any]) -> Tables:
             ],
         ),
         "claims": (CLAIM, claims(by_view)),
+        "rollout": results["left_out"]["rollout_accuracy"],
         "against_logprob": (("signal", *(title_of(view) for view in listed)), against_logprob(by_view, names)),
     }
     headings = ("signal", "position-matched", "pooled", "within a solution", "hit@1 (chance)", "of all steps (chance)")
