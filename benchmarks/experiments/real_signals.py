@@ -51,6 +51,7 @@ from tokalign.signals.registry import get
 from tokalign.signals.steps import Steps, detection, difference, step_scores
 from tokalign.stage.loading import load_stage
 from tokalign.stage.pieces import token_offsets
+from tokalign.statistics import stratified_auroc
 
 RECIPES = "recipes/smollm2-135m-instruct"
 PUBLISHED = "gsm8k/example_model_solutions.jsonl"
@@ -92,7 +93,7 @@ class RealSignalsArguments:
     readings: list[str] = field(
         default_factory=lambda: list(READINGS), metadata={"help": "Which rows of READINGS; likelihood is always read."}
     )
-    solutions: int = field(default=300, metadata={"help": "Solutions of each data set, whole questions at random."})
+    solutions: int = field(default=220, metadata={"help": "Solutions of each data set, whole questions at random."})
     train_pairs: int = field(default=400, metadata={"help": "Questions of GSM8K that the adapters are trained on."})
     seed: int = field(
         default=0, metadata={"help": "Of the choice of solutions, of training and of the random control."}
@@ -222,7 +223,7 @@ class Experiment:
             raise SystemExit(f"Set {DATA}, or --data, to the folder that holds {', '.join(FILES.values())}.")
         self.data = Path(folder)
         self.files = {name: self.data / FILES[name] for name in args.sets}
-        self.files |= {Path(file).stem: Path(file) for file in args.extra}
+        self.files |= {f"{Path(file).resolve().parent.name}_{Path(file).stem}": Path(file) for file in args.extra}
         self.loaded: dict[str, DataSet] = {}
 
     @cached_property
@@ -254,8 +255,12 @@ class Experiment:
         folder = self.folder / "adapters"
         with held(folder / f"{name}.lock"):
             pairs = folder / "pairs.jsonl"
+            held_out = {words(text) for file in self.files.values() for text in questions(file)}
+            if pairs.exists() and any(words(row["prompt"][0]["content"]) in held_out for row in read_lines(pairs)):
+                raise SystemExit(
+                    f"{folder} was trained on questions of a test set that is new; use another --output_dir."
+                )
             if not pairs.exists():
-                held_out = {words(text) for file in self.files.values() for text in questions(file)}
                 rows = training_rows(self.published, held_out, self.args.train_pairs, self.args.seed)
                 for side, key in (("positive", "chosen"), ("negative", "rejected")):
                     of_side = [{"prompt": user(row["prompt"]), "completion": says(row[key])} for row in rows]
@@ -356,7 +361,7 @@ def read_tokens(data: DataSet, passes: int) -> int:
 
 
 def chosen(rows: Any, tokenizer: Any, solutions: int, seed: int) -> DataSet:
-    """At most `solutions` rows, of whole questions in a random order that more rows only extend."""
+    """At most `solutions` rows, of whole questions in a random order."""
     by_question: dict[str, list[int]] = {}
     for index, question in enumerate(rows["question"]):
         by_question.setdefault(question, []).append(index)
@@ -414,24 +419,39 @@ def figures_of(
     steps, tokens = steps_of(data, view)
     options = {"samples": resamples, "seed": seed}
     scores = {reduce: step_scores(suspicion, tokens, reduce) for reduce in REDUCED}
-    found: dict[str, Any] = {reduce: step_figures(scores[reduce], steps, view, **options) for reduce in REDUCED}
+    found: dict[str, Any] = {reduce: step_figures(scores[reduce], steps, tokens, view, **options) for reduce in REDUCED}
     found["classes"] = {}
     for name in CLASSES:
-        own = step_scores(suspicion, tokens, "min", [of[name] for of in data.classes])
-        found["classes"][name] = step_figures(own, steps, view, **options)["matched"]
+        keep = [of[name] for of in data.classes]
+        own = {reduce: step_scores(suspicion, tokens, reduce, keep) for reduce in REDUCED}
+        scores |= {f"{name}_{reduce}": own[reduce] for reduce in REDUCED}
+        found["classes"][name] = {reduce: matched(own[reduce], steps, **options) for reduce in REDUCED}
     return found, scores
 
 
-def step_figures(scores: np.ndarray, steps: Steps, view: str, **options: int) -> dict[str, Any]:
+def matched(scores: np.ndarray, steps: Steps, *, samples: int, seed: int) -> dict[str, Any] | None:
+    """The position-matched AUROC alone."""
+    at = np.isfinite(scores) & (steps.wrong | steps.right)
+    columns = (array[at] for array in (scores, steps.wrong, steps.index, steps.question))
+    return stratified_auroc(*columns, samples=samples, seed=seed)
+
+
+def step_figures(
+    scores: np.ndarray, steps: Steps, tokens: Sequence[Sequence[Sequence[int]]], view: str, **options: int
+) -> dict[str, Any]:
     """`detection`, without hit@1 where the view has no steps to choose from."""
-    found = detection(scores, steps, **options)
+    found = detection(scores, steps, lengths=lengths_of(tokens), **options)
     return {**found, "hit1": None, "hit1_all": None} if view.endswith(WHOLE) else found
+
+
+def lengths_of(tokens: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    return np.array([len(step) for solution in tokens for step in solution])
 
 
 def control_scores(data: DataSet, view: str, seed: int) -> dict[str, np.ndarray]:
     """Scores of steps by what needs no model: later, longer, at random; low = suspicious."""
     steps, tokens = steps_of(data, view)
-    lengths = np.array([len(step) for solution in tokens for step in solution], dtype=float)
+    lengths = lengths_of(tokens)
     rng = np.random.default_rng(seed)
     known = np.where(lengths > 0, 1.0, np.nan)  # a step without tokens takes part in no figure
     return {
@@ -526,9 +546,9 @@ def controls_cell(experiment: Experiment, name: str) -> dict[str, Any]:
     cell: dict[str, Any] = {"signals": {}, "counts": {}}
     for view in views(name):
         scores = control_scores(data, view, args.seed) | {PROBE: probe_scores(states, data, view)}
-        steps, _ = steps_of(data, view)
+        steps, tokens = steps_of(data, view)
         for signal, own in scores.items():
-            found = step_figures(own, steps, view, samples=args.resamples, seed=args.seed)
+            found = step_figures(own, steps, tokens, view, samples=args.resamples, seed=args.seed)
             keep(experiment, view, signal, {"mean": own})
             cell["signals"].setdefault(signal, {})[view] = {"mean": found, "classes": {}}
         cell["counts"][view] = {
@@ -593,7 +613,9 @@ def summary(experiment: Experiment, found: Mapping[str, Any], *, differences: bo
                 own = kept_scores(experiment, view, signal)
                 options = {"samples": args.resamples, "seed": args.seed}
                 entry["above_logprob"] = {
-                    reduce: difference(scores, base[reduce], steps, **options) for reduce, scores in own.items()
+                    reduce: difference(own[reduce], base[reduce], steps, **options)
+                    for reduce in REDUCED
+                    if reduce in own
                 }
     return {
         "arguments": asdict(args) | {"data": None},
@@ -663,7 +685,10 @@ def tables(results: dict[str, Any]) -> Tables:
         "rollout": results["left_out"]["rollout_accuracy"],
         "against_logprob": (("signal", *(title_of(view) for view in listed)), against_logprob(by_view, names)),
     }
-    headings = ("signal", "position-matched", "pooled", "within a solution", "hit@1 (chance)", "of all steps (chance)")
+    headings = (
+        *("signal", "position-matched", "length-matched too", "pooled", "within a solution"),
+        *("hit@1 (chance)", "of all steps (chance)"),
+    )
     for view in [*FILES, *(f"{name}{WHOLE}" for name in FILES), *listed]:
         rows, classes = [], []
         for signal in order(by_view.get(view, {})):
@@ -673,13 +698,16 @@ def tables(results: dict[str, Any]) -> Tables:
                     continue
                 rows.append(
                     [labelled(signal, reduce)]
-                    + [cell_of(of[key]) for key in ("matched", "pooled", "within")]
+                    + [cell_of(of[key]) for key in ("matched", "length_matched", "pooled", "within")]
                     + [hits(of["hit1"]), hits(of["hit1_all"])]
                 )
             if entry["classes"]:
-                classes.append([name_of(signal), *(cell_of(entry["classes"][kind]) for kind in CLASSES)])
+                classes += [
+                    [labelled(signal, reduce), *(cell_of(entry["classes"][kind][reduce]) for kind in CLASSES)]
+                    for reduce in REDUCED
+                ]
         made[view] = (headings, rows)
-        made[f"{view}_classes"] = (("signal, lowest of", *CLASSES), classes)
+        made[f"{view}_classes"] = (("signal", *CLASSES), classes)
     return made
 
 

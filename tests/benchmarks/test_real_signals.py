@@ -113,7 +113,7 @@ def test_all_of_it_runs_on_a_tiny_model_and_is_kept(tmp_path: Path, readings: li
     ]
     data = tmp_path / "data"
     write(data / real_signals.PUBLISHED, [gsm8k(number) for number in range(24)])
-    extra = write(tmp_path / "processbench.jsonl", bench)
+    extra = write(tmp_path / "processbench" / "gsm8k.jsonl", bench)
     arguments = RealSignalsArguments(
         model=model,
         data=str(data),
@@ -126,8 +126,8 @@ def test_all_of_it_runs_on_a_tiny_model_and_is_kept(tmp_path: Path, readings: li
         resamples=20,
     )
     results = real_signals.main(arguments)
-    assert set(results["views"]) == {"gsm8k", "gsm8k_whole", "processbench"}
-    signals = results["views"]["processbench"]
+    assert set(results["views"]) == {"gsm8k", "gsm8k_whole", "processbench_gsm8k"}
+    signals = results["views"]["processbench_gsm8k"]
     assert {"logprob", "entropy", "linear probe", "position", *(set(readings) - {"likelihood"})} <= set(signals)
     assert signals["position"]["mean"]["matched"]["auroc"] == 0.5
     assert signals["logprob"]["above_logprob"]["min"] == {"difference": 0, "ci95": [0, 0]}

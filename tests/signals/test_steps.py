@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokalign.signals.steps import Steps, detection, difference, step_scores
+from tokalign.signals.steps import ALIKE, Steps, detection, difference, length_strata, step_scores
 from tokalign.statistics import auroc, stratified_auroc
 
 
@@ -67,6 +67,9 @@ def test_position_alone_is_perfect_within_a_solution_and_nothing_when_matched() 
     assert found["within"]["auroc"] == 1 and found["hit1"]["share"] == 1
     assert found["matched"]["auroc"] == 0.5 and found["matched"]["ci95"] == [0.5, 0.5]
     assert found["hit1_all"]["share"] < 0.5  # the last step of all is seldom the first wrong one
+    lengths = rng.integers(1, 40, len(steps.index))
+    longer = detection(-lengths - 20.0 * steps.wrong, steps, lengths=lengths + 20 * steps.wrong, samples=50)
+    assert longer["matched"]["auroc"] > 0.75 and abs(longer["length_matched"]["auroc"] - 0.5) < 0.1
     known = np.where(steps.wrong, -1.0, 0.0)
     assert detection(known, steps, samples=50)["matched"]["auroc"] == 1
     constant = detection(np.zeros(len(known)), steps, samples=50)
@@ -100,6 +103,17 @@ def test_detection_is_what_loops_over_steps_say(solutions, data) -> None:
         assert (None if found[name] is None else found[name]["auroc"]) == (expected and pytest.approx(expected))
     assert (found["hit1"] is None) == (not hits)
     assert not hits or found["hit1"]["share"] == pytest.approx(np.mean(hits))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 200)), min_size=2, max_size=30))
+def test_steps_of_one_length_stratum_have_one_number_and_nearly_one_length(items) -> None:
+    index, lengths = (np.array(part) for part in zip(*items, strict=True))
+    none = np.zeros(len(items), dtype=bool)
+    strata = length_strata(Steps(none, none, index, none, none), lengths)
+    for i, j in zip(*np.nonzero(strata[:, None] == strata[None, :]), strict=True):
+        assert index[i] == index[j] and lengths[i] <= ALIKE * lengths[j] + 1e-9
+    same = (index[:, None] == index[None, :]) & (lengths[:, None] == lengths[None, :])
+    assert (strata[:, None] == strata[None, :])[same].all()
 
 
 def test_a_difference_resamples_both_signals_together() -> None:

@@ -5,10 +5,11 @@ suspicious, or the mean. The first wrong step is compared with right ones: those
 without a mistake. What comes after the first wrong step is neither.
 
 The first wrong step is always the last of the steps that a solution offers, so whatever drifts along a text finds it
-and knows nothing: within a solution, the step's number alone has AUROC 1. Hence four figures:
+and knows nothing: within a solution, the step's number alone has AUROC 1. Hence these figures:
 
 - position-matched AUROC, the one to go by: pairs of a wrong and a right step with the same number, which are steps of
-  two solutions;
+  two solutions; and of those the pairs of nearly the same length, since a long step is wrong more often, has a lower
+  lowest token, and its length needs no model;
 - pooled AUROC: all pairs of a wrong and a right step; within-solution AUROC: pairs of one solution;
 - hit@1: how often the lowest of a solution's steps up to the first wrong one is the wrong one, beside chance, which is
   one over their number; and the same among all steps of the solution.
@@ -27,6 +28,8 @@ import numpy as np
 from tokalign.statistics import share_interval, stratified_auroc, stratified_auroc_difference
 
 Reduce = Literal["min", "mean"]
+# Steps are of nearly the same length if their numbers of tokens lie in one interval [ALIKE^k, ALIKE^(k+1)).
+ALIKE = 1.25
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,24 @@ def step_scores(
     return np.asarray(scores)
 
 
-def detection(scores: np.ndarray, steps: Steps, *, samples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def detection(
+    scores: np.ndarray,
+    steps: Steps,
+    *,
+    lengths: np.ndarray | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """The figures of one signal on one data set (module docstring).
 
     Args:
         scores: (N,) of the steps, low = suspicious; NaN where a step has none: it takes part in nothing.
+        lengths: (N,) numbers of tokens, for the pairs of nearly the same length.
 
     Returns:
-        `matched`, `pooled`, `within`: `stratified_auroc` with the strata step number, none, solution (None where there
-        is no pair); `hit1` and `hit1_all`: `share`, `ci95`, `chance`, `solutions` (None where no wrong step has a
-        score).
+        `matched`, `length_matched`, `pooled`, `within`: `stratified_auroc` with the strata step number, step number and
+        length, none, solution (None where there is no pair, or no length is given); `hit1` and `hit1_all`: `share`,
+        `ci95`, `chance`, `solutions` (None where no wrong step has a score).
     """
     known = np.isfinite(scores)
     compared = known & (steps.wrong | steps.right)
@@ -119,11 +130,18 @@ def detection(scores: np.ndarray, steps: Steps, *, samples: int = 1000, seed: in
 
     return {
         "matched": area(steps.index),
+        "length_matched": None if lengths is None else area(length_strata(steps, lengths)),
         "pooled": area(np.zeros_like(steps.index)),
         "within": area(steps.solution),
         "hit1": _hits(scores, steps, compared, samples, seed),
         "hit1_all": _hits(scores, steps, known, samples, seed),
     }
+
+
+def length_strata(steps: Steps, lengths: np.ndarray) -> np.ndarray:
+    """A number (N,) for each step number and length, lengths that are nearly the same being one."""
+    about = np.floor(np.log(np.maximum(lengths, 1)) / np.log(ALIKE)).astype(np.int64)
+    return steps.index * (about.max() + 1) + about
 
 
 def difference(
