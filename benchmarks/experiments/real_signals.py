@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -45,12 +46,15 @@ from tokalign.cli.stages import Stages
 from tokalign.data.builders import step_labels
 from tokalign.data.problems import read_lines
 from tokalign.data.revision import load_templates, revision_prompts
+from tokalign.generation import EngineArguments, load_engine
+from tokalign.generation.protocol import SamplingParams, continue_from_prefixes
 from tokalign.generation.scorer import CompletionScorer
 from tokalign.signals import ContrastiveScorer, LikelihoodScorer, PromptingScorer
 from tokalign.signals.registry import get
 from tokalign.signals.steps import Steps, detection, difference, step_scores
 from tokalign.stage.loading import load_stage
 from tokalign.stage.pieces import token_offsets
+from tokalign.stage.seeds import derived_seed
 from tokalign.statistics import stratified_auroc
 
 RECIPES = "recipes/smollm2-135m-instruct"
@@ -78,6 +82,7 @@ CONTROLS = ("position", "length", "random")
 PENALTIES = (1e1, 1e2, 1e3, 1e4)  # of the probe, on features of unit variance; chosen within the training questions
 FOLDS = 5
 LOGPROB = "logprob"
+CONTINUED = 128  # most tokens of a continuation of the rollout estimate
 PROPOSED = ("contrast", "implicit_reward", "token_reward")  # by papers, for finding wrong tokens
 
 
@@ -98,6 +103,8 @@ class RealSignalsArguments:
     seed: int = field(
         default=0, metadata={"help": "Of the choice of solutions, of training and of the random control."}
     )
+    rollout_solutions: int = field(default=100, metadata={"help": "Solutions of GSM8K with a rollout estimate."})
+    continuations: int = field(default=8, metadata={"help": "Continuations behind each of their steps."})
     resamples: int = field(default=1000, metadata={"help": "Of questions, for the intervals."})
     token_budget: int = field(default=4096, metadata={"help": "Tokens of one forward pass."})
 
@@ -207,10 +214,10 @@ class DataSet(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a reading gives: of each signal one list of numbers a solution, and the tokens that a model read for it."""
+    """What a reading gives: of each signal one list of numbers a solution, and its cost in model tokens a token."""
 
     values: dict[str, list[list[float]]]
-    model_tokens: int
+    cost: float
 
 
 class Experiment:
@@ -229,6 +236,48 @@ class Experiment:
     @cached_property
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.args.model)
+
+    def rollout_accuracy(self, data: DataSet) -> Read:
+        """Share of right continuations behind every step of the first solutions; other solutions have no number.
+
+        The signal as `tokalign score rollout` has it has one for every token, at ten times the cost. Here all tokens of
+        a step have the share behind its last one. What is done is kept, a line a solution.
+        """
+        args, file = self.args, self.folder / "values" / "rollouts.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        done = {row["id"]: row for row in read_lines(file)} if file.exists() else {}
+        right = {words(row["question"]): last_number(row["ground_truth"]) for row in read_lines(self.data / PUBLISHED)}
+        engine = load_engine(EngineArguments(model=args.model, dtype="float32"))
+        values = [[math.nan] * len(row["completion_ids"]) for row in data.rows]
+        for row, own in list(zip(data.rows, values, strict=True))[: args.rollout_solutions]:
+            ids, steps = row["completion_ids"], [step for step in row["step_tokens"] if step]
+            if row["id"] not in done:
+                lengths = [step[-1] + 1 for step in steps]
+                seeds = [derived_seed(args.seed, row["id"], length) for length in lengths]
+                params = [SamplingParams(n=args.continuations, max_tokens=CONTINUED, seed=seed) for seed in seeds]
+                found = continue_from_prefixes(engine, row["prompt_ids"], ids, lengths, params)
+                answer, shares = right[words(row["prompt"][0]["content"])], []
+                for length, completions in zip(lengths, found, strict=True):
+                    texts = [
+                        self.tokenizer.decode([*ids[:length], *c.token_ids], skip_special_tokens=True)
+                        for c in completions
+                    ]
+                    shares.append(sum(last_number(text) == answer for text in texts) / len(texts))
+                sampled = sum(len(c.token_ids) for completions in found for c in completions)
+                done[row["id"]] = {
+                    "id": row["id"],
+                    "shares": shares,
+                    "tokens": sampled + len(row["prompt_ids"]) + len(ids),
+                }
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(done[row["id"]]) + "\n")
+            for step, share in zip(steps, done[row["id"]]["shares"], strict=True):
+                for token in step:
+                    own[token] = share
+        engine.close()
+        read = data.rows[: args.rollout_solutions]
+        scored = sum(len(row["completion_ids"]) for row in read)
+        return Read({"rollout_accuracy": values}, sum(done[row["id"]]["tokens"] for row in read) / scored)
 
     @cached_property
     def published(self) -> list[dict[str, Any]]:
@@ -290,17 +339,17 @@ class Experiment:
 
     def likelihood(self, data: DataSet) -> Read:
         scorer = LikelihoodScorer(self.args.model, self.tokenizer, signals=(LOGPROB, "entropy"), **self.options())
-        return Read(scorer.score(*data.ids), read_tokens(data, 1))
+        return Read(scorer.score(*data.ids), cost_of(data, 1))
 
     def implicit_reward(self, data: DataSet) -> Read:
         signals = {"signals": ("implicit_reward",)}
         scorer = LikelihoodScorer(self.args.model, self.tokenizer, self.adapter("dpo"), **signals, **self.options())
-        return Read(scorer.score(*data.ids), read_tokens(data, 2))
+        return Read(scorer.score(*data.ids), cost_of(data, 2))
 
     def contrast(self, data: DataSet) -> Read:
         adapters = str(self.adapter("positive")), str(self.adapter("negative"))
         scorer = ContrastiveScorer(self.args.model, self.tokenizer, *adapters, **self.options())
-        return Read({"contrast": scorer.score(*data.ids)}, read_tokens(data, 2))
+        return Read({"contrast": scorer.score(*data.ids)}, cost_of(data, 2))
 
     def token_reward(self, data: DataSet) -> Read:
         templates = load_templates("math")
@@ -309,8 +358,8 @@ class Experiment:
         completions = data.ids[1]
         scorer = PromptingScorer(self.args.model, self.tokenizer, **self.options())
         better, worse = (list(side) for side in zip(*prompts, strict=True))
-        tokens = sum(len(a) + len(b) + 2 * len(c) for a, b, c in zip(better, worse, completions, strict=True))
-        return Read({"token_reward": scorer.score(better, worse, completions)}, tokens)
+        cost = sum(map(len, better + worse)) / sum(map(len, completions)) + 2
+        return Read({"token_reward": scorer.score(better, worse, completions)}, cost)
 
     def probe(self, data: DataSet) -> list[np.ndarray]:
         """Hidden states of each solution's tokens (T, D), two thirds up the layers."""
@@ -333,10 +382,9 @@ READINGS: dict[str, Callable[[Experiment, DataSet], Read]] = {
     "contrast": Experiment.contrast,
     "implicit_reward": Experiment.implicit_reward,
     "token_reward": Experiment.token_reward,
+    "rollout_accuracy": Experiment.rollout_accuracy,
 }
-LEFT_OUT = {
-    "rollout_accuracy": "the model solves 3 % of GSM8K, so nearly every share of right continuations is 0",
-}
+ONLY = {"rollout_accuracy": ("gsm8k",)}  # where the final answer is a number, and the model may find it
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -356,8 +404,16 @@ def questions(file: Path) -> Iterator[str]:
             yield row["question"]
 
 
-def read_tokens(data: DataSet, passes: int) -> int:
-    return passes * sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in data.rows)
+def cost_of(data: DataSet, passes: int) -> float:
+    """Model tokens for each token of a completion, where each pass reads prompt and completion."""
+    prompts, completions = (sum(map(len, ids)) for ids in data.ids)
+    return passes * (prompts + completions) / completions
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, which is the answer of a solution in GSM8K's form."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
 
 
 def chosen(rows: Any, tokenizer: Any, solutions: int, seed: int) -> DataSet:
@@ -526,8 +582,8 @@ def reading_cell(experiment: Experiment, reading: str, name: str) -> dict[str, A
     """One reading of one data set."""
     args, data, started = experiment.args, experiment.dataset(name), time.perf_counter()
     read = READINGS[reading](experiment, data)
-    seconds, scored = time.perf_counter() - started, sum(len(row["completion_ids"]) for row in data.rows)
-    cell: dict[str, Any] = {"signals": {}, "seconds": round(seconds, 1), "tokens_a_token": read.model_tokens / scored}
+    seconds = round(time.perf_counter() - started, 1)
+    cell: dict[str, Any] = {"signals": {}, "seconds": seconds, "tokens_a_token": read.cost}
     for signal, values in read.values.items():
         suspicion = [get(signal).suspicion(np.asarray(own)) for own in values]
         keep(experiment, name, f"tokens_{signal}", {"values": np.concatenate(suspicion)})
@@ -584,8 +640,13 @@ def main(args: RealSignalsArguments) -> dict[str, Any]:
         cells[f"{name}.controls"] = partial(controls_cell, experiment, name)
     for reading in readings:
         for name in experiment.files:
+            if name not in ONLY.get(reading, (name,)):
+                continue
             cells[f"{name}.{reading}"] = partial(reading_cell, experiment, reading, name)
-    settings = {key: getattr(args, key) for key in ("model", "solutions", "train_pairs", "seed", "resamples")}
+    settings = {
+        key: getattr(args, key)
+        for key in ("model", "solutions", "train_pairs", "rollout_solutions", "continuations", "seed", "resamples")
+    }
 
     def after(found: dict[str, Any]) -> None:
         save(experiment.folder, summary(experiment, found, differences=False), lambda _: {})
@@ -622,7 +683,6 @@ def summary(experiment: Experiment, found: Mapping[str, Any], *, differences: bo
         "counts": counts,
         "views": by_view,
         "seconds": {name: cell.get("seconds") for name, cell in found.items()},
-        "left_out": LEFT_OUT,
     }
 
 
@@ -682,7 +742,7 @@ def tables(results: dict[str, Any]) -> Tables:
             ],
         ),
         "claims": (CLAIM, claims(by_view)),
-        "rollout": results["left_out"]["rollout_accuracy"],
+        "rollout": f"{results['arguments']['rollout_solutions']} solutions",
         "against_logprob": (("signal", *(title_of(view) for view in listed)), against_logprob(by_view, names)),
     }
     headings = (
