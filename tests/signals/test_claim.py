@@ -49,11 +49,11 @@ def test_equals_a_plain_loop(tiny_path, tmp_path, with_adapter):
             if word.isdigit():
                 amount = 1.0
             elif piece.startswith(" ") and word.isalpha() and (word.istitle() or len(word) > 3):
-                amount = 0.2 if word in words_before else 0.0
+                amount = 0.2 if word in words_before else 0.1
             else:
-                amount = 0.05
+                amount = 0.5 if word in ("+", "*", "=") else 0.05
             words_before.add(word)
-            doubt = min(1.0, -table[len(prompt) + t - 1, token].log().item() / 3)
+            doubt = min(1.0, -table[len(prompt) + t - 1, token].log().item() / 6)
             assert score == pytest.approx(1 - amount * doubt, abs=2e-5)
         assert before == text
 
@@ -62,8 +62,9 @@ def test_equals_a_plain_loop(tiny_path, tmp_path, with_adapter):
     ("piece", "new", "repeated"),
     [
         *[(piece, 1.0, 1.0) for piece in ("7", " 12", " ²")],
-        *[(piece, 0.0, 0.2) for piece in (" apples", " Al")],
-        *[(piece, 0.05, 0.05) for piece in (" the", "ples", " =", "\n", "")],
+        *[(piece, 0.5, 0.5) for piece in (" =", "+", " ->")],
+        *[(piece, 0.1, 0.2) for piece in (" apples", " Al")],
+        *[(piece, 0.05, 0.05) for piece in (" the", "ples", " (", "\n", "")],
     ],
 )
 def test_what_claims(piece, new, repeated):

@@ -1,23 +1,24 @@
 r"""Claim score: doubt about a token, as far as the token says something that can be wrong.
 
-    s_t = 1 − a_t · min(1, −log π(y_t|x, y_<t) / 3)
+    s_t = 1 − a_t · min(1, −log π(y_t|x, y_<t) / 6)
 
     a_t = 1     in a number
+          0.5   in an operator
           0.2   in a content word that the prompt or the completion has before
-          0     in a content word that is new
+          0.1   in a content word that is new
           0.05  elsewhere
 
 A low log-prob means an error or another way to say a thing, and on real text mostly the second: words are improbable
 where a sentence turns to something else, right or wrong. Numbers are what a solution computes or copies; names and
-nouns that come back are what it speaks of. There the model's doubt is about the matter. A new word is a new way to say
-it. Three nats, P = 5 %, are full doubt, so that one odd token does not stand for a step. s_t is in [0, 1], 1 where
-nothing is doubted, and 1 − s_t is a weight as the trainers take it. An error is rarely one very improbable token: the
-mean of a step tells more than its lowest token. Costs one forward pass.
+nouns that come back are what it speaks of. There the model's doubt is about the matter. Six nats are full doubt, so
+that one odd token does not stand for a step. s_t is in [0, 1], 1 where nothing is doubted, and 1 − s_t is a weight as
+the trainers take it. An error is rarely one very improbable token: the mean of a step tells more than its lowest token.
+Costs one forward pass.
 
     tokalign score claim --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset runs/pairs --output_dir runs/claim
 
 reads preference pairs and writes them again with `chosen_claim` and `rejected_claim`. There is no paper; docs/log.md
-(2026-11-30) has what was tried beside it, and on which texts the numbers of the table were chosen.
+(2026-12-01) has what was tried beside it, and on which texts the numbers above were chosen.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from tokalign.signals.likelihood import LikelihoodScorer
 from tokalign.stage.pieces import token_pieces
 from tokalign.stage.processes import process_state
 
-NUMBER, REPEATED, NEW, OTHER = 1.0, 0.2, 0.0, 0.05
-FULL_DOUBT = 3.0  # nats
+NUMBER, OPERATOR, REPEATED, NEW, OTHER = 1.0, 0.5, 0.2, 0.1, 0.05
+FULL_DOUBT = 6.0  # nats
+OPERATORS = frozenset("+-*/=×÷^%<>−·")
 LONG = 4  # letters from which a lower-case word is taken for one with content; capitalised ones are at any length
 
 
@@ -54,6 +56,8 @@ def claims(pieces: Sequence[str], ids: Sequence[int], prompt_ids: Iterable[int])
         begins = piece[:1] == " " and any(letter.isalpha() for letter in word)
         if word[:1].isdigit():
             amounts.append(NUMBER)
+        elif word and OPERATORS.issuperset(word):
+            amounts.append(OPERATOR)
         elif begins and (word[0].isupper() or len(word) >= LONG):
             amounts.append(REPEATED if token in seen else NEW)
         else:
@@ -119,5 +123,5 @@ def main(arguments: Arguments) -> None:
         name="score_claim",
         signals=["claim"],
         weights={"model": arguments.model, "adapter": arguments.adapter},
-        parameters={"claims": [NUMBER, REPEATED, NEW, OTHER, LONG], "full_doubt": FULL_DOUBT},
+        parameters={"claims": [NUMBER, OPERATOR, REPEATED, NEW, OTHER, LONG], "full_doubt": FULL_DOUBT},
     )
