@@ -61,6 +61,7 @@ def _finite(text: str) -> float:
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # a string that never ends takes the rest with it
+_OPENERS = {True: re.compile(r"[\[{]"), False: re.compile("{")}
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _EXTRA = "Extra data"  # the parser's word for text behind a document
@@ -125,7 +126,7 @@ def _partial_json(text: str, at: int, error: json.JSONDecodeError, limits: Limit
     if not text:
         return Document(MISSING, "empty")
     reason = f"not JSON: {error.msg} at character {error.pos}"
-    opener = re.compile(r"[\[{]" if wants_list else "{")
+    opener = _OPENERS[wants_list]
     position, document = 0, None
     for _ in range(_STARTS):
         match = opener.search(text, position)
