@@ -20,10 +20,8 @@ results.json; docs/results/structured_grpo.md shows it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from benchmarks.experiments.common import GRID, GRID_SEED, difference, grid_table, summary
+from benchmarks.experiments.common import GRID, GRID_SEED, difference, grid_table, held, shared, summary
 from benchmarks.ledger_stages import LedgerStages, flags
 from benchmarks.render import (
     CLAIM,
@@ -167,38 +165,6 @@ class StructuredLedgerArguments:
     def pairs_from(self) -> int:
         """Problems of which DPO's pairs are sampled, so that it sees as many samples as GRPO."""
         return self.steps * self.completions // GROUP
-
-
-# ------------------------------------------------------------------------------------------------- shared by processes
-
-
-@contextmanager
-def held(lock: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, of which the kernel lets go when the process dies; without `wait`, False if another has it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def shared(cells: Mapping[str, Callable[[], Any]], locks: Path) -> dict[str, Any]:
-    """What all cells give, each of which keeps its own results on disk.
-
-    Two processes at the same cells share them: each first takes those that the other is not at, and then reads, or
-    waits for, the rest.
-    """
-    done: dict[str, Any] = {}
-    for wait in (False, True):
-        for name, work in cells.items():
-            if name not in done:
-                with held(locks / name, wait=wait) as mine:
-                    if mine:
-                        done[name] = work()
-    return {name: done[name] for name in cells}
 
 
 class StructuredSeed:
