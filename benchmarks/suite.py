@@ -110,7 +110,7 @@ EXPERIMENTS = (
     Experiment("dishonest", "--rows 20", data=True),
     Experiment(
         "real_signals",
-        "--model {model} --solutions 8 --train_pairs 24 --rollout_solutions 2 --resamples 100",
+        "--model {model} --solutions 6 --train_pairs 16 --rollout_solutions 2 --resamples 100",
         "--model {model}",
         processes=2,
         data=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import save_tiny
@@ -161,6 +161,7 @@ def test_rows_are_dropped_and_counted_and_fields_may_mix_their_types(tmp_path: P
     }
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=6), min_size=1, max_size=6))
 def test_spans_are_the_steps_characters(steps: list[str]) -> None:
     text = "\n".join(steps)

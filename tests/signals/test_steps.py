@@ -105,6 +105,7 @@ def test_detection_is_what_loops_over_steps_say(solutions, data) -> None:
     assert not hits or found["hit1"]["share"] == pytest.approx(np.mean(hits))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 200)), min_size=2, max_size=30))
 def test_steps_of_one_length_stratum_have_one_number_and_nearly_one_length(items) -> None:
     index, lengths = (np.array(part) for part in zip(*items, strict=True))
