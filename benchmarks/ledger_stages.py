@@ -51,6 +51,8 @@ def flags(**options: Any) -> list[Any]:
 class LedgerStages(Stages):
     """The stages of one folder; each method runs one and returns the folder that it has written."""
 
+    recipes = "ledger"  # folder of recipes/ that holds the settings
+
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder)
@@ -62,9 +64,9 @@ class LedgerStages(Stages):
         return output
 
     def recipe(self, name: str, recipe: str, config: str, **options: Any) -> Path:
-        """Train by a verb (or the path of a script) with a YAML of recipes/ledger/."""
+        """Train by a verb (or the path of a script) with a YAML of the recipes."""
         output = self.folder / name.replace(", ", "_").replace(" ", "_")
-        self.train(name, recipe, output, *flags(config=f"recipes/ledger/{config}.yaml", **options))
+        self.train(name, recipe, output, *flags(config=f"recipes/{self.recipes}/{config}.yaml", **options))
         return output
 
     def problems(self, output: Path, *, seed: int = 0, **options: Any) -> Path:

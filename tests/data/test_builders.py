@@ -60,6 +60,7 @@ def test_gsm8k_keeps_calculator_marks_and_renders_messages_on_request(tmp_path: 
     row = load_stage(tmp_path / "out", split="test", stage="problems")[0]
     assert row["prompt"] == [{"role": "user", "content": "Ann has 3 hens and buys 2. How many?\nEnd with ####."}]
     assert row["solution"].startswith("3 + 2 = <<3+2=5>>5")
+    assert row["completion"] == [{"role": "assistant", "content": row["solution"]}]
 
 
 def test_gsm8k_keeps_short_problems_on_request(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_svamp_is_worked_from_its_equation(tmp_path: Path, equation: str, soluti
     svamp.main(svamp.SvampArguments(source=source, output_dir=str(tmp_path / "out"), test_share=0))
     (made,) = load_stage(tmp_path / "out", split="train", stage="problems")
     assert made["solution"] == f"{solution}\n#### {answer}" and made["answer"] == answer
-    assert made["prompt"] == "Dan had some. How many?\n"
+    assert made["prompt"] == "Dan had some. How many?\n" and made["completion"] == made["solution"]
     dropped = read_manifest(tmp_path / "out" / "train")["dropped"]
     assert dropped == {"the equation does not give the answer": 3}
 

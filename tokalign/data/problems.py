@@ -31,7 +31,7 @@ _COLUMNS = {
     "accepted": "all accepted answers; `answers_match` takes the list",
     "solution": "worked solution, for SFT",
     "schema": "JSON Schema of the document that `answer` is, as JSON text",
-    "completion": "the right document as one assistant message, for SFT",
+    "completion": "the solution, or the right document, as the model is to write it, for SFT",
 }
 
 
@@ -195,6 +195,11 @@ def _prompt(question: str | list[dict[str, str]], args: ProblemArguments) -> str
         )
     content = f"{question.strip()}\n{args.instruction}" if args.instruction else question.strip()
     return content + "\n" if args.prompt_style == "string" else [{"role": "user", "content": content}]
+
+
+def written(solution: str, args: ProblemArguments) -> str | list[dict[str, str]]:
+    """A worked solution as the model is to write it: a text, or one message where the prompt is messages."""
+    return solution if args.prompt_style == "string" else [{"role": "assistant", "content": solution}]
 
 
 def build_problems(

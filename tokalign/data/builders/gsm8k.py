@@ -10,7 +10,7 @@ calculations. `--calculator_marks keep` leaves the source's `<<48/2=24>>` in the
 import re
 from dataclasses import dataclass, field
 
-from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
+from tokalign.data.problems import ProblemArguments, build_problems, column, open_source, written
 from tokalign.rewards import extract_answer
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
@@ -50,7 +50,8 @@ def main(args: Gsm8kArguments) -> None:
             return Dropped(f"more than {args.max_steps} calculations")
         if args.calculator_marks == "strip":
             solution = _MARK.sub("", solution)
-        return {"answer": answer, "solution": solution.strip()}
+        solution = solution.strip()
+        return {"answer": answer, "solution": solution, "completion": written(solution, args)}
 
     build_problems(
         "gsm8k",

@@ -25,7 +25,7 @@ from fractions import Fraction
 
 from datasets import Dataset, concatenate_datasets
 
-from tokalign.data.problems import ProblemArguments, build_problems, column, open_source
+from tokalign.data.problems import ProblemArguments, build_problems, column, open_source, written
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
 
@@ -144,7 +144,8 @@ def main(args: SvampArguments) -> None:
             right = False
         if not right:
             return Dropped("the equation does not give the answer")
-        return {"answer": number(found), "solution": "\n".join([*lines, f"#### {number(found)}"])}
+        solution = "\n".join([*lines, f"#### {number(found)}"])
+        return {"answer": number(found), "solution": solution, "completion": written(solution, args)}
 
     build_problems(
         "svamp",
