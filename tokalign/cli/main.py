@@ -75,6 +75,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             Verb("bfcl", "tokalign.data.builders.bfcl", "function calls of the Berkeley leaderboard"),
             Verb("cooking", "tokalign.data.builders.cooking", "cooking recipes as JSON"),
             Verb("ledger", "tokalign.worlds.ledger_builder", "the made-up ledger world"),
+            Verb("model", "tokalign.data.builders.model", "a small real model, from the hub or PyPI", first="name"),
         ),
         _job("sample", "sample answers to problems and verify them"),
         _job("reward", "score answers with a reward model or a function"),
