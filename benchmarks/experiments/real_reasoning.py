@@ -23,6 +23,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,14 @@ from trl import TrlParser
 
 from benchmarks.experiments import common
 from benchmarks.experiments.common import GRID_SEED, MEASURES, SMOLLM2, Method, held, kept
+from benchmarks.experiments.critical_dpo_ledger import TABLE_3
 from benchmarks.experiments.dishonest import DATA
+from benchmarks.experiments.treg_ledger import PAPER
 from benchmarks.ledger_stages import SIDES, LedgerStages
-from benchmarks.render import CLAIM, GAIN, SHARE, Tables, claim, duration, number, percent, read_json, save
+from benchmarks.render import CLAIM, SHARE, Tables, claim, duration, gaps, number, percent, read_json, save
+from tokalign import statistics
 from tokalign.signals.registry import Signal, register
+from tokalign.signals.rollout import pass_at_k_curves
 from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.seeds import derived_seed
@@ -44,10 +49,13 @@ from tokalign.statistics import over_seeds, paired_bootstrap
 
 # The controls' scores, in [0, 1] as the contrastive score that they are made of; a trainer takes what is in the table.
 for control in ("s_constant", "s_shuffled"):
-    register(Signal(control, "control of the contrastive score", 0, 1, "score", "low", to_weight=lambda scores: 1 - scores))
+    register(
+        Signal(control, "control of the contrastive score", 0, 1, "score", "low", to_weight=lambda scores: 1 - scores)
+    )
 
 SETS = {"svamp": "SVAMP", "gsm8k": "GSM8K, at most 2 steps"}
 ALL = "both"
+SYSTEM = {"role": "system", "content": "Solve the problem."}  # the chat template's own has 22 tokens
 MAX_TOKENS = 128
 BEFORE, WARM, SFT, OURS = "before the warm-up", "warm model", "SFT on own right answers", "critical-token DPO"
 CONSTANT, SHUFFLED = "constant weight", "shuffled weights"
@@ -95,7 +103,9 @@ class RealReasoningArguments:
     seeds: int = field(default=3, metadata={"help": "Seeds 0, 1, …"})
     warm_svamp: int = field(default=250, metadata={"help": "SVAMP problems of the warm-up."})
     warm_gsm8k: int = field(default=600, metadata={"help": "GSM8K problems of the warm-up."})
-    problems_gsm8k: int = field(default=150, metadata={"help": "GSM8K problems of the rollouts, with the other SVAMP's."})
+    problems_gsm8k: int = field(
+        default=150, metadata={"help": "GSM8K problems of the rollouts, with the other SVAMP's."}
+    )
     problems_svamp: int = field(default=300, metadata={"help": "SVAMP problems of the rollouts, at most."})
     rollouts: int = field(default=8, metadata={"help": "Rollouts a problem."})
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3], metadata=common.GRID)
@@ -128,7 +138,7 @@ class ReasoningSeed:
         self.args, self.seed = args, seed
         self.split = "validation" if seed == GRID_SEED else "test"
         self.out = Path(args.output_dir) / f"seed-{seed}"
-        self.warm_model = self.out / "warm" / "model"
+        self.parts, self.warm_model = self.out / "problems", self.out / "warm" / "model"
         self.datasets = {
             "pairs": self.out / "rollouts" / "preferences" / "pairs",
             "positive": self.out / "rollouts" / "preferences" / "positive",
@@ -140,44 +150,43 @@ class ReasoningSeed:
             self.problems()
 
     def problems(self) -> None:
-        """What is trained on, sampled and evaluated, by seed: `warm`, `train` and `held_out`."""
-        args, stages = self.args, RealStages(self.out / "problems")
+        """What is trained on, sampled and evaluated, by seed: the stages `warm`, `train` and `held_out`."""
+        args, stages = self.args, RealStages(self.parts)
         options = {"prompt_style": "messages", "validation_share": 0.15}
-        svamp = stages.job("data svamp", self.out / "problems" / "svamp", source=f"{args.data}/svamp", **options, split_seed=self.seed)
-        gsm8k = stages.job("data gsm8k", self.out / "problems" / "gsm8k", source=f"{args.data}/gsm8k", **options, max_steps=2)
-
-        def rows(folder: Path, split: str) -> Dataset:
-            columns = ["id", "prompt", "answer", "completion"]
-            return load_stage(folder, split=split).select_columns(columns).shuffle(seed=self.seed)
-
-        def first(rows: Dataset, start: int, count: int) -> Dataset:
-            return rows.select(range(min(start, len(rows)), min(start + count, len(rows))))
-
-        sizes = args.validation if self.split == "validation" else args.test
-        trained = {"svamp": (rows(svamp, "train"), args.warm_svamp, args.problems_svamp)}
-        trained["gsm8k"] = (rows(gsm8k, "train"), args.warm_gsm8k, args.problems_gsm8k)
-        parts = {
-            "warm": [first(own, 0, warm) for own, warm, _ in trained.values()],
-            "train": [first(own, warm, count) for own, warm, count in trained.values()],
-            "held_out": [first(rows(folder, self.split), 0, n) for folder, n in zip((svamp, gsm8k), sizes, strict=True)],
+        built = {
+            name: stages.job(f"data {name}", stages.folder / name, source=f"{args.data}/{name}", **options, **own)
+            for name, own in (("svamp", {"split_seed": self.seed}), ("gsm8k", {"max_steps": 2}))
         }
+
+        def rows(name: str, split: str, *counts: int) -> list[Dataset]:
+            """The first `counts[0]` of a split, the `counts[1]` after them and so on, as far as there are any."""
+            kept = load_stage(built[name], split=split).select_columns(["id", "prompt", "answer", "completion"])
+            kept = kept.map(lambda row: {"prompt": [SYSTEM, *row["prompt"]]}).shuffle(seed=self.seed)
+            ends = np.minimum(np.cumsum([0, *counts]), len(kept))
+            return [kept.select(range(start, end)) for start, end in pairwise(ends)]
+
+        counts = {"svamp": (args.warm_svamp, args.problems_svamp), "gsm8k": (args.warm_gsm8k, args.problems_gsm8k)}
+        own = {name: rows(name, "train", *counts[name]) for name in SETS}
+        sizes = dict(zip(SETS, args.validation if self.split == "validation" else args.test, strict=True))
+        parts = {"warm": [own[name][0] for name in SETS], "train": [own[name][1] for name in SETS]}
+        parts["held_out"] = [rows(name, self.split, sizes[name])[0] for name in SETS]
         for name, made in parts.items():
             mixed = concatenate_datasets(made).shuffle(seed=self.seed)
             parameters = {"seed": self.seed, "sizes": [len(part) for part in made]}
-            run_job(lambda batch: batch, mixed, self.out / name, name=f"{name} problems", parameters=parameters)
+            run_job(lambda batch: batch, mixed, self.parts / name, name=f"{name} problems", parameters=parameters)
 
     # ----------------------------------------------------------------------------------------------- before the methods
 
     def warm(self) -> dict[str, Any]:
         """The model after its warm-up on worked solutions."""
         stages, start = RealStages(self.out / "warm"), {"model_name_or_path": self.args.model}
-        stages.recipe("model", "sft", "warm_up", **start, dataset_name=self.out / "warm", seed=self.seed)
-        return {"seconds": stages.seconds(), "problems": len(load_stage(self.out / "warm"))}
+        stages.recipe("model", "sft", "warm_up", **start, dataset_name=self.parts / "warm", seed=self.seed)
+        return {"seconds": stages.seconds(), "problems": len(load_stage(self.parts / "warm"))}
 
     def rollouts(self) -> dict[str, Any]:
         """Answers of the warm model, and the pairs of right and wrong ones."""
         stages = RealStages(self.out / "rollouts")
-        options = {"model": self.warm_model, "dataset": self.out / "train", "num_rollouts": self.args.rollouts}
+        options = {"model": self.warm_model, "dataset": self.parts / "train", "num_rollouts": self.args.rollouts}
         sampled = stages.job("sample", stages.folder / "sampled", **options, max_tokens=MAX_TOKENS, seed=self.seed)
         pairing = {"dataset": sampled, "max_pairs_per_problem": 1, "seed": self.seed}
         stages.job("pairs", stages.folder / "preferences", **pairing)
@@ -214,7 +223,10 @@ class ReasoningSeed:
         rows = load_stage(stages.job("score token-reward", self.datasets["rewarded"], **options, token_budget=4096))
         return {
             "seconds": stages.seconds(),
-            **{f"mean_{side}": float(np.mean(np.concatenate(rows[f"{side}_token_reward"]))) for side in ("chosen", "rejected")},
+            **{
+                f"mean_{side}": float(np.mean(np.concatenate(rows[f"{side}_token_reward"])))
+                for side in ("chosen", "rejected")
+            },
         }
 
     def estimate(self) -> dict[str, Any]:
@@ -223,9 +235,10 @@ class ReasoningSeed:
         svamp = load_stage(self.datasets["pairs"]).filter(lambda row: set_of(row["id"]) == "svamp")
         wrong = stages.folder / "wrong"
         run_job(lambda batch: batch, svamp, wrong, name="wrong answers", parameters={"seed": self.seed})
-        options = {"n": args.continuations, "max_rows": args.estimate_rows, "max_tokens": MAX_TOKENS, "seed": self.seed}
-        folder = stages.job("score rollout", stages.folder / "estimate", model=self.warm_model, dataset=wrong, **options)
-        rows = load_stage(folder)
+        options: dict[str, Any] = {"n": args.continuations, "seed": self.seed}
+        options |= {"max_rows": args.estimate_rows, "max_tokens": MAX_TOKENS}
+        options |= {"model": self.warm_model, "dataset": wrong}
+        rows = load_stage(stages.job("score rollout", stages.folder / "estimate", **options))
         return {"rows": [[row[key] for key in ("critical_index", "with_correct", "without_correct")] for row in rows]}
 
     # ------------------------------------------------------------------------------------------------------- the methods
@@ -244,9 +257,11 @@ class ReasoningSeed:
                 "adapter", chosen.recipe, chosen.config, **start, seed=self.seed, **chosen.options
             )
             found = {"seconds": stages.seconds("adapter"), "tokens": trained_tokens(load_stage(data))}
-        held_out = {"problems": self.out / "held_out", "split": "train", "max_tokens": MAX_TOKENS}
+        held_out = {"problems": self.parts / "held_out", "split": "train", "max_tokens": MAX_TOKENS}
         sampling = {"samples": self.args.samples, "seed": self.seed}
-        answers = load_stage(stages.job("evaluate answers", stages.folder / "answers", **options, **held_out, **sampling))
+        answers = load_stage(
+            stages.job("evaluate answers", stages.folder / "answers", **options, **held_out, **sampling)
+        )
         found["problems"] = {
             row["id"]: [float(row["greedy_correct"]), float(np.mean(row["sampled_correct"]))] for row in answers
         }
@@ -266,8 +281,8 @@ def trained_tokens(rows: Dataset) -> int:
 
 
 def controls(row: Mapping[str, Any], mean: float, seed: int) -> dict[str, list[float]]:
-    """The columns `rejected_s_constant`, `mean` at every token, and `rejected_s_shuffled`, the answer's own scores in an
-    order drawn from the seed and the pair's content."""
+    """The columns `rejected_s_constant`, `mean` at every token, and `rejected_s_shuffled`, the answer's own scores in
+    an order drawn from the seed and the pair's content."""
     scores = list(row["rejected_contrast"])
     shuffled = random.Random(derived_seed(seed, row["id"], tuple(row["rejected_ids"]))).sample(scores, len(scores))
     return {"rejected_s_constant": [mean] * len(scores), "rejected_s_shuffled": shuffled}
@@ -297,10 +312,10 @@ class Experiment:
 
     def run(self) -> dict[str, Any]:
         """Everything: the grid with the first seed's preparation, then seed by seed."""
-        rates = self.args.learning_rates
-        first = [GRID_SEED] if len(rates) > 1 else []
+        rates, seeds = self.args.learning_rates, list(range(self.args.seeds))
         runs: dict[int, ReasoningSeed] = {}
-        for group in (first + [0], *([s for s in (s, s + 1) if s < self.args.seeds] for s in range(1, self.args.seeds, 2))):
+        later = [seeds[i : i + 2] for i in range(1, len(seeds), 2)]
+        for group in ([GRID_SEED, 0] if len(rates) > 1 else [0], *later):
             runs |= {run.seed: run for run in self.prepare(group)}
             if GRID_SEED in group:
                 self.make({grid_cell(m, r): partial(runs[GRID_SEED].method, m, r) for m in METHODS for r in rates})
@@ -395,7 +410,8 @@ def results(
         "sets": {name: common.summary(rows) for name, rows in by_set.items()},
         "differences": differences,
         "costs": {
-            row: {key: over_seeds([seed[row][key] for seed in seeds]) for key in ("seconds", "tokens")} for row in METHODS
+            row: {key: over_seeds([seed[row][key] for seed in seeds]) for key in ("seconds", "tokens")}
+            for row in METHODS
         },
         "preparation": {
             step: {key: over_seeds([seed[step][key] for seed in seeds]) for key in seeds[0][step]}
@@ -404,3 +420,140 @@ def results(
         "estimate": {"answers": len(found), "critical": len(critical), **pass_at_k(critical, args.continuations)},
         "test_problems": {name: sum(set_of(p) == name for p in seeds[0][WARM]["problems"]) for name in SETS},
     }
+
+
+def pass_at_k(critical: Sequence[Sequence[int]], n: int) -> dict[str, Any]:
+    """Curves over wrong answers (critical index, right with it and without, of `n`), and what is freed at 1 and n."""
+    if not critical:
+        return {"curves": None, "freed": None}
+    _, with_token, without = zip(*critical, strict=True)
+    shares = {k: [[statistics.pass_at_k(n, c, k) for c in side] for side in (without, with_token)] for k in (1, n)}
+    return {
+        "curves": pass_at_k_curves(with_token, without, n),
+        "freed": {str(k): paired_bootstrap(*sides) for k, sides in shares.items()},
+    }
+
+
+def main(args: RealReasoningArguments) -> dict[str, Any]:
+    return Experiment(args).run()
+
+
+# ------------------------------------------------------------------------------------------------ what the pages show
+
+
+NAMED = {SFT: "SFT", WARM: "base", TREG: "T-REG"}  # rows as the papers call them
+
+
+def as_entry(bootstrap: Mapping[str, Any]) -> dict[str, Any]:
+    """A difference over problems as a figure of a table."""
+    return {"mean": bootstrap["difference"], "ci95": bootstrap["ci95"], "p": bootstrap["p"]}
+
+
+def tables(results: dict[str, Any]) -> Tables:
+    """The methods by page, the claims with both intervals, the grid, pass@k, and numbers of sentences."""
+    rates, sets, estimate = results["validation"]["learning_rate"], results["sets"], results["estimate"]
+    cells = {
+        row: [f"{rates[row]:g}" if row in rates else "–"]
+        + [percent(sets[name][row][key]) for name in SETS for key in MEASURES]
+        + ([f"{results['costs'][row]['tokens']['mean']:,.0f}", spent(results, row)] if row in rates else ["–", "–"])
+        for row in ROWS
+    }
+    headings = ("", "learning rate", *(f"{title}, {key}" for title in SETS.values() for key in MEASURES))
+    shown: Tables = {}
+    for page, rows in SHOWN.items():
+        shown[f"{page}.methods"] = (*headings, "tokens", "time"), [[row, *cells[row]] for row in rows]
+        shown[f"{page}.claims"] = claims(results, CLAIMS[page])
+        method = OURS if page == "critical" else STRONG
+        shown[f"{page}.to_beat"] = to_beat(
+            next(d for d in results["differences"] if (d["better"], d["worse"]) == (method, SFT))
+        )
+    shown |= {
+        "seeds": str(results["arguments"]["seeds"]),
+        **{f"{name}.problems": str(count) for name, count in results["test_problems"].items()},
+        "grid": common.grid_table(results["validation"], MEASURES) if results["validation"]["grid"] else ((""), []),
+        "answers": str(estimate["answers"]),
+        "critical": str(estimate["critical"]),
+        "continuations": str(results["arguments"]["continuations"]),
+        "warm_problems": f"{results['preparation']['warm']['problems']['mean']:.0f}",
+        "pairs": f"{results['preparation']['rollouts']['pairs']['mean']:.0f}",
+        "mean_weight": number(results["preparation"]["contrast"]["mean_weight"], 2, within=SHARE),
+        "pass_at_k": pass_rows(estimate),
+        "pass_at_k_claims": (CLAIM, freed(estimate)),
+    }
+    return shown
+
+
+def spent(results: Mapping[str, Any], row: str) -> str:
+    """Time of a method's training and of the scores that only it reads."""
+    scores = {"weighted": "contrast", "rewarded": "rewards"}.get(METHODS[row].dataset)
+    seconds = results["costs"][row]["seconds"]["mean"]
+    return duration(seconds) + (f" + {duration(results['preparation'][scores]['seconds']['mean'])}" if scores else "")
+
+
+def claims(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Differences over all test problems, over seeds and over problems; the verdict is on the first."""
+    entries, rows = {(d["better"], d["worse"]): d for d in results["differences"]}, []
+    for better, worse in pairs:
+        for key in MEASURES:
+            entry = entries[better, worse]
+            *row, verdict = claim(f"{better} > {worse}, {key}", papers(better, worse), entry[key])
+            rows.append([*row, percent(as_entry(entry[f"{key}_problems"]), "+"), verdict])
+    return (*CLAIM[:-1], "over problems", CLAIM[-1]), rows
+
+
+def papers(better: str, worse: str) -> str:
+    """The gap in the papers: GSM8K / MATH500 of critical-token DPO's, AlpacaEval / Arena-Hard of T-REG's."""
+    names = NAMED.get(better, better), NAMED.get(worse, worse)
+    for table in (TABLE_3, PAPER):
+        if set(names) <= set(table):
+            return gaps(table[names[0]], table[names[1]])
+    return "–"
+
+
+def to_beat(entry: Mapping[str, Any]) -> str:
+    """What a method lacks to be above SFT, in words."""
+    gains = [100 * entry[key]["mean"] for key in MEASURES]
+    above = " and ".join(f"{gain:+.1f} points {key}" for gain, key in zip(gains, MEASURES, strict=True))
+    lacks = max(0.0, *(-gain for gain in gains))
+    return above + (f", so it would have to gain {lacks:.1f}" if lacks else "")
+
+
+def pass_rows(estimate: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    curves, rows = estimate["curves"], []
+    for kind in ("with", "without") if curves else ():
+        for point in (curves[kind][0], curves[kind][-1]):
+            rows.append([f"pass@{point['k']}", f"{kind} the critical token", percent(point)])
+    return ("", "prefix", "here"), sorted(rows, key=lambda row: int(row[0].removeprefix("pass@")))
+
+
+def freed(estimate: Mapping[str, Any]) -> list[list[str]]:
+    paper = dict(zip(estimate["freed"] or (), ("≈ +30", "> +90"), strict=False))
+    return [
+        claim(f"without the critical token pass@{k} is higher", paper[k], as_entry(entry))
+        for k, entry in (estimate["freed"] or {}).items()
+    ]
+
+
+def figures(results: dict[str, Any]) -> dict[str, Figure]:
+    drawn = {
+        "real_reasoning_accuracy.png": common.accuracy_figure(results | {"methods": results["sets"][ALL]}, WARM, 5)
+    }
+    if curves := results["estimate"]["curves"]:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axis = figure.subplots()
+        for kind in ("with", "without"):
+            steps = [point["k"] for point in curves[kind]]
+            low, high = zip(*([100 * end for end in point["ci95"]] for point in curves[kind]), strict=True)
+            means = [100 * point["mean"] for point in curves[kind]]
+            (line,) = axis.plot(steps, means, marker="o", label=f"{kind} the critical token")
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+        axis.set(xscale="log", xticks=steps, xticklabels=steps, xlabel="k", ylabel="pass@k, per cent", ylim=(-2, 102))
+        axis.set(title=f"{curves['problems']} wrong answers to SVAMP")
+        axis.legend()
+        axis.grid(alpha=0.3)
+        drawn["real_reasoning_pass_at_k.png"] = figure
+    return drawn
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RealReasoningArguments,)).parse_args_and_config())
