@@ -241,7 +241,7 @@ class ReasoningSeed:
         rows = load_stage(stages.job("score rollout", stages.folder / "estimate", **options))
         return {"rows": [[row[key] for key in ("critical_index", "with_correct", "without_correct")] for row in rows]}
 
-    # ------------------------------------------------------------------------------------------------------- the methods
+    # ----------------------------------------------------------------------------------------------- the methods
 
     def method(self, name: str, rate: float | None) -> dict[str, Any]:
         """Train a method at a learning rate and answer the held-out problems (`rate` None: of the model as it is)."""
@@ -441,6 +441,7 @@ def main(args: RealReasoningArguments) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ what the pages show
 
 
+PICTURES = {"accuracy": "real_reasoning_accuracy.png", "pass_at_k": "real_reasoning_pass_at_k.png"}
 NAMED = {SFT: "SFT", WARM: "base", TREG: "T-REG"}  # rows as the papers call them
 
 
@@ -479,6 +480,7 @@ def tables(results: dict[str, Any]) -> Tables:
         "mean_weight": number(results["preparation"]["contrast"]["mean_weight"], 2, within=SHARE),
         "pass_at_k": pass_rows(estimate),
         "pass_at_k_claims": (CLAIM, freed(estimate)),
+        **{f"{name}_picture": f"![{name}](figures/{file})" for name, file in PICTURES.items()},
     }
     return shown
 
@@ -535,24 +537,21 @@ def freed(estimate: Mapping[str, Any]) -> list[list[str]]:
 
 
 def figures(results: dict[str, Any]) -> dict[str, Figure]:
-    drawn = {
-        "real_reasoning_accuracy.png": common.accuracy_figure(results | {"methods": results["sets"][ALL]}, WARM, 5)
-    }
-    if curves := results["estimate"]["curves"]:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axis = figure.subplots()
-        for kind in ("with", "without"):
-            steps = [point["k"] for point in curves[kind]]
-            low, high = zip(*([100 * end for end in point["ci95"]] for point in curves[kind]), strict=True)
-            means = [100 * point["mean"] for point in curves[kind]]
-            (line,) = axis.plot(steps, means, marker="o", label=f"{kind} the critical token")
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
-        axis.set(xscale="log", xticks=steps, xticklabels=steps, xlabel="k", ylabel="pass@k, per cent", ylim=(-2, 102))
-        axis.set(title=f"{curves['problems']} wrong answers to SVAMP")
+    accuracy = common.accuracy_figure(results | {"methods": results["sets"][ALL]}, WARM, 5)
+    curves = Figure(figsize=(6, 4), layout="constrained")
+    axis = curves.subplots()
+    for kind in ("with", "without") if results["estimate"]["curves"] else ():
+        points = results["estimate"]["curves"][kind]
+        steps = [point["k"] for point in points]
+        low, high = zip(*([100 * end for end in point["ci95"]] for point in points), strict=True)
+        (line,) = axis.plot(steps, [100 * point["mean"] for point in points], "o-", label=f"{kind} the critical token")
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+        axis.set(xscale="log", xticks=steps, xticklabels=steps)
         axis.legend()
-        axis.grid(alpha=0.3)
-        drawn["real_reasoning_pass_at_k.png"] = figure
-    return drawn
+    axis.set(xlabel="k", ylabel="pass@k, per cent", ylim=(-2, 102))
+    axis.set_title(f"{results['estimate']['critical']} wrong answers to SVAMP")
+    axis.grid(alpha=0.3)
+    return dict(zip(PICTURES.values(), (accuracy, curves), strict=True))
 
 
 if __name__ == "__main__":
