@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from matplotlib.figure import Figure
+from transformers import AutoTokenizer
 from trl import TrlParser
 
 from benchmarks.experiments import common
@@ -38,7 +39,7 @@ from benchmarks.experiments.critical_dpo_ledger import TABLE_3
 from benchmarks.experiments.dishonest import DATA
 from benchmarks.experiments.treg_ledger import PAPER
 from benchmarks.ledger_stages import SIDES, LedgerStages
-from benchmarks.render import CLAIM, SHARE, Tables, claim, duration, gaps, number, percent, read_json, save
+from benchmarks.render import CLAIM, Tables, claim, duration, gaps, percent, read_json, save
 from tokalign import statistics
 from tokalign.signals.registry import Signal, register
 from tokalign.signals.rollout import pass_at_k_curves
@@ -57,18 +58,20 @@ SETS = {"svamp": "SVAMP", "gsm8k": "GSM8K, at most 2 steps"}
 ALL = "both"
 SYSTEM = {"role": "system", "content": "Solve the problem."}  # the chat template's own has 22 tokens
 MAX_TOKENS = 128
+PREPARATION = ("warm", "rollouts", "contrast", "rewards", "reference")  # cells before a seed's methods
 BEFORE, WARM, SFT, OURS = "before the warm-up", "warm model", "SFT on own right answers", "critical-token DPO"
 CONSTANT, SHUFFLED = "constant weight", "shuffled weights"
 TREG, STRONG = "T-REG, α 0.25", "T-REG, α 2"
+SCORES = ("plain", "contrast", "rewards")  # what methods read of the pairs' stage: nothing, or what these cells made
 METHODS = {
     SFT: Method("sft", "sft", dataset="positive"),
-    "DPO": Method("dpo", "dpo"),
-    "RPO": Method("rpo", "dpo"),
-    OURS: Method("critical_dpo", dataset="weighted"),
-    CONSTANT: Method("critical_dpo", options={"signal": "s_constant"}, dataset="weighted"),
-    SHUFFLED: Method("critical_dpo", options={"signal": "s_shuffled"}, dataset="weighted"),
-    TREG: Method("treg", "treg", dataset="rewarded"),
-    STRONG: Method("treg", "treg", {"alpha": 2}, "rewarded"),
+    "DPO": Method("dpo", "dpo", dataset="plain"),
+    "RPO": Method("rpo", "dpo", dataset="plain"),
+    OURS: Method("critical_dpo", dataset="contrast"),
+    CONSTANT: Method("critical_dpo", options={"signal": "s_constant"}, dataset="contrast"),
+    SHUFFLED: Method("critical_dpo", options={"signal": "s_shuffled"}, dataset="contrast"),
+    TREG: Method("treg", "treg", dataset="rewards"),
+    STRONG: Method("treg", "treg", {"alpha": 2}, "rewards"),
 }
 ROWS = (BEFORE, WARM, *METHODS)
 CLAIMS = {  # page -> better, worse
@@ -139,13 +142,9 @@ class ReasoningSeed:
         self.split = "validation" if seed == GRID_SEED else "test"
         self.out = Path(args.output_dir) / f"seed-{seed}"
         self.parts, self.warm_model = self.out / "problems", self.out / "warm" / "model"
-        self.datasets = {
-            "pairs": self.out / "rollouts" / "preferences" / "pairs",
-            "positive": self.out / "rollouts" / "preferences" / "positive",
-            "negative": self.out / "rollouts" / "preferences" / "negative",
-            "weighted": self.out / "weighted",
-            "rewarded": self.out / "rewards" / "rewarded",
-        }
+        made = self.out / "rollouts" / "preferences"
+        self.datasets = {name: made / name for name in ("pairs", "positive", "negative")}
+        self.datasets |= dict.fromkeys(SCORES, self.out / "scored")
         with held(self.out / "locks" / "problems"):
             self.problems()
 
@@ -175,6 +174,13 @@ class ReasoningSeed:
             parameters = {"seed": self.seed, "sizes": [len(part) for part in made]}
             run_job(lambda batch: batch, mixed, self.parts / name, name=f"{name} problems", parameters=parameters)
 
+    def copied(self, rows: Dataset, folder: Path, work: Any = lambda batch: batch, **parameters: Any) -> Path:
+        """A stage of the warm model's tokens made of another."""
+        tokenizer = AutoTokenizer.from_pretrained(self.warm_model)
+        parameters |= {"seed": self.seed, "rows": len(rows)}
+        run_job(work, rows, folder, name="pairs in use", parameters=parameters, tokenizer=tokenizer)
+        return folder
+
     # ----------------------------------------------------------------------------------------------- before the methods
 
     def warm(self) -> dict[str, Any]:
@@ -195,46 +201,47 @@ class ReasoningSeed:
         return {"seconds": stages.seconds(), "right": right, **counts}
 
     def contrast(self) -> dict[str, Any]:
-        """Contrastive scores by two adapters, and the controls made of them."""
+        """Contrastive scores by two adapters."""
         stages = RealStages(self.out / "contrast")
         start = {"model_name_or_path": self.warm_model, "seed": self.seed}
         adapters = {s: stages.recipe(s, "sft", f"{s}_sft", **start, dataset_name=self.datasets[s]) for s in SIDES}
         options = {"model": self.warm_model, "dataset": self.datasets["pairs"], **adapters}
-        scored = load_stage(stages.job("score contrast", stages.folder / "scored", **options))
-        scores = scored["rejected_contrast"]
-        mean = float(np.mean(np.concatenate(scores)))
-        run_job(
-            lambda batch: [row | controls(row, mean, self.seed) for row in batch],
-            scored,
-            self.datasets["weighted"],
-            name="controls of the weights",
-            parameters={"seed": self.seed, "mean": mean},
-        )
-        return {
-            "seconds": stages.seconds(),
-            "mean_weight": 1 - mean,
-            "weights_sd_within": float(np.mean([np.std(answer) for answer in scores])),
-        }
+        scores = load_stage(stages.job("score contrast", stages.folder / "scored", **options))["rejected_contrast"]
+        within = float(np.mean([np.std(answer) for answer in scores]))
+        return {"seconds": stages.seconds(), "mean": float(np.mean(np.concatenate(scores))), "sd_in_answer": within}
 
     def rewards(self) -> dict[str, Any]:
         """Token rewards by contrastive prompting of the model before its warm-up, which follows instructions."""
         stages = RealStages(self.out / "rewards")
         options = {"model": self.args.model, "dataset": self.datasets["pairs"], "templates": "math"}
-        rows = load_stage(stages.job("score token-reward", self.datasets["rewarded"], **options, token_budget=4096))
-        return {
-            "seconds": stages.seconds(),
-            **{
-                f"mean_{side}": float(np.mean(np.concatenate(rows[f"{side}_token_reward"])))
-                for side in ("chosen", "rejected")
-            },
-        }
+        rows = load_stage(stages.job("score token-reward", stages.folder / "scored", **options, token_budget=4096))
+        means = {side: float(np.mean(np.concatenate(rows[f"{side}_token_reward"]))) for side in ("chosen", "rejected")}
+        return {"seconds": stages.seconds(), **means}
+
+    def reference(self) -> dict[str, Any]:
+        """One stage of all scores, and the reference's log-probs of it: the first training leaves them in a cache.
+
+        So that the time of a method's training is its own, that first training is one step of none of them.
+        """
+        scored, rewarded = (load_stage(self.out / name / "scored") for name in ("contrast", "rewards"))
+        mean = float(np.mean(np.concatenate(scored["rejected_contrast"])))
+        columns = ("chosen_token_reward", "rejected_token_reward")
+        rewards = {(row["id"], row["pair"]): {name: row[name] for name in columns} for row in rewarded}
+
+        def score(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [row | rewards[row["id"], row["pair"]] | controls(row, mean, self.seed) for row in batch]
+
+        output = self.copied(scored, self.out / "scored", score, mean=mean)
+        stages = RealStages(self.out / "reference")
+        start = {"model_name_or_path": self.warm_model, "dataset_name": output, "max_steps": 1}
+        stages.recipe("one step", "dpo", "dpo", **start, seed=self.seed)
+        return {"seconds": stages.seconds()}
 
     def estimate(self) -> dict[str, Any]:
         """pass@k of the first wrong answers to SVAMP with and without the critical token of the rollout estimate."""
         stages, args = RealStages(self.out / "estimate"), self.args
         svamp = load_stage(self.datasets["pairs"]).filter(lambda row: set_of(row["id"]) == "svamp")
-        wrong = stages.folder / "wrong"
-        run_job(lambda batch: batch, svamp, wrong, name="wrong answers", parameters={"seed": self.seed})
+        wrong = self.copied(svamp, stages.folder / "wrong")
         options: dict[str, Any] = {"n": args.continuations, "seed": self.seed}
         options |= {"max_rows": args.estimate_rows, "max_tokens": MAX_TOKENS}
         options |= {"model": self.warm_model, "dataset": wrong}
@@ -306,7 +313,7 @@ class Experiment:
     def prepare(self, seeds: Sequence[int]) -> list[ReasoningSeed]:
         """Warm models, pairs and scores of some seeds at a time, so that two processes have one each to do."""
         made = [ReasoningSeed(self.args, seed) for seed in seeds]
-        for steps in (("warm",), ("rollouts",), ("contrast", "rewards")):
+        for steps in (("warm",), ("rollouts",), ("contrast", "rewards"), ("reference",)):
             self.make({f"seed-{run.seed} {step}": getattr(run, step) for run in made for step in steps})
         return made
 
@@ -348,7 +355,7 @@ class Experiment:
     def complete(self) -> Iterator[dict[str, Any]]:
         """The cells of each seed that has all, from the first on."""
         for seed in range(self.args.seeds):
-            names = ("warm", "rollouts", "contrast", "rewards", "estimate", *ROWS)
+            names = (*PREPARATION, "estimate", *ROWS)
             cells = {name: self.cell(f"seed-{seed} {name}") for name in names}
             if None in cells.values():
                 return
@@ -415,7 +422,7 @@ def results(
         },
         "preparation": {
             step: {key: over_seeds([seed[step][key] for seed in seeds]) for key in seeds[0][step]}
-            for step in ("warm", "rollouts", "contrast", "rewards")
+            for step in PREPARATION
         },
         "estimate": {"answers": len(found), "critical": len(critical), **pass_at_k(critical, args.continuations)},
         "test_problems": {name: sum(set_of(p) == name for p in seeds[0][WARM]["problems"]) for name in SETS},
@@ -477,7 +484,7 @@ def tables(results: dict[str, Any]) -> Tables:
         "continuations": str(results["arguments"]["continuations"]),
         "warm_problems": f"{results['preparation']['warm']['problems']['mean']:.0f}",
         "pairs": f"{results['preparation']['rollouts']['pairs']['mean']:.0f}",
-        "mean_weight": number(results["preparation"]["contrast"]["mean_weight"], 2, within=SHARE),
+        "mean_weight": f"{1 - results['preparation']['contrast']['mean']['mean']:.2f}",
         "pass_at_k": pass_rows(estimate),
         "pass_at_k_claims": (CLAIM, freed(estimate)),
         **{f"{name}_picture": f"![{name}](figures/{file})" for name, file in PICTURES.items()},
@@ -487,7 +494,7 @@ def tables(results: dict[str, Any]) -> Tables:
 
 def spent(results: Mapping[str, Any], row: str) -> str:
     """Time of a method's training and of the scores that only it reads."""
-    scores = {"weighted": "contrast", "rewarded": "rewards"}.get(METHODS[row].dataset)
+    scores = METHODS[row].dataset if METHODS[row].dataset in PREPARATION else None
     seconds = results["costs"][row]["seconds"]["mean"]
     return duration(seconds) + (f" + {duration(results['preparation'][scores]['seconds']['mean'])}" if scores else "")
 

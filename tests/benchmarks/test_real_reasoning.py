@@ -67,8 +67,9 @@ def write_cells(experiment: Experiment, seeds: int) -> None:
             put(f"seed-{seed} {row}", answers(1.0, 0.0, float(row == OURS)))
         put(f"seed-{seed} warm", {"seconds": 5.0, "problems": 9})
         put(f"seed-{seed} rollouts", {"seconds": 5.0, "right": 0.3, "pairs": 4, "positive": 5, "negative": 6})
-        put(f"seed-{seed} contrast", {"seconds": 60.0, "mean_weight": 0.25, "weights_sd_within": 0.1})
-        put(f"seed-{seed} rewards", {"seconds": 5.0, "mean_chosen": 0.1, "mean_rejected": 0.0})
+        put(f"seed-{seed} contrast", {"seconds": 60.0, "mean": 0.75, "sd_in_answer": 0.1})
+        put(f"seed-{seed} rewards", {"seconds": 5.0, "chosen": 0.1, "rejected": 0.0})
+        put(f"seed-{seed} reference", {"seconds": 5.0})
         put(f"seed-{seed} estimate", {"rows": [[2, 0, 4], [1, 1, 2], [-1, -1, -1]]})
 
 
@@ -92,6 +93,7 @@ def test_pages_are_rendered_from_the_seeds_that_are_there(experiment: Experiment
     assert shown["critical.to_beat"] == "+25.0 points greedy and +0.0 points sampled"
     cost = {row[0]: row[-1] for row in shown["critical.methods"][1]}
     assert cost[OURS] == "1 min 30 s + 1 min 0 s" and cost["DPO"] == "1 min 30 s" and cost[BEFORE] == "–"
+    assert shown["mean_weight"] == "0.25"
     assert shown["answers"] == str(3 * seeds) and shown["critical"] == str(2 * seeds)
     assert shown["pass_at_k"][1][0][:2] == ["pass@1", "with the critical token"]
     assert len(real_reasoning.figures(results)) == 2
