@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "build problems from a public data set, or from your own file",
             Verb("problems", "tokalign.data.builders.problems", "any JSONL, parquet or hub id with prompt and answer"),
             Verb("gsm8k", "tokalign.data.builders.gsm8k", "GSM8K, word problems"),
+            Verb("svamp", "tokalign.data.builders.svamp", "SVAMP, one-step word problems, split by story"),
             Verb("math", "tokalign.data.builders.hendrycks_math", "MATH, competition problems"),
             Verb("ultrafeedback", "tokalign.data.builders.ultrafeedback", "UltraFeedback, open instructions"),
             Verb("gsm8k-json", "tokalign.data.builders.gsm8k_json", "GSM8K answered as JSON"),
