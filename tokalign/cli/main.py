@@ -59,7 +59,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     "start": (
         _job("quickstart", "from nothing to a better model and a report, on a laptop"),
         _job("recipes", "list the recipes that ship with the package, copy one", first="name"),
-        _job("own-data", "the whole pipeline on GSM8K's text, with a stand-in model"),
+        _job("own-data", "the whole pipeline on GSM8K's text with your model"),
     ),
     "data": (
         _several(
