@@ -108,6 +108,14 @@ EXPERIMENTS = (
     ),
     Experiment("faults", "--kills 2 --training_kills 2 --only pairs score_contrast write-answers critical_dpo"),
     Experiment("dishonest", "--rows 20", data=True),
+    Experiment(
+        "real_signals",
+        "--model {model} --solutions 8 --train_pairs 24 --rollout_solutions 2 --resamples 100",
+        "--model {model}",
+        processes=2,
+        data=True,
+        real=True,
+    ),
     Experiment("speed", "--size quick", threads=os.cpu_count() or 1),
     Experiment(
         "speed-gpu",

@@ -74,6 +74,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             Verb("snips", "tokalign.data.builders.snips", "SNIPS, sentences to a voice assistant as JSON"),
             Verb("bfcl", "tokalign.data.builders.bfcl", "function calls of the Berkeley leaderboard"),
             Verb("cooking", "tokalign.data.builders.cooking", "cooking recipes as JSON"),
+            Verb("step-labels", "tokalign.data.builders.step_labels", "solutions with their first wrong step"),
             Verb("ledger", "tokalign.worlds.ledger_builder", "the made-up ledger world"),
             Verb("model", "tokalign.data.builders.model", "a small real model, from the hub or PyPI", first="name"),
         ),

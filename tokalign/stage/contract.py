@@ -44,6 +44,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "preferences": ("id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"),
     "sft": ("id", "prompt", "completion", "prompt_ids", "completion_ids", "input_ids", "completion_mask"),
+    "step_labels": ("id", "question", "prompt", "completion", "steps", "step_spans", "first_wrong"),
     "routing_labels": ("id", "prompt_ids", "completion_ids", "slm_ids", "label"),
 }
 _MADE_BY = {
@@ -52,6 +53,7 @@ _MADE_BY = {
     "rollouts": "`tokalign sample`",
     "preferences": "`tokalign pairs`",
     "sft": "`tokalign pairs`",
+    "step_labels": "`tokalign data step-labels`",
     "routing_labels": "`tokalign label`",
 }
 
