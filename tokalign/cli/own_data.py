@@ -5,8 +5,8 @@
     tokalign own-data --source path/to/gsm8k --stand_in true
 
 The source is a hub id, or a folder with `train.jsonl`; the model is a hub id or a folder (`tokalign data model smollm2`
-fetches a small one, also where there is no hub). Its sizes are those of a model of 135 M parameters on two cores: some
-twenty minutes. The model is first trained on worked solutions, as a small one solves too few problems to have right and
+fetches a small one, also where there is no hub). Its sizes are for a model of 135 M parameters: some twenty minutes of
+one core, estimated from its measured speed. The model is first trained on worked solutions, as a small one solves too few problems to have right and
 wrong answers of each; `--warm_up 0` leaves it as it is. Then come rollouts of other problems, pairs of right and wrong
 ones, the positive and the negative adapter, contrastive scores, critical-token DPO, and accuracy before and after it on
 problems that neither has seen. All trainings are those of recipes/smollm2-135m-instruct/.
@@ -58,7 +58,7 @@ class OwnDataArguments:
         default=64, metadata={"help": "Problems that rollouts are drawn of. All problems are the shortest ones."}
     )
     rollouts: int = field(default=8, metadata={"help": "Rollouts a problem."})
-    test_problems: int = field(default=100, metadata={"help": "Problems of the evaluation."})
+    test_problems: int = field(default=100, metadata={"help": "Problems of the evaluation; 0 leaves it out."})
     max_tokens: int = field(default=160, metadata={"help": "Most tokens of an answer."})
     vocab_size: int = field(default=1500, metadata={"help": "Stand-in: size of the tokenizer trained on the text."})
     steps: int = field(default=150, metadata={"help": "Stand-in: steps of learning by heart."})
@@ -112,7 +112,7 @@ def main(args: OwnDataArguments) -> None:
 
     steps = ("--max_steps", 2) if args.stand_in else ()
     trained = train("critical-token DPO", "critical-dpo", "critical_token_dpo", "critical_dpo", scored, base, *steps)
-    if not args.stand_in:
+    if args.test_problems and not args.stand_in:
         test = ("--problems", out / "held_out", "--split", "train", "--max_tokens", args.max_tokens, *seed)
         before = ("--output_dir", out / "evaluation" / "before")
         stages.run("accuracy before", "evaluate answers", *model, *test, *before)
