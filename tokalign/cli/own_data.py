@@ -6,10 +6,11 @@
 
 The source is a hub id, or a folder with `train.jsonl`; the model is a hub id or a folder (`tokalign data model smollm2`
 fetches a small one, also where there is no hub). Its sizes are for a model of 135 M parameters: some twenty minutes of
-one core, estimated from its measured speed. The model is first trained on worked solutions, as a small one solves too few problems to have right and
-wrong answers of each; `--warm_up 0` leaves it as it is. Then come rollouts of other problems, pairs of right and wrong
-ones, the positive and the negative adapter, contrastive scores, critical-token DPO, and accuracy before and after it on
-problems that neither has seen. All trainings are those of recipes/smollm2-135m-instruct/.
+one core, estimated from its measured speed. The model is first trained on worked solutions, as a small one solves too
+few problems to have right and wrong answers of each; `--warm_up 0` leaves it as it is. Then come rollouts of other
+problems, pairs of right and wrong ones, the positive and the negative adapter, contrastive scores, critical-token DPO,
+and accuracy before and after it on problems that neither has seen. All trainings are those of
+recipes/smollm2-135m-instruct/.
 
 `--stand_in true` makes up a model instead, which learns a few problems by heart: nothing is downloaded, accuracy means
 nothing, and it takes a minute. Stages that a former run finished are skipped; a stage that was interrupted goes on
