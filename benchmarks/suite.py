@@ -116,6 +116,15 @@ EXPERIMENTS = (
         data=True,
         real=True,
     ),
+    Experiment(
+        "real_reasoning",
+        "--model {model} --seeds 1 --warm_svamp 100 --warm_gsm8k 20 --problems_svamp 32 --problems_gsm8k 8 --rollouts 8"
+        " --learning_rates 3e-4 --test 24 8 --samples 1 --estimate_rows 2 --continuations 4",
+        "--model {model}",
+        processes=2,
+        data=True,
+        real=True,
+    ),
     Experiment("speed", "--size quick", threads=os.cpu_count() or 1),
     Experiment(
         "speed-gpu",
