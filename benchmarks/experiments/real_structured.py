@@ -116,7 +116,7 @@ TASKS = {
         "bfcl",
         SHORT | {"categories": CATEGORIES, "call_format": "json"},
         'Answer with the call as JSON: {"name": …, "arguments": {…}}. Several calls are a list.',
-        {"output_format": "tool_call", "references": "allowed"},
+        {"references": "allowed"},
         {"slot_f1": "arguments", "exact_match": "AST accuracy", "validity": "valid"},
     ),
 }
