@@ -1,7 +1,8 @@
 # make quickstart   from nothing to a better model and a report, on a laptop
 # make test         lint, types and all tests, real DeepSpeed and vLLM included
 # make test-lowest  the unit tests on the lowest versions that pyproject.toml allows, in an environment of their own
-# make benchmarks   everything that docs/results/ says, in hours; make benchmarks-quick in minutes, to see that it runs
+# make benchmarks   everything of the made-up world in docs/results/, in hours; make benchmarks-quick in minutes, to see that it runs
+# make real         the same of a real model on real text, in hours; make real-quick in minutes
 # Everything installs itself into .venv/; nothing is needed beforehand but Python >= 3.11, a C++ compiler and make.
 PYTHON ?= python3.11
 VENV := .venv
@@ -15,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 LOWEST := .venv-lowest
 
-.PHONY: quickstart own-data install install-test lint types unit test test-lowest fuzz benchmarks benchmarks-quick clean
+.PHONY: quickstart own-data install install-test lint types unit test test-lowest fuzz benchmarks benchmarks-quick real real-quick clean
 
 quickstart: install
 	$(BIN)/tokalign quickstart --config recipes/ledger/quickstart.yaml
@@ -79,6 +80,17 @@ benchmarks: install-test
 
 benchmarks-quick: install-test
 	$(BIN)/python benchmarks/suite.py --quick true
+
+# make real TOKALIGN_SHARED_DATA=folder   docs/real_models.md says which data sets the folder has; MODEL is any hub id or folder
+MODEL := runs/models/smollm2-135m-instruct
+runs/models/smollm2-135m-instruct: install-test
+	$(BIN)/tokalign data model smollm2
+
+real: install-test $(filter runs/models/%,$(MODEL))
+	$(BIN)/python benchmarks/suite.py --only real --model $(MODEL)
+
+real-quick: install-test $(filter runs/models/%,$(MODEL))
+	$(BIN)/python benchmarks/suite.py --only real --model $(MODEL) --quick true
 
 clean:
 	rm -rf runs build *.egg-info

@@ -187,17 +187,21 @@ def shown(data: Path, run: str) -> Tables | None:
 
 
 def run_table(run: Run) -> Table:
-    """How a run was started, where, when and for how long, and with which versions."""
+    """How a run was started, where, when and for how long, and with which versions; of a real model, with which."""
     arguments, machine = run["results"].get("arguments", {}), run["machine"]
     row = [
         f"`python benchmarks/suite.py {'--quick true ' if run.get('quick') else ''}--only {run['name']}`",
         str(arguments.get("seeds", arguments.get("seed", "–"))),
         ", ".join(str(machine[key]) for key in ("cpu", "cores", "threads", "gpu") if machine.get(key)),
         run["date"],
-        duration(run["seconds"]),
+        duration(run["seconds"]) + ("" if run.get("finished", True) else " so far, not finished"),
         ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     ]
-    return ("command", "seeds", "machine", "date", "time", "versions"), [row]
+    if model := run.get("model"):
+        of = ", ".join(model[key] for key in ("requirement", "quantisation") if key in model)
+        row.append(f"{model['model']}, out of {of}" if of else model["model"])
+    headings = ("command", "seeds", "machine", "date", "time", "versions", "model")
+    return headings[: len(row)], [row]
 
 
 def markdown(table: Table) -> str:

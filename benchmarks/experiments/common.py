@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.ledger_stages import LedgerStages
 from benchmarks.render import SHARE, Table, Tables, error_bars, number, percent, read_json, slashed, write_json
+from tokalign.data.builders.model import MODELS
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams
 from tokalign.prompts import render_prompt
@@ -33,7 +34,7 @@ from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import over_seeds, paired
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model of the real experiments where --model names no other
+SMOLLM2 = MODELS["smollm2"].hub_id  # the model of the real experiments where --model names no other
 GRID_SEED = 1000
 MEASURES = ("greedy", "sampled")
 EVAL_MODEL = {"help": "Model that gives token rewards; unset is the ledger's, which can rewrite drafts."}
