@@ -123,7 +123,7 @@ EXPERIMENTS = (
     Experiment(
         "real_structured-bfcl",
         f"--task bfcl {FEW_REAL} --max_prompt_tokens 200",
-        "--task bfcl --model {model} --sft_rows 100 --few_rows 40 --longer_epochs 5 --more_rows 300 --steps 8"
+        "--task bfcl --model {model} --sft_rows 100 --few_rows 40 --longer_epochs 12 --more_rows 330 --steps 12"
         " --completions 32 --validation_rows 60 --test_rows 120 --max_tokens 88 --max_prompt_tokens 280",
         processes=2,
         data=True,
