@@ -431,9 +431,12 @@ def check_columns(
             raise ContractError(f"Unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
         missing = [column for column in needed or STAGES[stage] if column not in dataset.column_names]
         if missing:
+            remedy = f"make it with {_MADE_BY[stage]}"
+            if stage == "preferences" and {"chosen", "rejected"} <= {*dataset.column_names}:
+                remedy = "of pairs as text, give what `tokalign score likelihood` writes, which has their ids"
             raise ContractError(
                 f"{where} has no column `{missing[0]}`, which the stage {stage!r} needs (it has "
-                f"{', '.join(dataset.column_names)}); make it with {_MADE_BY[stage]}."
+                f"{', '.join(dataset.column_names)}); {remedy}."
             )
     for signal in signals:
         columns = [f"{side}_{_name(signal)}" for side in ("chosen", "rejected")]
