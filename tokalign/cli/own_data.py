@@ -93,7 +93,7 @@ def main(args: OwnDataArguments) -> None:
     base: object = args.model
     if args.stand_in:
         heart = ("--from_scratch", "true", "--max_steps", args.steps, "--learning_rate", "3e-3")
-        batch = ("--lr_scheduler_type", "linear", "--per_device_train_batch_size", 8)
+        batch = ("--lr_scheduler_type", "linear", "--per_device_train_batch_size", 8, "--bf16", "false")
         base = train("learning by heart", "sft", "base", "warm_up", out / "warm_up", out / "stand_in", *heart, *batch)
     elif args.warm_up:
         base = train("warm-up", "sft", "base", "warm_up", out / "warm_up", base)
