@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.ledger_stages import LedgerStages
 from benchmarks.render import SHARE, Table, Tables, error_bars, number, percent, read_json, slashed, write_json
 from tokalign.data.builders.model import MODELS
+from tokalign.generation import EngineArguments, load_engine
+from tokalign.generation.protocol import SamplingParams
+from tokalign.prompts import render_prompt
+from tokalign.rewards import StructuredReward
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import over_seeds, paired
 
 SMOLLM2 = MODELS["smollm2"].hub_id  # the model of the real experiments where --model names no other
@@ -111,6 +119,52 @@ def kept(
         return read_json(folder / f"{name}.json")["cell"]
 
     return shared({name: partial(cell, name, work) for name, work in cells.items()}, folder / "locks")
+
+
+# --------------------------------------------------------------------------------------------------- pairs by a reward
+
+
+def best_and_worst(
+    engine: EngineArguments,
+    rows: Dataset,
+    output: Path,
+    *,
+    reward: StructuredReward,
+    group: int,
+    max_tokens: int,
+    seed: int,
+) -> Path:
+    """Preferences: best and worst of `group` samples of each structured problem, where not all are worth the same."""
+    tokenizer = AutoTokenizer.from_pretrained(engine.model)
+    engines: list[Any] = []
+
+    def work(batch: list[dict[str, Any]]) -> list[Any]:
+        if not engines:
+            engines.append(load_engine(engine))
+        prompts = [render_prompt(row["prompt"], tokenizer) for row in batch]
+        each = [
+            SamplingParams(n=group, max_tokens=max_tokens, seed=problem_seed(seed, row["id"], "evaluation"))
+            for row in batch
+        ]
+        made: list[Any] = []
+        for row, ids, completions in zip(batch, prompts, engines[0].generate(prompts, each), strict=True):
+            texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+            scored = [reward.score(text, row["answer"], row["schema"])["total"] for text in texts]
+            best, worst = scored.index(max(scored)), scored.index(min(scored))
+            if scored[best] == scored[worst]:
+                made.append(Dropped("all samples are worth the same"))
+                continue
+            sides = {"chosen": best, "rejected": worst}
+            made.append(
+                {"id": row["id"], "prompt": row["prompt"], "prompt_ids": ids}
+                | {side: [{"role": "assistant", "content": texts[i]}] for side, i in sides.items()}
+                | {f"{side}_ids": completions[i].token_ids for side, i in sides.items()}
+            )
+        return made
+
+    parameters = {"seed": seed, "model": weights_hash(Path(engine.model))}
+    run_job(work, rows, output, name="pairs by reward", parameters=parameters, tokenizer=tokenizer)
+    return output
 
 
 # ------------------------------------------------------------------------------------------------- methods side by side

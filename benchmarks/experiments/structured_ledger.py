@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer
 from trl import TrlParser
 
-from benchmarks.experiments.common import GRID, GRID_SEED, difference, grid_table, held, shared, summary
+from benchmarks.experiments.common import GRID, GRID_SEED, best_and_worst, difference, grid_table, held, shared, summary
 from benchmarks.ledger_stages import LedgerStages, flags
 from benchmarks.render import (
     CLAIM,
@@ -50,15 +49,10 @@ from benchmarks.render import (
     save,
     slashed,
 )
-from tokalign.generation import EngineArguments, load_engine
-from tokalign.generation.protocol import SamplingParams
-from tokalign.prompts import render_prompt
+from tokalign.generation import EngineArguments
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.reward import WEIGHTS
-from tokalign.stage.hashes import weights_hash
-from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
-from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import over_seeds
 from tokalign.view.curriculum import COLOURS, COMPONENTS, DASHED, curriculum, first_step
 
@@ -230,39 +224,16 @@ class StructuredSeed:
         return stages.folder
 
     def pairs(self, model: Path) -> Path:
-        """Best and worst of a group of samples of each problem by our reward, where not all are worth the same."""
-        reward = StructuredReward()
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        rows = load_stage(self.worlds["json"], split="train").select(range(self.args.pairs_from))
-        engines: list[Any] = []
-
-        def work(batch: list[dict[str, Any]]) -> list[Any]:
-            if not engines:
-                engines.append(load_engine(EngineArguments(model=str(model))))
-            prompts = [render_prompt(row["prompt"], tokenizer) for row in batch]
-            each = [
-                SamplingParams(n=GROUP, max_tokens=MAX_TOKENS, seed=problem_seed(self.seed, r["id"], "evaluation"))
-                for r in batch
-            ]
-            made: list[Any] = []
-            for row, ids, completions in zip(batch, prompts, engines[0].generate(prompts, each), strict=True):
-                texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
-                scored = [reward.score(text, row["answer"], row["schema"])["total"] for text in texts]
-                best, worst = scored.index(max(scored)), scored.index(min(scored))
-                if scored[best] == scored[worst]:
-                    made.append(Dropped("all samples are worth the same"))
-                    continue
-                sides = {"chosen": best, "rejected": worst}
-                made.append(
-                    {"id": row["id"], "prompt": row["prompt"], "prompt_ids": ids}
-                    | {side: [{"role": "assistant", "content": texts[i]}] for side, i in sides.items()}
-                    | {f"{side}_ids": completions[i].token_ids for side, i in sides.items()}
-                )
-            return made
-
-        output, parameters = self.out / "pairs", {"seed": self.seed, "model": weights_hash(model)}
-        run_job(work, rows, output, name="pairs by reward", parameters=parameters, tokenizer=tokenizer)
-        return output
+        """Best and worst of a group of samples of each problem by our reward."""
+        return best_and_worst(
+            EngineArguments(model=str(model)),
+            load_stage(self.worlds["json"], split="train").select(range(self.args.pairs_from)),
+            self.out / "pairs",
+            reward=StructuredReward(),
+            group=GROUP,
+            max_tokens=MAX_TOKENS,
+            seed=self.seed,
+        )
 
     def figures(
         self,

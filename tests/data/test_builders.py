@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from tokalign.data.builders import gsm8k, hendrycks_math, problems, ultrafeedback
+from tokalign.data.builders import gsm8k, hendrycks_math, problems, svamp, ultrafeedback
 from tokalign.rewards import answers_match
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.loading import load_stage
@@ -61,6 +61,64 @@ def test_gsm8k_keeps_calculator_marks_and_renders_messages_on_request(tmp_path: 
     row = load_stage(tmp_path / "out", split="test", stage="problems")[0]
     assert row["prompt"] == [{"role": "user", "content": "Ann has 3 hens and buys 2. How many?\nEnd with ####."}]
     assert row["solution"].startswith("3 + 2 = <<3+2=5>>5")
+    assert row["completion"] == [{"role": "assistant", "content": row["solution"]}]
+
+
+def test_gsm8k_keeps_short_problems_on_request(tmp_path: Path) -> None:
+    longer = {"question": "Both?", "answer": "<<1+1=2>>2 and <<2+2=4>>4.\n#### 4"}
+    source = write(tmp_path / "train.jsonl", [GSM8K[0], longer])
+    gsm8k.main(gsm8k.Gsm8kArguments(source=source, output_dir=str(tmp_path / "out"), max_steps=1))
+    assert load_stage(tmp_path / "out", split="train")["id"] == ["gsm8k-train-0"]
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {"more than 1 calculations": 1}
+
+
+@pytest.mark.parametrize(
+    ("equation", "solution", "answer"),
+    [
+        ("( 76.0 - 25.0 )", "76 - 25 = 51", "51"),
+        ("( 6.0 - ( 3.0 + 2.0 ) )", "3 + 2 = 5\n6 - 5 = 1", "1"),
+        ("( ( 1.0 / 4.0 ) * 1000000.0 )", "1 / 4 = 0.25\n0.25 * 1000000 = 250000", "250000"),
+    ],
+)
+def test_svamp_is_worked_from_its_equation(tmp_path: Path, equation: str, solution: str, answer: str) -> None:
+    row = {"Body": "Dan had some", "Question": "How many?", "Equation": equation, "Answer": float(answer)}
+    rows = [row, row | {"Answer": 7.5}, row | {"Equation": "( 1.0 / 0.0 )"}, row | {"Equation": "f(1)"}]
+    source = write(tmp_path / "svamp.jsonl", rows)
+    svamp.main(svamp.SvampArguments(source=source, output_dir=str(tmp_path / "out"), test_share=0))
+    (made,) = load_stage(tmp_path / "out", split="train", stage="problems")
+    assert made["solution"] == f"{solution}\n#### {answer}" and made["answer"] == answer
+    assert made["prompt"] == "Dan had some. How many?\n" and made["completion"] == made["solution"]
+    dropped = read_manifest(tmp_path / "out" / "train")["dropped"]
+    assert dropped == {"the equation does not give the answer": 3}
+
+
+def svamp_splits(source: str, out: Path, **options) -> dict[str, list[str]]:
+    svamp.main(svamp.SvampArguments(source=source, output_dir=str(out), **options))
+    return {split.name: load_stage(out, split=split.name)["prompt"] for split in out.iterdir() if split.is_dir()}
+
+
+def test_svamp_splits_have_no_story_in_common(tmp_path: Path) -> None:
+    assert svamp.groups(["a b c d e f", "x", "p q r s t", "b c d e f p q r s t", "X 3"]) == [[0, 2, 3], [1, 4]]
+    nouns = ("hens", "cups", "pens", "dolls", "keys", "nuts", "figs", "bags", "hats", "coins")
+    told = [
+        f"{noun} had {i} red {noun} and {i} blue {noun} {tail}"
+        for noun in nouns
+        for i, tail in enumerate(("", "now", "under it"))
+    ]
+    one = {"Question": "Sum?", "Equation": "( 1.0 + 1.0 )", "Answer": 2.0}
+    source = write(tmp_path / "svamp.jsonl", [{"Body": body, **one} for body in told])
+    splits = svamp_splits(source, tmp_path / "out", validation_share=0.2, test_share=0.3)
+    assert {name: len(prompts) for name, prompts in splits.items()} == {"train": 15, "validation": 6, "test": 9}
+    found = {name: set().union(*map(svamp.runs, prompts)) for name, prompts in splits.items()}
+    assert not (found["test"] | found["validation"]) & found["train"] and not found["test"] & found["validation"]
+    other = svamp_splits(source, tmp_path / "other", validation_share=0.2, test_share=0.3, split_seed=1)
+    assert other["validation"] == splits["validation"] and other["test"] != splits["test"]
+
+
+@needs_data
+def test_real_svamp_has_one_row_whose_equation_is_not_its_answer(tmp_path: Path) -> None:
+    splits = svamp_splits(str(DATA / "svamp"), tmp_path / "out", validation_share=0.15)
+    assert {name: len(prompts) for name, prompts in splits.items()} == {"train": 550, "validation": 150, "test": 299}
 
 
 def test_math_takes_the_answer_from_the_box(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ _COLUMNS = {
     "accepted": "all accepted answers; `answers_match` takes the list",
     "solution": "worked solution, for SFT",
     "schema": "JSON Schema of the document that `answer` is, as JSON text",
-    "completion": "the right document as one assistant message, for SFT",
+    "completion": "the solution, or the right document, as the model is to write it, for SFT",
     "steps": "the steps of the completion, one a line of it",
     "step_spans": "characters of the completion that each step is, from and to",
     "step_tokens": "of each step the indices of its tokens in `completion_ids`",
@@ -205,6 +205,11 @@ def prompt_of(question: str | list[dict[str, str]], args: ProblemArguments) -> s
     return content + "\n" if args.prompt_style == "string" else [{"role": "user", "content": content}]
 
 
+def written(solution: str, args: ProblemArguments) -> str | list[dict[str, str]]:
+    """A worked solution as the model is to write it: a text, or one message where the prompt is messages."""
+    return solution if args.prompt_style == "string" else [{"role": "assistant", "content": solution}]
+
+
 def build_problems(
     name: str,
     splits: Mapping[str, Dataset],
@@ -216,6 +221,7 @@ def build_problems(
     question: tuple[str, ...] = ("question", "problem"),
     verb: str | None = None,
     notes: str = "",
+    split_already: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompts: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -229,6 +235,7 @@ def build_problems(
         title, licence, notes: for the card.
         question: names that the question's column may have.
         verb: of `tokalign data`, where it is not `name`.
+        split_already: the builder has taken `validation_share` itself, by something else than the question.
         tokenizer, prompts: whose ids the rows hold, and how prompts were rendered, where they hold ids (`run_job`).
 
     Returns:
@@ -237,7 +244,9 @@ def build_problems(
     parameters = {key: value for key, value in asdict(args).items() if key != "output_dir"}
     manifests: dict[str, dict[str, Any]] = {}
     columns: dict[str, str] = {}
-    for split, rows, source_split in _with_validation(splits, question, args):
+    for split, rows, source_split in _with_validation(
+        splits, question, args, 0.0 if split_already else args.validation_share
+    ):
         asked = column(rows, question, f"Split {source_split} of {args.source}")
 
         def job(
@@ -294,23 +303,23 @@ def refuse_nothing(manifests: Mapping[str, Mapping[str, Any]], source: str) -> N
 
 
 def _with_validation(
-    splits: Mapping[str, Dataset], question: tuple[str, ...], args: ProblemArguments
+    splits: Mapping[str, Dataset], question: tuple[str, ...], args: ProblemArguments, share: float
 ) -> Iterator[tuple[str, Dataset, str]]:
     """`(split to write, rows with their number in the source as `_row`, split of the source)`."""
-    if args.validation_share and ("train" not in splits or "validation" in splits):
+    if share and ("train" not in splits or "validation" in splits):
         raise ContractError(
             f"--validation_share needs a train split and no validation split, but {args.source} has "
             f"{', '.join(splits)}; leave the option out."
         )
     for split, rows in splits.items():
         numbered = rows.add_column("_row", [str(i) for i in range(len(rows))])
-        if split != "train" or not args.validation_share:
+        if split != "train" or not share:
             yield split, numbered, split
             continue
         asked = column(rows, question, f"Split {split} of {args.source}")
         for name, wanted in (("train", False), ("validation", True)):
             part = numbered.filter(
-                lambda question, wanted: _in_validation(question, args.validation_share) is wanted,
+                lambda question, wanted: _in_validation(question, share) is wanted,
                 input_columns=asked,
                 fn_kwargs={"wanted": wanted},
             )

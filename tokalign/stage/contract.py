@@ -434,7 +434,8 @@ def check_columns(
         missing = [column for column in needed or STAGES[stage] if column not in dataset.column_names]
         if missing:
             remedy = f"make it with {_MADE_BY[stage]}"
-            if stage == "preferences" and {"chosen", "rejected"} <= {*dataset.column_names}:
+            texts = {"chosen", "rejected"} & {*dataset.column_names} and "rejected_ids" not in dataset.column_names
+            if stage == "preferences" and texts:
                 remedy = "of pairs as text, give what `tokalign score likelihood` writes, which has their ids"
             raise ContractError(
                 f"{where} has no column `{missing[0]}`, which the stage {stage!r} needs (it has "
