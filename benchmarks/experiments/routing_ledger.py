@@ -95,8 +95,8 @@ class RoutingSeed:
 
     def thresholds(self, name: str) -> dict[float, float]:
         """LLM rate -> the threshold of a policy that serves it on the validation problems."""
-        settings = {key: value for key, value in asdict(self.args).items() if key in ("slm", "llm", "rates")}
-        settings |= {key: getattr(self.args, key) for key in ("train_problems", "validation_problems")}
+        settings = {key: getattr(self.args, key) for key in ("rates", "train_problems", "validation_problems")}
+        settings |= {"slm": self.slm, "llm": self.llm}
         file = self.out / "thresholds" / f"{self.router(name).name}.json"
         if not file.exists() or read_json(file)["settings"] != settings:
             file.parent.mkdir(exist_ok=True)

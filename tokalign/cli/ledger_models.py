@@ -42,8 +42,9 @@ def cache_folder() -> Path:
 def cache_key(preset: str, world: list[str], seed: int = 0) -> str:
     """Key of a trained model, made of what its weights depend on.
 
-    That is the seed, the recipe's settings, the builder's arguments, the code of both (their comments not), the libraries that
-    compute or order the batches, the number of threads, and the kind of CPU, by which PyTorch picks its kernels.
+    That is the seed, the recipe's settings, the builder's arguments, the code of both (their comments not), the
+    libraries that compute or order the batches, the number of threads, and the kind of CPU, by which PyTorch picks its
+    kernels.
     """
     libraries = tuple(library.__version__ for library in (torch, transformers, trl, accelerate))
     cpu = (THREADS, platform.machine(), torch.backends.cpu.get_cpu_capability())

@@ -18,8 +18,8 @@ is two more (of some things), and that another person's number is the one that c
 as people's systematic errors are (Brown & Burton, "Diagnostic Models for Procedural Bugs in Basic Mathematical
 Skills", Cognitive Science 2, 1978).
 
-One grammar, `moves`, both writes solutions and reads them. A reader (`first_error`) keeps every state that the tokens so
-far allow, and the first token that no state allows is the first after which no right solution can follow. That is
+One grammar, `moves`, both writes solutions and reads them. A reader (`first_error`) keeps every state that the tokens
+so far allow, and the first token that no state allows is the first after which no right solution can follow. That is
 exact as every state has a way to the end: the balance at the end of a run of additions and subtractions is that of
 the story, whatever their order, and one line may take all that are left of a run. States at a token are few, whatever
 the length, so reading takes time in proportion to the length.
@@ -31,9 +31,10 @@ import itertools
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +54,7 @@ from tokalign.worlds.ledger_problems import problems as plain_problems
 RARE_NAMES = tuple(
     "Ida Jon Kim Lars Mia Nils Olga Paul Rosa Sven Tara Udo Vera Wim Yara Zoe Amos Bela Cyd Dora Emil Faye".split()
 )
+PEOPLE = (*NAMES, *RARE_NAMES, "All")
 STARTS = (
     "{name} has {n} {thing}.",
     "{name} owns {n} {thing}.",
@@ -283,19 +285,22 @@ def flawed(problem: Problem) -> tuple[Account, ...] | None:
     right = accounts(problem)
     assert problem.telling is not None
     counted, misled = [], problem.telling.misleading < 0
-    for account in right:
-        runs = []
-        for run in account.runs:
+    for who, account in enumerate(right):
+        balance, runs = account
+        for i, run in enumerate(runs if problem.asked in (-1, who) else ()):
             changes = []
             for change in run:
                 if change.op in "*/" and problem.thing in SHAKY:
-                    change = change._replace(by="+" if change.op == "*" else "-")
+                    believed = change._replace(by="+" if change.op == "*" else "-")
+                    if believed.total(balance) != change.total(balance):  # 2 + 2 is 2 * 2
+                        change = believed
                 elif change.op in "+-" and not misled:
                     misled = True
                     change = change._replace(amount=problem.telling.misleading)
                 changes.append(change)
-            runs.append(tuple(changes))
-        counted.append(Account(account.balance, tuple(runs)))
+                balance = change.total(balance)
+            runs = (*runs[:i], tuple(changes), *runs[i + 1 :])
+        counted.append(account._replace(runs=runs))
     return None if tuple(counted) == right or _answer(problem, tuple(counted)) is None else tuple(counted)
 
 
@@ -544,9 +549,12 @@ def write(problem: Problem, rng: random.Random, counted: tuple[Account, ...] | N
     raise ValueError(f"No solution of this problem stays within the numbers: {problem.text()}")
 
 
+_IDS: MutableMapping[PreTrainedTokenizerBase, dict[str, tuple[int, ...]]] = WeakKeyDictionary()  # of words
+
+
 def first_error(problem: Problem, completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
     """`ledger.first_error` for worked solutions of the rich world."""
-    grammar, known = Grammar(problem), {}
+    grammar, known = Grammar(problem), _IDS.setdefault(tokenizer, {})
     unknown = tokenizer.unk_token_id
 
     def ids(text: str) -> tuple[int, ...]:
@@ -555,7 +563,7 @@ def first_error(problem: Problem, completion_ids: Sequence[int], tokenizer: PreT
         return known[text]
 
     def expand(states: set[State]) -> set[tuple[tuple[int, ...], State]]:
-        """What may be read next: words, as ids, with the state behind them. Moves without words are followed at once."""
+        """What may be read next: words, as ids, with the state behind them; moves without words are followed."""
         found, waiting = set(), list(states)
         while waiting:
             state = waiting.pop()
