@@ -134,11 +134,11 @@ def test_a_number_changed_is_found_where_it_stands(tokenizer):
 # --- enumeration ------------------------------------------------------------------------------------------------------
 
 
-def sentence_lists(monkeypatch):
+def sentence_lists(monkeypatch, openings, connectives):
     """A world so small that all its right solutions can be spelled out."""
     small = {
-        "OPENINGS": ("", "Here we go."),
-        "CONNECTIVES": ("", "So"),
+        "OPENINGS": openings,
+        "CONNECTIVES": connectives,
         "FORMS": ("{name}:", "{name} has", "{name} has {total} {thing}:"),
         "HEDGES": ("about",),
         "REMARKS": ("", "That is {parity}."),
@@ -151,7 +151,7 @@ def sentence_lists(monkeypatch):
         monkeypatch.setattr(ledger_rich, name, value)
 
 
-def every_line(left, changes, total):
+def every_line(left, changes, total, connectives):
     """All lines that take these changes, in this order."""
     near = [x for x in (left - 1, left + 1) if x >= 0]
     chain = "".join(f" {op} {n}" for op, n in changes)
@@ -165,12 +165,12 @@ def every_line(left, changes, total):
     if not more:
         bodies += [(f"Anna has {total} coins: {t}", "") for t in terms]
     closings = ["\n", ".\n", f". That is {'odd' if total % 2 else 'even'}.\n"]
-    for start, slip in itertools.product(("", "So "), ("", "Ben, no: ")):
+    for start, slip in itertools.product(connectives, ("", "Ben, no: ")):
         for (body, unit), closing in itertools.product(bodies, closings):
-            yield f"{start}{slip}{body}{unit}{closing}"
+            yield f"{start}{' ' if start else ''}{slip}{body}{unit}{closing}"
 
 
-def every_solution(balance, runs):
+def every_solution(balance, runs, connectives):
     """All ways to count what is left, by plain recursion over ordered subsets of the first run."""
     if not runs:
         yield from (f"#### {balance}", f"Done.\n#### {balance}")
@@ -186,8 +186,8 @@ def every_solution(balance, runs):
             left = list(run)
             for change in taken:
                 left.remove(change)
-            follows = list(every_solution(total, [left, *rest] if left else rest))
-            for line in every_line(balance, taken, total):
+            follows = list(every_solution(total, [left, *rest] if left else rest, connectives))
+            for line in every_line(balance, taken, total, connectives):
                 yield from (line + text for text in follows)
 
 
@@ -201,7 +201,9 @@ def every_solution(balance, runs):
 )
 def test_reading_is_exact_by_enumeration(monkeypatch, start, events):
     """The grammar says all right texts and no other; the first error is where the longest shared prefix ends."""
-    sentence_lists(monkeypatch)
+    one = len(events) == 1  # the product of all choices, twice, would be millions
+    openings, connectives = (("", "Here we go."), ("", "So")) if one else (("",), ("",))
+    sentence_lists(monkeypatch, openings, connectives)
     happened = [[kind, 0, n, -1] for kind, n in events]
     telling = '["Anna has coins.", 60, -1]'
     text = f'[["Anna"], "coins", [{start}], {happened!s}, 0, {telling}]'.replace("'", '"')
@@ -213,7 +215,8 @@ def test_reading_is_exact_by_enumeration(monkeypatch, start, events):
             runs[-1].append((signs[kind], n))
         else:
             runs.append([(signs[kind], n or 2)])
-    rights = {o + t for o in ("", "Here we go.\n") for t in every_solution(start, runs)}
+    texts = list(every_solution(start, runs, connectives))
+    rights = {f"{opening}\n{text}" if opening else text for opening in openings for text in texts}
 
     grammar, said, waiting = ledger_rich.Grammar(problem), set(), [("", ledger_rich.Grammar(problem).start)]
     while waiting:

@@ -128,7 +128,7 @@ OPENINGS = (
     "This is easy.",
 )
 CONNECTIVES = ("", "Then", "Now", "Next,", "So", "After that", "Later", "And", "Well,", "Again,")
-FORMS = ("{name}:", "{name} has", "{name} has {total} {thing}:", "That makes", "For {name} it is")
+FORMS = ("{name}:", "{name} has", "That makes", "For {name} it is", "{name} has {total} {thing}:")
 HEDGES = ("about", "maybe", "say")
 REMARKS = (
     "",
@@ -149,11 +149,12 @@ CLOSINGS = ("", "So {name} has {total} {thing}.", "That is all.", "In the end it
 
 TAIL = 1.2  # the choice of rank r has weight r^-TAIL
 TOLD = 2.5  # a story's words have a shorter tail than a solution's: what is asked should be understood
-RARE_NUMBERS = 0.1  # of the problems
+RARE_NUMBERS = 0.06  # of the problems: numbers up to twice as large
 ASIDE, MISLED = 0.3, 0.25  # of the stories
-USUAL_ORDER = 0.5  # of lines with a choice of event: it is the first that is left
+USUAL_ORDER = 0.65  # of lines with a choice of event: it is the first that is left
 MERGED = 0.1  # of lines that could take another event
 EXCHANGED = 0.1  # of lines with operands that may be exchanged
+TOTAL_FIRST = 0.04  # of lines
 SLIP_OF_NAME, SLIP_OF_LEFT, SLIP_OF_TOTAL = 0.01, 0.04, 0.06
 PLAIN = {"opening": 1.5, "connective": 1.5, "remark": 4.0, "closing": 2.0}  # weight of saying nothing
 SLIP = 3  # a slip that is corrected is at most so far off
@@ -216,7 +217,7 @@ def problems(part: str, n: int, *, seed: int = 0, config: LedgerConfig | None = 
 
 def draw(rng: random.Random, config: LedgerConfig) -> Problem:
     """A problem with its telling: names with a long tail, rare large numbers, paraphrases, asides."""
-    wide = replace(config, max_start=config.max_number, max_change=config.max_number // 2)
+    wide = replace(config, max_start=2 * config.max_start, max_change=2 * config.max_change)
     problem = draw_problem(rng, wide if rng.random() < RARE_NUMBERS else config)
     pool, names = [*NAMES, *RARE_NAMES], []
     for _ in problem.names:
@@ -422,18 +423,18 @@ class Grammar:
     def _named(self, state: State) -> list[Move]:
         name, account = self.names[state.who], state.accounts[state.who]
         found: list[Move] = []
-        for form, text, weight in self._choices("form", FORMS, self.names[0]):
+        *usual, total_first = FORMS
+        for form, text, weight in self._choices("form", usual, self.names[0]):
             if text == "That makes" and len(self.names) > 2:
                 continue  # whose balance it is would not be said
-            if "{total}" not in text:
-                found.append((f"{text.format(name=name)} ", state._replace(place="left", form=form), weight))
-                continue
-            for change, share in self._next(account):  # the total stands first
-                total = change.total(account.balance)
-                if 0 <= total <= self.largest:
-                    said = text.format(name=name, total=total, thing=self.problem.thing)
-                    after = state._replace(place="left", form=form, change=change, value=total)
-                    found.append((f"{said} ", after, weight * share))
+            found.append((f"{text.format(name=name)} ", state._replace(place="left", form=form), weight))
+        weight = TOTAL_FIRST * sum(weight for *_, weight in found)  # nobody's habit, as it is hard
+        for change, share in self._next(account):
+            total = change.total(account.balance)
+            if 0 <= total <= self.largest:
+                said = total_first.format(name=name, total=total, thing=self.problem.thing)
+                after = state._replace(place="left", form=len(usual), change=change, value=total)
+                found.append((f"{said} ", after, weight * share))
         return found
 
     def _next(self, account: Account) -> list[tuple[Change, float]]:
