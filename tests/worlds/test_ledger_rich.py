@@ -16,7 +16,7 @@ from tokalign.worlds.ledger import LedgerConfig, Problem, build_tokenizer, first
 from tokalign.worlds.ledger_problems import WORLDS, Event
 
 RICH = WORLDS["rich"]
-TWO = LedgerConfig(people=2, min_events=2, max_events=4, max_start=12, max_change=9)
+TWO = LedgerConfig(people=2, min_events=2, max_events=4, max_start=12, max_change=9, max_number=40)
 CONFIGS = pytest.mark.parametrize("config", [RICH, TWO], ids=["one person", "two people"])
 
 

@@ -150,10 +150,10 @@ def _render(steps: Sequence[Sequence[Line]], answer: int, rendering: str) -> str
     raise ValueError(f"Unknown rendering {rendering!r}: use one of {', '.join(RENDERINGS)}.")
 
 
-def solution(problem: Problem, *, rendering: str = "worked", rng: random.Random | None = None) -> str:
+def solution(problem: Problem, *, rendering: str = "worked", rng: random.Random | None = None, habits: int = 0) -> str:
     """The solution in its plainest order; a worked one of the rich world as `rng` draws it (unset: always the same)."""
     if rendering == "worked" and problem.telling is not None:
-        return ledger_rich.write(problem, rng or random.Random(problem.identity))
+        return ledger_rich.write(problem, rng or random.Random(problem.identity), habits=habits)
     return _render(problem.steps, problem.answer, rendering)
 
 

@@ -57,6 +57,9 @@ class LedgerArguments:
         default=0.0,
         metadata={"help": "Rich world: share of the SFT rows that false beliefs change which follow them."},
     )
+    habits: int = field(
+        default=0, metadata={"help": "Rich world: which words people prefer in right and flawed SFT solutions, a seed."}
+    )
     digits: str = field(default="whole", metadata={"help": "Number tokens: 'whole' or 'split'."})
     # Difficulty; unset is that of the world (`tokalign.worlds.ledger_problems.WORLDS`)
     people: int | None = field(default=None, metadata={"help": "People in a problem; two make a much harder world."})
@@ -133,12 +136,12 @@ def _sft_problems(args: LedgerArguments, config: ledger.LedgerConfig, rng: rando
             yield ledger_rich.tell(problem, rng, config.max_number)
 
 
-def _answer(problem: ledger.Problem, rng: random.Random, rendering: str, flaw_rate: float) -> str:
+def _answer(problem: ledger.Problem, rng: random.Random, rendering: str, args: LedgerArguments) -> str:
     """The solution of an SFT row: right, but for false beliefs of its author where those matter."""
     rich = problem.telling is not None and rendering == "worked"
-    if rich and rng.random() < flaw_rate and (counted := ledger_rich.flawed(problem)) is not None:
-        return ledger_rich.write(problem, rng, counted)
-    return ledger.solution(problem, rendering=rendering, rng=rng)
+    if rich and rng.random() < args.flaw_rate and (counted := ledger_rich.flawed(problem)) is not None:
+        return ledger_rich.write(problem, rng, counted, habits=args.habits)
+    return ledger.solution(problem, rendering=rendering, rng=rng, habits=args.habits)
 
 
 def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
@@ -152,7 +155,7 @@ def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
         if request == "wrong":
             text = ledger.wrong_solution(problem, rng, rendering=rendering)
         else:
-            text = _answer(problem, rng, rendering, args.flaw_rate)
+            text = _answer(problem, rng, rendering, args)
         if rendering in ledger.SCHEMAS and request is None and sloppy.random() < args.sloppy_share:
             text = ledger.sloppy_solution(problem, sloppy, rendering=rendering)
         asked = ledger.prompt(problem, rendering=rendering, request=request)
@@ -175,7 +178,9 @@ def main(args: LedgerArguments) -> None:
     tokenizer = ledger.build_tokenizer(config, digits=args.digits, world=args.world)
     parameters = {k: v for k, v in asdict(args).items() if k != "output_dir"} | asdict(config)
     if args.world == "plain":  # a folder built before the rich world existed is still this one
-        parameters = {k: v for k, v in parameters.items() if k not in ("world", "sft_renderings", "flaw_rate")}
+        parameters = {
+            k: v for k, v in parameters.items() if k not in ("world", "sft_renderings", "flaw_rate", "habits")
+        }
     if args.problem_rendering == "worked":
         del parameters["problem_rendering"]  # a folder built before the option existed is still this one
     if not args.sloppy_share:

@@ -11,7 +11,8 @@ hold a number that has nothing to do with the question. A right solution looks l
 It counts every event of the person asked about once; it may take additions and subtractions between two doublings or
 halvings in any order, take several of them in one line, exchange operands, open and close as it likes, add true
 remarks, and correct itself. All choices have long tails, and people have habits: which words come first depends on the
-name. So right tokens are often surprising.
+name, and on whose texts a model has read (`habits`). So right tokens are often surprising, and two good models often
+differ in words that do not matter.
 
 The authors of a weak model's data can have two false beliefs, in some of their solutions (`flawed`): that twice as many
 is two more (of some things), and that another person's number is the one that counts. So wrong tokens are often sure,
@@ -355,11 +356,12 @@ class Grammar:
     Args:
         problem: of the rich world.
         counted: what is counted; the right changes if absent.
+        habits: which habits people have; what may be said does not depend on it.
     """
 
-    def __init__(self, problem: Problem, counted: tuple[Account, ...] | None = None):
+    def __init__(self, problem: Problem, counted: tuple[Account, ...] | None = None, habits: int = 0):
         assert problem.telling is not None
-        self.problem, self.largest = problem, problem.telling.largest
+        self.problem, self.largest, self.habits = problem, problem.telling.largest, habits
         self.names = (*problem.names, "All")
         self.others = (*NAMES, *RARE_NAMES)
         self.start = State("opening", counted or accounts(problem))
@@ -370,7 +372,7 @@ class Grammar:
 
     def _choices(self, slot: str, templates: Sequence[str], name: str) -> list[tuple[int, str, float]]:
         """Templates with weights of a long tail, in the order of this person's habits; the first, plain, is apart."""
-        shift = zlib.crc32(f"{slot} {name}".encode())
+        shift = zlib.crc32(f"{self.habits} {slot} {name}".encode())
         plain, rest = PLAIN.get(slot), len(templates) - 1
         weights = [plain] if plain else [1.0]
         weights += [((i + shift) % rest + 1.0) ** -TAIL for i in range(rest)]
@@ -534,9 +536,9 @@ class Grammar:
 DAY = range(1, DAYS + 1)
 
 
-def write(problem: Problem, rng: random.Random, counted: tuple[Account, ...] | None = None) -> str:
-    """A solution drawn from the grammar, right if what is counted is; drawn anew where it leads nowhere."""
-    grammar = Grammar(problem, counted)
+def write(problem: Problem, rng: random.Random, counted: tuple[Account, ...] | None = None, *, habits: int = 0) -> str:
+    """A solution drawn from `Grammar`, right if what is counted is; drawn anew where it leads nowhere."""
+    grammar = Grammar(problem, counted, habits)
     for _ in range(100):
         text, state = "", grammar.start
         while state.place != "end":
