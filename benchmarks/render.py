@@ -30,9 +30,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as ScreenTable
 
+from tokalign.stage.files import write_text_atomically
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
-    "critical_token_dpo", "treg", "structured_grpo", "dishonest", "routing", "compositions", "speed", "reliability",
+    "critical_token_dpo", "treg", "detection", "structured_grpo", "dishonest", "routing", "compositions", "speed",
+    "reliability",
 )  # fmt: skip
 MARK = re.compile(r"<!-- (table|number): (.+?) -->.*?<!-- end -->", re.DOTALL)
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
@@ -143,7 +146,7 @@ def duration(seconds: float) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -185,17 +188,21 @@ def shown(data: Path, run: str) -> Tables | None:
 
 
 def run_table(run: Run) -> Table:
-    """How a run was started, where, when and for how long, and with which versions."""
+    """How a run was started, where, when and for how long, and with which versions; of a real model, with which."""
     arguments, machine = run["results"].get("arguments", {}), run["machine"]
     row = [
         f"`python benchmarks/suite.py {'--quick true ' if run.get('quick') else ''}--only {run['name']}`",
         str(arguments.get("seeds", arguments.get("seed", "–"))),
         ", ".join(str(machine[key]) for key in ("cpu", "cores", "threads", "gpu") if machine.get(key)),
         run["date"],
-        duration(run["seconds"]),
+        duration(run["seconds"]) + ("" if run.get("finished", True) else " so far, not finished"),
         ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     ]
-    return ("command", "seeds", "machine", "date", "time", "versions"), [row]
+    if model := run.get("model"):
+        of = ", ".join(model[key] for key in ("requirement", "quantisation") if key in model)
+        row.append(f"{model['model']}, out of {of}" if of else model["model"])
+    headings = ("command", "seeds", "machine", "date", "time", "versions", "model")
+    return headings[: len(row)], [row]
 
 
 def markdown(table: Table) -> str:

@@ -1,26 +1,40 @@
-"""What the experiments on the ledger world share: figures over seeds, methods side by side, their tables and pictures.
+"""What experiments share: cells that processes divide, figures over seeds, methods side by side, tables and pictures.
 
-Every method of a comparison gets the same grid of learning rates; its best on validation problems (with pairs of their
-own, seed 1000; greedy accuracy, ties by sampled accuracy) is trained anew with every seed. A seed has its own problems,
-rollouts, pairs, training order and test problems, which all its methods share, and which are read once. So differences
-between methods are paired over seeds.
+Every method of a comparison on the ledger world gets the same grid of learning rates; its best on validation problems
+(with pairs of their own, seed 1000; greedy accuracy, ties by sampled accuracy) is trained anew with every seed. A seed
+has its own problems, rollouts, pairs, training order and test problems, which all its methods share, and which are read
+once. So differences between methods are paired over seeds.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.ledger_stages import LedgerStages, WorldArguments
-from benchmarks.render import SHARE, Table, Tables, error_bars, number, percent, read_json, slashed
+from benchmarks.render import SHARE, Table, Tables, error_bars, number, percent, read_json, slashed, write_json
+from tokalign.data.builders.model import MODELS
+from tokalign.generation import EngineArguments, load_engine
+from tokalign.generation.protocol import SamplingParams
+from tokalign.prompts import render_prompt
+from tokalign.rewards import StructuredReward
+from tokalign.stage.hashes import weights_hash
+from tokalign.stage.jobs import Dropped, run_job
+from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import over_seeds, paired
 
+SMOLLM2 = MODELS["smollm2"].hub_id  # the model of the real experiments where --model names no other
 GRID_SEED = 1000
 MEASURES = ("greedy", "sampled")
 EVAL_MODEL = {"help": "Model that gives token rewards; unset is the ledger's, which can rewrite drafts."}
@@ -41,6 +55,116 @@ def difference(by_method: ByMethod, better: str, worse: str, keys: Iterable[str]
     return {"better": better, "worse": worse} | {
         key: paired([a[key] for a, _ in pairs], [b[key] for _, b in pairs]) for key in keys
     }
+
+
+# ------------------------------------------------------------------------------------------------- shared by processes
+
+
+@contextmanager
+def held(lock: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file, of which the kernel lets go when the process dies; without `wait`, False if another has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def shared(cells: Mapping[str, Callable[[], Any]], locks: Path) -> dict[str, Any]:
+    """What all cells give, each of which keeps its own results on disk.
+
+    Two processes at the same cells share them: each first takes those that the other is not at, and then reads, or
+    waits for, the rest.
+    """
+    done: dict[str, Any] = {}
+    for wait in (False, True):
+        for name, work in cells.items():
+            if name not in done:
+                with held(locks / name, wait=wait) as mine:
+                    if mine:
+                        done[name] = work()
+    return {name: done[name] for name in cells}
+
+
+def kept(
+    cells: Mapping[str, Callable[[], Any]],
+    folder: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    after: Callable[[dict[str, Any]], Any] = lambda found: None,
+) -> dict[str, Any]:
+    """What all cells give, each kept as a JSON file of `folder`, so that what is there is never made again.
+
+    Processes that were started alike share the cells, in their order. A kill loses no more than the cells in work.
+
+    Args:
+        cells: name -> what makes its JSON; a name is a file name.
+        settings: what a cell depends on beside its name; a file that was made with others is made anew.
+        after: called with all cells that are there, whoever made them, after each that this process has made.
+    """
+    depends_on = json.loads(json.dumps(settings or {}))  # as the file will give it back: tuples as lists
+
+    def there(name: str) -> dict[str, Any] | None:
+        file = folder / f"{name}.json"
+        content: dict[str, Any] | None = read_json(file) if file.exists() else None
+        return content if content and content["settings"] == depends_on else None
+
+    def cell(name: str, work: Callable[[], Any]) -> Any:
+        if there(name) is None:
+            write_json(folder / f"{name}.json", {"settings": depends_on, "cell": work()})
+            after({other: found["cell"] for other in cells if (found := there(other))})
+        return read_json(folder / f"{name}.json")["cell"]
+
+    return shared({name: partial(cell, name, work) for name, work in cells.items()}, folder / "locks")
+
+
+# --------------------------------------------------------------------------------------------------- pairs by a reward
+
+
+def best_and_worst(
+    engine: EngineArguments,
+    rows: Dataset,
+    output: Path,
+    *,
+    reward: StructuredReward,
+    group: int,
+    max_tokens: int,
+    seed: int,
+) -> Path:
+    """Preferences: best and worst of `group` samples of each structured problem, where not all are worth the same."""
+    tokenizer = AutoTokenizer.from_pretrained(engine.model)
+    engines: list[Any] = []
+
+    def work(batch: list[dict[str, Any]]) -> list[Any]:
+        if not engines:
+            engines.append(load_engine(engine))
+        prompts = [render_prompt(row["prompt"], tokenizer) for row in batch]
+        each = [
+            SamplingParams(n=group, max_tokens=max_tokens, seed=problem_seed(seed, row["id"], "evaluation"))
+            for row in batch
+        ]
+        made: list[Any] = []
+        for row, ids, completions in zip(batch, prompts, engines[0].generate(prompts, each), strict=True):
+            texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+            scored = [reward.score(text, row["answer"], row["schema"])["total"] for text in texts]
+            best, worst = scored.index(max(scored)), scored.index(min(scored))
+            if scored[best] == scored[worst]:
+                made.append(Dropped("all samples are worth the same"))
+                continue
+            sides = {"chosen": best, "rejected": worst}
+            made.append(
+                {"id": row["id"], "prompt": row["prompt"], "prompt_ids": ids}
+                | {side: [{"role": "assistant", "content": texts[i]}] for side, i in sides.items()}
+                | {f"{side}_ids": completions[i].token_ids for side, i in sides.items()}
+            )
+        return made
+
+    parameters = {"seed": seed, "model": weights_hash(Path(engine.model))}
+    run_job(work, rows, output, name="pairs by reward", parameters=parameters, tokenizer=tokenizer)
+    return output
 
 
 # ------------------------------------------------------------------------------------------------- methods side by side

@@ -20,20 +20,17 @@ results.json; docs/results/structured_grpo.md shows it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer
 from trl import TrlParser
 
-from benchmarks.experiments.common import GRID, GRID_SEED, difference, grid_table, summary
+from benchmarks.experiments.common import GRID, GRID_SEED, best_and_worst, difference, grid_table, held, shared, summary
 from benchmarks.ledger_stages import LedgerStages, flags
 from benchmarks.render import (
     CLAIM,
@@ -52,15 +49,10 @@ from benchmarks.render import (
     save,
     slashed,
 )
-from tokalign.generation import EngineArguments, load_engine
-from tokalign.generation.protocol import SamplingParams
-from tokalign.prompts import render_prompt
+from tokalign.generation import EngineArguments
 from tokalign.rewards import StructuredReward
 from tokalign.rewards.structured.reward import WEIGHTS
-from tokalign.stage.hashes import weights_hash
-from tokalign.stage.jobs import Dropped, run_job
 from tokalign.stage.loading import load_stage
-from tokalign.stage.seeds import problem_seed
 from tokalign.statistics import over_seeds
 from tokalign.view.curriculum import COLOURS, COMPONENTS, DASHED, curriculum, first_step
 
@@ -169,38 +161,6 @@ class StructuredLedgerArguments:
         return self.steps * self.completions // GROUP
 
 
-# ------------------------------------------------------------------------------------------------- shared by processes
-
-
-@contextmanager
-def held(lock: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, of which the kernel lets go when the process dies; without `wait`, False if another has it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def shared(cells: Mapping[str, Callable[[], Any]], locks: Path) -> dict[str, Any]:
-    """What all cells give, each of which keeps its own results on disk.
-
-    Two processes at the same cells share them: each first takes those that the other is not at, and then reads, or
-    waits for, the rest.
-    """
-    done: dict[str, Any] = {}
-    for wait in (False, True):
-        for name, work in cells.items():
-            if name not in done:
-                with held(locks / name, wait=wait) as mine:
-                    if mine:
-                        done[name] = work()
-    return {name: done[name] for name in cells}
-
-
 class StructuredSeed:
     """Problems, trained models and evaluations of one seed; whatever is there is kept.
 
@@ -264,39 +224,16 @@ class StructuredSeed:
         return stages.folder
 
     def pairs(self, model: Path) -> Path:
-        """Best and worst of a group of samples of each problem by our reward, where not all are worth the same."""
-        reward = StructuredReward()
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        rows = load_stage(self.worlds["json"], split="train").select(range(self.args.pairs_from))
-        engines: list[Any] = []
-
-        def work(batch: list[dict[str, Any]]) -> list[Any]:
-            if not engines:
-                engines.append(load_engine(EngineArguments(model=str(model))))
-            prompts = [render_prompt(row["prompt"], tokenizer) for row in batch]
-            each = [
-                SamplingParams(n=GROUP, max_tokens=MAX_TOKENS, seed=problem_seed(self.seed, r["id"], "evaluation"))
-                for r in batch
-            ]
-            made: list[Any] = []
-            for row, ids, completions in zip(batch, prompts, engines[0].generate(prompts, each), strict=True):
-                texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
-                scored = [reward.score(text, row["answer"], row["schema"])["total"] for text in texts]
-                best, worst = scored.index(max(scored)), scored.index(min(scored))
-                if scored[best] == scored[worst]:
-                    made.append(Dropped("all samples are worth the same"))
-                    continue
-                sides = {"chosen": best, "rejected": worst}
-                made.append(
-                    {"id": row["id"], "prompt": row["prompt"], "prompt_ids": ids}
-                    | {side: [{"role": "assistant", "content": texts[i]}] for side, i in sides.items()}
-                    | {f"{side}_ids": completions[i].token_ids for side, i in sides.items()}
-                )
-            return made
-
-        output, parameters = self.out / "pairs", {"seed": self.seed, "model": weights_hash(model)}
-        run_job(work, rows, output, name="pairs by reward", parameters=parameters, tokenizer=tokenizer)
-        return output
+        """Best and worst of a group of samples of each problem by our reward."""
+        return best_and_worst(
+            EngineArguments(model=str(model)),
+            load_stage(self.worlds["json"], split="train").select(range(self.args.pairs_from)),
+            self.out / "pairs",
+            reward=StructuredReward(),
+            group=GROUP,
+            max_tokens=MAX_TOKENS,
+            seed=self.seed,
+        )
 
     def figures(
         self,

@@ -4,10 +4,7 @@ benchmark makes of the runs' figures, curves and logs, against plain computation
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -36,7 +33,6 @@ from benchmarks.experiments.structured_ledger import (
     options_of,
     rate_of,
     rises,
-    shared,
     smooth,
     steps_to_reach,
     tables,
@@ -263,43 +259,6 @@ def test_every_grpo_has_an_anchor_but_the_earlier_one_and_ablations_follow_the_b
     rates = validation["learning_rate"]
     assert [rate_of(m, validation) for m in (*TUNED, "base")] == [*rates.values(), None]
     assert rate_of(CONSTRAINED, validation) == rates["SFT"] and rate_of("GRPO − format", validation) == rates[FIELD]
-
-
-def test_two_processes_share_the_cells(tmp_path):
-    """Each cell is worked on once, by whichever process is free, and both have all of them."""
-    work = (
-        "import sys, json; from functools import partial; from pathlib import Path\n"
-        "from benchmarks.experiments.structured_ledger import shared\n"
-        "folder, me = Path(sys.argv[1]), sys.argv[2]\n"
-        "def cell(name):\n"
-        "    file = folder / name\n"
-        "    if not file.exists():\n"
-        "        file.write_text(me)\n"
-        "        with open(folder / 'log', 'a') as log: log.write(name)\n"
-        "    return name\n"
-        "print(json.dumps(shared({n: partial(cell, n) for n in 'abcdef'}, folder / 'locks')))\n"
-    )
-    words = [[sys.executable, "-c", work, str(tmp_path), me] for me in ("one", "two")]
-    running = [subprocess.Popen(w, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for w in words]
-    found = [json.loads(process.communicate()[0]) for process in running]
-    assert found[0] == found[1] == {name: name for name in "abcdef"}
-    assert sorted((tmp_path / "log").read_text()) == list("abcdef")
-
-
-def test_a_cell_that_another_is_at_comes_last(tmp_path):
-    import fcntl
-
-    order: list[str] = []
-    (tmp_path / "a").touch()
-    with open(tmp_path / "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-
-        def last() -> str:  # the other is done while we are at the last free cell
-            fcntl.flock(other, fcntl.LOCK_UN)
-            return "b"
-
-        shared({"a": lambda: order.append("a"), "b": lambda: order.append(last())}, tmp_path)
-    assert order == ["b", "a"]
 
 
 # ----------------------------------------------------------------------------------------------------- curves and logs

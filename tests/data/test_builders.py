@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from tokalign.data.builders import gsm8k, hendrycks_math, problems, ultrafeedback
+from tokalign.data.builders import gsm8k, hendrycks_math, problems, svamp, ultrafeedback
 from tokalign.rewards import answers_match
 from tokalign.stage.errors import ContractError, JobError
 from tokalign.stage.loading import load_stage
@@ -60,6 +61,64 @@ def test_gsm8k_keeps_calculator_marks_and_renders_messages_on_request(tmp_path: 
     row = load_stage(tmp_path / "out", split="test", stage="problems")[0]
     assert row["prompt"] == [{"role": "user", "content": "Ann has 3 hens and buys 2. How many?\nEnd with ####."}]
     assert row["solution"].startswith("3 + 2 = <<3+2=5>>5")
+    assert row["completion"] == [{"role": "assistant", "content": row["solution"]}]
+
+
+def test_gsm8k_keeps_short_problems_on_request(tmp_path: Path) -> None:
+    longer = {"question": "Both?", "answer": "<<1+1=2>>2 and <<2+2=4>>4.\n#### 4"}
+    source = write(tmp_path / "train.jsonl", [GSM8K[0], longer])
+    gsm8k.main(gsm8k.Gsm8kArguments(source=source, output_dir=str(tmp_path / "out"), max_steps=1))
+    assert load_stage(tmp_path / "out", split="train")["id"] == ["gsm8k-train-0"]
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {"more than 1 calculations": 1}
+
+
+@pytest.mark.parametrize(
+    ("equation", "solution", "answer"),
+    [
+        ("( 76.0 - 25.0 )", "76 - 25 = 51", "51"),
+        ("( 6.0 - ( 3.0 + 2.0 ) )", "3 + 2 = 5\n6 - 5 = 1", "1"),
+        ("( ( 1.0 / 4.0 ) * 1000000.0 )", "1 / 4 = 0.25\n0.25 * 1000000 = 250000", "250000"),
+    ],
+)
+def test_svamp_is_worked_from_its_equation(tmp_path: Path, equation: str, solution: str, answer: str) -> None:
+    row = {"Body": "Dan had some", "Question": "How many?", "Equation": equation, "Answer": float(answer)}
+    rows = [row, row | {"Answer": 7.5}, row | {"Equation": "( 1.0 / 0.0 )"}, row | {"Equation": "f(1)"}]
+    source = write(tmp_path / "svamp.jsonl", rows)
+    svamp.main(svamp.SvampArguments(source=source, output_dir=str(tmp_path / "out"), test_share=0))
+    (made,) = load_stage(tmp_path / "out", split="train", stage="problems")
+    assert made["solution"] == f"{solution}\n#### {answer}" and made["answer"] == answer
+    assert made["prompt"] == "Dan had some. How many?\n" and made["completion"] == made["solution"]
+    dropped = read_manifest(tmp_path / "out" / "train")["dropped"]
+    assert dropped == {"the equation does not give the answer": 3}
+
+
+def svamp_splits(source: str, out: Path, **options) -> dict[str, list[str]]:
+    svamp.main(svamp.SvampArguments(source=source, output_dir=str(out), **options))
+    return {split.name: load_stage(out, split=split.name)["prompt"] for split in out.iterdir() if split.is_dir()}
+
+
+def test_svamp_splits_have_no_story_in_common(tmp_path: Path) -> None:
+    assert svamp.groups(["a b c d e f", "x", "p q r s t", "b c d e f p q r s t", "X 3"]) == [[0, 2, 3], [1, 4]]
+    nouns = ("hens", "cups", "pens", "dolls", "keys", "nuts", "figs", "bags", "hats", "coins")
+    told = [
+        f"{noun} had {i} red {noun} and {i} blue {noun} {tail}"
+        for noun in nouns
+        for i, tail in enumerate(("", "now", "under it"))
+    ]
+    one = {"Question": "Sum?", "Equation": "( 1.0 + 1.0 )", "Answer": 2.0}
+    source = write(tmp_path / "svamp.jsonl", [{"Body": body, **one} for body in told])
+    splits = svamp_splits(source, tmp_path / "out", validation_share=0.2, test_share=0.3)
+    assert {name: len(prompts) for name, prompts in splits.items()} == {"train": 15, "validation": 6, "test": 9}
+    found = {name: set().union(*map(svamp.runs, prompts)) for name, prompts in splits.items()}
+    assert not (found["test"] | found["validation"]) & found["train"] and not found["test"] & found["validation"]
+    other = svamp_splits(source, tmp_path / "other", validation_share=0.2, test_share=0.3, split_seed=1)
+    assert other["validation"] == splits["validation"] and other["test"] != splits["test"]
+
+
+@needs_data
+def test_real_svamp_has_one_row_whose_equation_is_not_its_answer(tmp_path: Path) -> None:
+    splits = svamp_splits(str(DATA / "svamp"), tmp_path / "out", validation_share=0.15)
+    assert {name: len(prompts) for name, prompts in splits.items()} == {"train": 550, "validation": 150, "test": 299}
 
 
 def test_math_takes_the_answer_from_the_box(tmp_path: Path) -> None:
@@ -305,6 +364,44 @@ def test_own_rows_keep_what_the_chat_template_is_given(tmp_path: Path) -> None:
     made = build_own(write(tmp_path / "mine.jsonl", rows), tmp_path / "out")
     assert made["chat_template_kwargs"] == [off, None]
     assert made["tools"] == [json.dumps(tools), None]
+
+
+def test_own_rows_are_read_in_parts_whose_objects_differ(tmp_path: Path, monkeypatch) -> None:
+    asked = {"role": "user", "content": "?"}
+    rows = [
+        {"prompt": [asked], "answer": 1},
+        {"prompt": [{**asked, "name": "Ann"}], "answer": "2", "chat_template_kwargs": {}},
+        {"prompt": [asked, {"role": "assistant", "content": None}, asked], "answer": [3]},
+        {"prompt": [asked], "answer": None, "chat_template_kwargs": {"level": 1, "on": True}},
+    ]
+    source = write(tmp_path / "rows.jsonl", rows)
+    at_once = build_own(source, tmp_path / "at_once")
+    monkeypatch.setattr(problems, "_CHUNK", 1)
+    made = build_own(source, tmp_path / "parts")
+    assert made.to_list() == at_once.to_list() and made.features == at_once.features
+    assert made["answer"] == ["1", "2", "[3]"] and made[1]["prompt"] == [{**asked, "name": "Ann"}]
+    # the same file with other rows is read anew
+    write(tmp_path / "rows.jsonl", [{"prompt": "b", "answer": "4"}])
+    assert build_own(source, tmp_path / "changed")["answer"] == ["4"]
+    write(
+        tmp_path / "rows.jsonl",
+        [{"prompt": [{"content": "b"}], "answer": "4"}, {"prompt": [{"content": 1}], "answer": "4"}],
+    )
+    with pytest.raises(ContractError, match=r"cannot be read as rows .*; write all prompts alike"):
+        build_own(source, tmp_path / "unlike")
+
+
+def test_own_rows_are_not_held_in_memory(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} " + "long " * 400, "answer": str(i)} for i in range(5000)]  # 10 MB
+    arguments = problems.OwnProblemsArguments(source=str(write(tmp_path / "rows.jsonl", rows)), output_dir="")
+    del rows
+    tracemalloc.start()
+    try:
+        opened = problems._open(arguments)["train"]
+        assert tracemalloc.get_traced_memory()[1] < 6e6
+    finally:
+        tracemalloc.stop()
+    assert len(opened) == 5000
 
 
 def test_own_rows_with_a_schema_are_structured_problems(tmp_path: Path) -> None:

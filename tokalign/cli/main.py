@@ -59,7 +59,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     "start": (
         _job("quickstart", "from nothing to a better model and a report, on a laptop"),
         _job("recipes", "list the recipes that ship with the package, copy one", first="name"),
-        _job("own-data", "the whole pipeline on GSM8K's text, with a stand-in model"),
+        _job("own-data", "the whole pipeline on GSM8K's text with your model"),
     ),
     "data": (
         _several(
@@ -67,13 +67,16 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "build problems from a public data set, or from your own file",
             Verb("problems", "tokalign.data.builders.problems", "any JSONL, parquet or hub id with prompt and answer"),
             Verb("gsm8k", "tokalign.data.builders.gsm8k", "GSM8K, word problems"),
+            Verb("svamp", "tokalign.data.builders.svamp", "SVAMP, one-step word problems, split by story"),
             Verb("math", "tokalign.data.builders.hendrycks_math", "MATH, competition problems"),
             Verb("ultrafeedback", "tokalign.data.builders.ultrafeedback", "UltraFeedback, open instructions"),
             Verb("gsm8k-json", "tokalign.data.builders.gsm8k_json", "GSM8K answered as JSON"),
             Verb("snips", "tokalign.data.builders.snips", "SNIPS, sentences to a voice assistant as JSON"),
             Verb("bfcl", "tokalign.data.builders.bfcl", "function calls of the Berkeley leaderboard"),
             Verb("cooking", "tokalign.data.builders.cooking", "cooking recipes as JSON"),
+            Verb("step-labels", "tokalign.data.builders.step_labels", "solutions with their first wrong step"),
             Verb("ledger", "tokalign.worlds.ledger_builder", "the made-up ledger world"),
+            Verb("model", "tokalign.data.builders.model", "a small real model, from the hub or PyPI", first="name"),
         ),
         _job("sample", "sample answers to problems and verify them"),
         _job("reward", "score answers with a reward model or a function"),
