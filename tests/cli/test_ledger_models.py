@@ -61,5 +61,5 @@ def test_a_seed_has_data_and_training_of_its_own(tmp_path, monkeypatch):
         assert "--seed" not in command
     for command in commands[2:]:
         assert command[-2:] == ["--seed", "3"]
-    assert commands[0][-6:] == ["--world", "rich", "--flaw_rate", "0.65", "--habits", "1"]
+    assert commands[0][-6:] == ["--world", "rich", "--flaw_rate", "0.8", "--habits", "1"]
     assert ledger_models.base_model("ledger-slm", world="rich", seed=3) in folders and len(commands) == 4

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["ledger-slm-revise"] = PRESETS["ledger-slm"]
 # What each is trained on: options of `tokalign data ledger`, by world. Only the weak one has read flawed authors, who
 # have other habits too.
-FLAWS = ("--flaw_rate", "0.65", "--habits", "1")
+FLAWS = ("--flaw_rate", "0.8", "--habits", "1")
 BASES: dict[str, dict[str, tuple[str, ...]]] = {
     "plain": {"ledger-slm": (), "ledger-llm": (), "ledger-slm-revise": ("--draft_share", "0.6")},
     "rich": {
