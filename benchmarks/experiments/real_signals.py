@@ -49,7 +49,7 @@ from tokalign.data.revision import load_templates, revision_prompts
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams, continue_from_prefixes
 from tokalign.generation.scorer import CompletionScorer
-from tokalign.signals import ContrastiveScorer, LikelihoodScorer, PromptingScorer
+from tokalign.signals import ClaimScorer, ContrastiveScorer, LikelihoodScorer, PromptingScorer
 from tokalign.signals.registry import get
 from tokalign.signals.steps import Steps, detection, difference, step_scores
 from tokalign.stage.loading import load_stage
@@ -341,6 +341,10 @@ class Experiment:
         scorer = LikelihoodScorer(self.args.model, self.tokenizer, signals=(LOGPROB, "entropy"), **self.options())
         return Read(scorer.score(*data.ids), cost_of(data, 1))
 
+    def claim(self, data: DataSet) -> Read:
+        scorer = ClaimScorer(self.args.model, self.tokenizer, **self.options())
+        return Read(scorer.score(*data.ids), cost_of(data, 1))
+
     def implicit_reward(self, data: DataSet) -> Read:
         signals = {"signals": ("implicit_reward",)}
         scorer = LikelihoodScorer(self.args.model, self.tokenizer, self.adapter("dpo"), **signals, **self.options())
@@ -379,6 +383,7 @@ class Experiment:
 
 READINGS: dict[str, Callable[[Experiment, DataSet], Read]] = {
     "likelihood": Experiment.likelihood,
+    "claim": Experiment.claim,
     "contrast": Experiment.contrast,
     "implicit_reward": Experiment.implicit_reward,
     "token_reward": Experiment.token_reward,
