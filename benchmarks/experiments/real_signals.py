@@ -49,7 +49,7 @@ from tokalign.data.revision import load_templates, revision_prompts
 from tokalign.generation import EngineArguments, load_engine
 from tokalign.generation.protocol import SamplingParams, continue_from_prefixes
 from tokalign.generation.scorer import CompletionScorer
-from tokalign.signals import ContrastiveScorer, LikelihoodScorer, PromptingScorer
+from tokalign.signals import ClaimScorer, ContrastiveScorer, LikelihoodScorer, PromptingScorer
 from tokalign.signals.registry import get
 from tokalign.signals.steps import Steps, detection, difference, step_scores
 from tokalign.stage.loading import load_stage
@@ -341,6 +341,10 @@ class Experiment:
         scorer = LikelihoodScorer(self.args.model, self.tokenizer, signals=(LOGPROB, "entropy"), **self.options())
         return Read(scorer.score(*data.ids), cost_of(data, 1))
 
+    def claim(self, data: DataSet) -> Read:
+        scorer = ClaimScorer(self.args.model, self.tokenizer, **self.options())
+        return Read(scorer.score(*data.ids), cost_of(data, 1))
+
     def implicit_reward(self, data: DataSet) -> Read:
         signals = {"signals": ("implicit_reward",)}
         scorer = LikelihoodScorer(self.args.model, self.tokenizer, self.adapter("dpo"), **signals, **self.options())
@@ -379,6 +383,7 @@ class Experiment:
 
 READINGS: dict[str, Callable[[Experiment, DataSet], Read]] = {
     "likelihood": Experiment.likelihood,
+    "claim": Experiment.claim,
     "contrast": Experiment.contrast,
     "implicit_reward": Experiment.implicit_reward,
     "token_reward": Experiment.token_reward,
@@ -632,6 +637,9 @@ def kept_scores(experiment: Experiment, view: str, signal: str) -> dict[str, np.
 
 
 def main(args: RealSignalsArguments) -> dict[str, Any]:
+    # PyTorch's default kernel for fp32 products on a CPU uses half of what AVX-512 can. This setting takes the other
+    # one, which reads twice as fast; where it stays in fp32 (no AMX) log-probs differ by 4e-7.
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     experiment = Experiment(args)
     readings = dict.fromkeys(["likelihood", *args.readings])
     cells: dict[str, Callable[[], Any]] = {}
