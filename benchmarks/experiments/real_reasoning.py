@@ -59,6 +59,7 @@ SETS = {"svamp": "SVAMP", "gsm8k": "GSM8K, at most 2 steps"}
 ALL = "both"
 SYSTEM = {"role": "system", "content": "Solve the problem."}  # the chat template's own has 22 tokens
 MAX_TOKENS = 128
+WRITING = {"max_tokens": MAX_TOKENS, "token_budget": 16384}  # larger batches are no faster on a CPU and fill its memory
 PREPARATION = ("warm", "rollouts", "contrast", "rewards", "reference")  # cells before a seed's methods
 BEFORE, WARM, SFT, OURS = "before the warm-up", "warm model", "SFT on own right answers", "critical-token DPO"
 CONSTANT, SHUFFLED = "constant weight", "shuffled weights"
@@ -194,7 +195,8 @@ class ReasoningSeed:
         """Answers of the warm model, and the pairs of right and wrong ones."""
         stages = RealStages(self.out / "rollouts")
         options = {"model": self.warm_model, "dataset": self.parts / "train", "num_rollouts": self.args.rollouts}
-        sampled = stages.job("sample", stages.folder / "sampled", **options, max_tokens=MAX_TOKENS, seed=self.seed)
+        options |= WRITING
+        sampled = stages.job("sample", stages.folder / "sampled", **options, seed=self.seed)
         pairing = {"dataset": sampled, "max_pairs_per_problem": 1, "seed": self.seed}
         stages.job("pairs", stages.folder / "preferences", **pairing)
         counts = {name: len(load_stage(self.datasets[name])) for name in ("pairs", "positive", "negative")}
@@ -244,7 +246,7 @@ class ReasoningSeed:
         svamp = load_stage(self.datasets["pairs"]).filter(lambda row: set_of(row["id"]) == "svamp")
         wrong = self.copied(svamp, stages.folder / "wrong")
         options: dict[str, Any] = {"n": args.continuations, "seed": self.seed}
-        options |= {"max_rows": args.estimate_rows, "max_tokens": MAX_TOKENS}
+        options |= {"max_rows": args.estimate_rows, **WRITING}
         options |= {"model": self.warm_model, "dataset": wrong}
         rows = load_stage(stages.job("score rollout", stages.folder / "estimate", **options))
         return {"rows": [[row[key] for key in ("critical_index", "with_correct", "without_correct")] for row in rows]}
@@ -255,9 +257,7 @@ class ReasoningSeed:
         """Greedy answers of the model before its warm-up, which are long: to one seed's test problems."""
         stages = RealStages(self.out / "before")
         options = {"model": self.args.model, "problems": self.parts / "held_out", "split": "train"}
-        answers = load_stage(
-            stages.job("evaluate answers", stages.folder / "answers", **options, max_tokens=MAX_TOKENS)
-        )
+        answers = load_stage(stages.job("evaluate answers", stages.folder / "answers", **options, **WRITING))
         return {"problems": {row["id"]: bool(row["greedy_correct"]) for row in answers}}
 
     def method(self, name: str, rate: float | None) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class ReasoningSeed:
                 "adapter", chosen.recipe, chosen.config, **start, seed=self.seed, **chosen.options
             )
             found = {"seconds": stages.seconds("adapter"), "tokens": trained_tokens(load_stage(data))}
-        held_out = {"problems": self.parts / "held_out", "split": "train", "max_tokens": MAX_TOKENS}
+        held_out = {"problems": self.parts / "held_out", "split": "train", **WRITING}
         sampling = {"samples": self.args.samples, "seed": self.seed}
         answers = load_stage(
             stages.job("evaluate answers", stages.folder / "answers", **options, **held_out, **sampling)
