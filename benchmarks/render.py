@@ -34,7 +34,8 @@ from tokalign.stage.files import write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
-    "critical_token_dpo", "treg", "structured_grpo", "dishonest", "routing", "compositions", "speed", "reliability",
+    "critical_token_dpo", "treg", "detection", "structured_grpo", "dishonest", "routing", "compositions", "speed",
+    "reliability",
 )  # fmt: skip
 MARK = re.compile(r"<!-- (table|number): (.+?) -->.*?<!-- end -->", re.DOTALL)
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"

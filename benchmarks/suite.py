@@ -86,6 +86,10 @@ class Experiment:
 
 
 FEW = "--seeds 2 --problems 200 --validation_problems 100 --test_problems 100 --samples 1 --learning_rates 3e-4"
+FEW_REAL = (
+    "--model {model} --seeds 1 --few_rows 8 --sft_rows 32 --epochs 1 --longer_epochs 2 --more_rows 48 --steps 1"
+    " --completions 32 --sft_rates 3e-4 --learning_rates 1.5e-4 --validation_rows 16 --test_rows 32"
+)
 EXPERIMENTS = (
     Experiment("critical_dpo_ledger", f"{FEW} --base {{base}} --rollouts 8 --estimate_rows 4 --continuations 16"),
     Experiment("treg_ledger", f"{FEW} --base {{base}} --eval_model {{base}} --rollouts 4"),
@@ -109,10 +113,35 @@ EXPERIMENTS = (
     Experiment("faults", "--kills 2 --training_kills 2 --only pairs score_contrast write-answers critical_dpo"),
     Experiment("dishonest", "--rows 20", data=True),
     Experiment(
+        "real_signals",
+        "--model {model} --solutions 6 --train_pairs 16 --rollout_solutions 2 --resamples 100",
+        "--model {model}",
+        processes=2,
+        data=True,
+        real=True,
+    ),
+    Experiment(
         "real_reasoning",
         "--model {model} --seeds 1 --warm_svamp 100 --warm_gsm8k 20 --problems_svamp 32 --problems_gsm8k 8 --rollouts 8"
         " --learning_rates 3e-4 --test 24 8 --samples 1 --estimate_rows 2 --continuations 4",
         "--model {model}",
+        processes=2,
+        data=True,
+        real=True,
+    ),
+    Experiment(
+        "real_structured-snips",
+        f"--task snips {FEW_REAL}",
+        "--task snips --model {model}",
+        processes=2,
+        data=True,
+        real=True,
+    ),
+    Experiment(
+        "real_structured-bfcl",
+        f"--task bfcl {FEW_REAL} --max_prompt_tokens 200",
+        "--task bfcl --model {model} --sft_rows 100 --few_rows 40 --longer_epochs 12 --more_rows 330 --steps 12"
+        " --completions 32 --validation_rows 60 --test_rows 120 --max_tokens 88 --max_prompt_tokens 280",
         processes=2,
         data=True,
         real=True,

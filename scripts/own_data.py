@@ -1,4 +1,4 @@
-"""`tokalign own-data` as a file of the clone; `make own-data SOURCE=…` runs it."""
+"""`tokalign own-data` as a file of the clone; `make own-data SOURCE=…` runs it with SmolLM2."""
 
 import sys
 

@@ -111,6 +111,7 @@ def test_a_template_without_a_system_role_says_so_and_names_the_row():
     [
         ({"tools": "[{"}, "Row 'p1': `tools` is not JSON"),
         ({"chat_template_kwargs": "{}"}, "Row 'p1': `chat_template_kwargs` is '{}'; write an object"),
+        ({"chat_template_kwargs": {"a": 1, "tokenize": True}}, "Row 'p1': .* cannot set `tokenize`; leave it out"),
         ({"prompt": []}, "Row 'p1': `prompt` has no message"),
     ],
 )

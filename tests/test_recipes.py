@@ -69,7 +69,7 @@ def stages(tiny_path, tmp_path_factory) -> dict[str, str]:
         for i in range(16)  # one generation batch of the widest recipe
     ]
     Dataset.from_list(rows).to_parquet(folder / "train.parquet")
-    stages["structured-grpo"] = str(folder)
+    stages |= dict.fromkeys(("structured-grpo", "token-credit-grpo"), str(folder))
     return stages
 
 
@@ -124,13 +124,16 @@ def test_recipe_trains_two_steps(path: Path, tiny_path: str, stages: dict[str, s
     if recipe.verb == "structured-grpo":  # tests/launch/test_structured_grpo.py has vLLM's rollouts
         overrides |= {"rollouts": "transformers", "max_completion_length": "8", "num_completions_to_print": "1"}
         overrides |= {"vllm_enable_sleep_mode": "false"}
+    if recipe.verb == "token-credit-grpo":
+        overrides |= {"max_completion_length": "8"}
     trainer = recipe.main(*recipe.read(*options_of(overrides)))
     assert trainer.state.global_step == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     options = yaml.safe_load(path.read_text())
-    if recipe.verb == "structured-grpo":  # a random model earns nothing: no gradient, but every stage was run
-        assert (tmp_path / "curriculum.png").exists() and trainer.num_generations == options["num_generations"]
+    if recipe.verb.endswith("-grpo"):  # a random model earns nothing: no gradient, but every stage was run
+        assert trainer.num_generations == options["num_generations"]
+        assert (tmp_path / "curriculum.png").exists() == (recipe.verb == "structured-grpo")
         return
     if options.get("use_peft"):
         adapter = load_file(tmp_path / "adapter_model.safetensors")

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, as TRL reads them
 RECORD = "prompts"  # key of a manifest that says how its prompts were rendered
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+_OF_ROWS = ("chat_template", "documents")  # which TRL hands on from a row
 UNRENDERED = (TemplateError, TypeError, json.JSONDecodeError)  # what rows raise that the chat template cannot take
 _CLOCK = "strftime_now"  # what templates call for the date
 
@@ -90,7 +91,7 @@ def template_variables(given: Any) -> dict[str, Any] | None:
     return dict(variables)
 
 
-def reserved(variables: Mapping[str, Any]) -> str | None:
+def reserved(variables: Iterable[str]) -> str | None:
     """The first name that is an argument of `apply_chat_template` and not of the template; None if there is none."""
     return next((name for name in variables if name in _RESERVED), None)
 
@@ -161,6 +162,9 @@ def _tools(tools: list[Any] | str | None, row: str) -> list[Any] | None:
 def _variables(given: Any, row: str) -> Mapping[str, Any]:
     if given is not None and not isinstance(given, Mapping):
         raise ContractError(f"{row}`chat_template_kwargs` is {given!r}; write an object of the template's variables.")
+    said = [name for name, value in (given or {}).items() if value is not None]  # Arrow fills up with None
+    if taken := reserved([name for name in said if name not in _OF_ROWS]):
+        raise ContractError(f"{row}`chat_template_kwargs` cannot set `{taken}`; leave it out of the row.")
     return given or {}
 
 

@@ -8,6 +8,7 @@
   where every problem has one 0/1 outcome.
 - AUROC of tokens (Mann-Whitney, ties half) resamples the rows that they stand in, never tokens. A resample is one
   weight a row, so tokens are sorted once and every curve is a cumulative sum (`Ranking`).
+- AUROC within strata (van Elteren's pairs, each of one weight) compares only what is alike, such as steps of one index.
 - Runs of several seeds have Student's t-interval over seeds.
 """
 
@@ -322,6 +323,119 @@ def auroc_interval(
     # A resample may lack one of the two groups; then there is nothing to tell apart.
     values = [area_under_roc(hits, others) for hits, others, _ in sums if hits[-1] and others[-1]]
     return percentile_interval(np.array(values), confidence)
+
+
+def stratified_auroc(
+    scores: np.ndarray,
+    is_target: np.ndarray,
+    strata: np.ndarray,
+    rows: np.ndarray,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any] | None:
+    """Chance that a target scores below another item *of its own stratum*, ties half, over all such pairs.
+
+    A pair counts once wherever it stands, so a stratum weighs as much as it has pairs. What is the same for all items
+    of a stratum (their position, where strata are positions) can add nothing to the figure. One stratum for all gives
+    `auroc`.
+
+    Args:
+        scores: (N,) finite, low = suspicious.
+        is_target: (N,) booleans.
+        strata: (N,) any integers.
+        rows: (N,) the unit that is resampled (a solution, or the question that several solutions answer).
+        samples: bootstrap resamples; each costs a pass over the N items, which are sorted once.
+
+    Returns:
+        `auroc`, `ci95`, `pairs`, and `targets` and `others` that stand in a pair; None where no stratum has both kinds.
+
+    Raises:
+        ValueError: lengths differ, or a score is not finite.
+    """
+    strata, is_target = np.asarray(strata), np.asarray(is_target, dtype=bool)
+    found = _stratified(scores, is_target, strata, rows, samples, seed)
+    if found is None:
+        return None
+    value, values, pairs = found
+    paired_here = np.isin(strata, np.intersect1d(strata[is_target], strata[~is_target]))
+    return {
+        "auroc": value,
+        "ci95": list(percentile_interval(values, confidence)),
+        "pairs": pairs,
+        "targets": int((paired_here & is_target).sum()),
+        "others": int((paired_here & ~is_target).sum()),
+    }
+
+
+def stratified_auroc_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    is_target: np.ndarray,
+    strata: np.ndarray,
+    rows: np.ndarray,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any] | None:
+    """By how much the scores `a` have a larger `stratified_auroc` than `b` on the same items: resampled together.
+
+    Returns:
+        `difference` and `ci95`; None where no stratum has both kinds.
+    """
+    first, second = (_stratified(scores, is_target, strata, rows, samples, seed) for scores in (a, b))
+    if first is None or second is None:
+        return None
+    interval = percentile_interval(first[1] - second[1], confidence)  # one seed and one set of rows: the same draws
+    return {"difference": first[0] - second[0], "ci95": list(interval)}
+
+
+def _stratified(
+    scores: np.ndarray, is_target: np.ndarray, strata: np.ndarray, rows: np.ndarray, samples: int, seed: int
+) -> tuple[float, np.ndarray, int] | None:
+    """AUROC within strata, its resamples and its number of pairs, or None; the draws depend on the rows alone."""
+    scores, is_target = np.asarray(scores, dtype=np.float64), np.asarray(is_target, dtype=bool)
+    strata, rows = np.asarray(strata), np.asarray(rows)
+    if not scores.shape == is_target.shape == strata.shape == rows.shape or scores.ndim != 1:
+        raise ValueError(f"scores {scores.shape}, is_target, strata and rows must be vectors of one length.")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"Score {int(np.argmin(np.isfinite(scores)))} is not finite: score it again, or leave it out.")
+    # Items by stratum, in each by rising score. Ties of one stratum are a group; `first` is the group that opens the
+    # stratum of a group, `last` the one that closes it.
+    order = np.lexsort((scores, strata))
+    ordered, stratum, target = scores[order], strata[order], is_target[order]
+    opens = np.r_[True, stratum[1:] != stratum[:-1]] if len(order) else np.zeros(0, dtype=bool)
+    starts = np.flatnonzero(opens | np.r_[True, ordered[1:] != ordered[:-1]]) if len(order) else np.zeros(0, dtype=int)
+    of_stratum = np.cumsum(opens[starts]) - 1
+    first = np.flatnonzero(opens[starts])
+    last = np.r_[first[1:], len(starts)] - 1
+    _, row = np.unique(rows[order], return_inverse=True)
+
+    def won(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(pairs won, pairs) of each of S resamples, from weights (S, N) of the items in order."""
+        targets = np.add.reduceat(np.where(target, weights, 0), starts, axis=1)
+        others = np.add.reduceat(np.where(target, 0, weights), starts, axis=1)
+        upto = np.cumsum(others, axis=1)
+        # A target beats the others of its stratum that stand above it, and half of those of its own group
+        above = upto[:, last][:, of_stratum] - upto
+        before = upto[:, first] - others[:, first]  # others of the strata before
+        hits = np.add.reduceat(targets, first, axis=1)
+        return (targets * (above + others / 2)).sum(axis=1), (hits * (upto[:, last] - before)).sum(axis=1)
+
+    if not is_target.any() or is_target.all():
+        return None
+    wins, pairs = won(np.ones((1, len(order)), dtype=np.int64))
+    if not pairs[0]:
+        return None
+    values, generator, count = [], np.random.default_rng(seed), int(row.max()) + 1
+    chunk = max(1, CHUNK_CELLS // len(order))
+    for start in range(0, samples, chunk):
+        drawn = generator.multinomial(count, np.full(count, 1 / count), size=min(chunk, samples - start))
+        resampled, among = won(drawn[:, row])
+        values.append(resampled[among > 0] / among[among > 0])  # a resample may hold no pair
+    return float(wins[0] / pairs[0]), np.concatenate(values), int(pairs[0])
 
 
 def hit(scores: Sequence[float] | np.ndarray, target: int, *, within: int = 0) -> float:

@@ -64,6 +64,19 @@ def test_a_page_reads_what_it_has_written(page: Path) -> None:
     assert not [folder for folder in own if is_made(folder, made)]
 
 
+def test_the_laptops_recipes_read_what_one_of_them_writes() -> None:
+    """One set for all methods: what a YAML starts from another one writes, or a command in a header."""
+    files = [file for file in RECIPES if file.parent.name == "smollm2-135m-instruct"]
+    both = [read_and_written(words) for file in files for words in indented_commands(comment(file))]
+    reads, made = (set().union(*folders) for folders in zip(*both, strict=True))
+    by_benchmarks = {folder for folder in reads if not is_made(folder, made)}  # as their headers say
+    assert by_benchmarks == {
+        Path("runs/smollm2-snips/pairs"),
+        *(Path("runs/smollm2-gsm8k", f"{name}.jsonl") for name in ("pairs", "positive", "negative")),
+    }
+    assert {folder.parts[1] for folder in made} == {"smollm2-svamp", "smollm2-snips", "smollm2-gsm8k", "svamp", "snips"}
+
+
 def test_what_the_quickstart_is_said_to_leave_is_there(tmp_path, monkeypatch) -> None:
     threads: list[int] = []
     (tmp_path / "model").mkdir()

@@ -67,9 +67,12 @@ def test_pairs_that_cannot_be_read_are_found_before_anything_is_sampled(tiny_pat
         "--preferences",
         tmp_path / "own.parquet",
     ]
-    with pytest.raises(ContractError, match="no column `prompt_ids`"):
+    with pytest.raises(ContractError, match=r"no column `prompt_ids`.* give what `tokalign score likelihood`"):
         _run("evaluate answers", *asked, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    scored = tmp_path / "scored"
+    _run("score likelihood", "--model", tiny_path, "--dataset", tmp_path / "own.parquet", "--output_dir", scored)
+    assert load_stage(scored, stage="preferences")["id"] == ["a"]
 
 
 def test_evaluation_stops_where_sampling_stopped(tiny_path, tmp_path, capsys):
@@ -107,3 +110,5 @@ def test_view_writes_one_page(tiny_path, tmp_path):
     assert "reference answer: <b>2</b>" in html and "answer read: 2" in html
     with pytest.raises(ContractError, match="no row 9"):
         _run("view", "--dataset", pairs, "--tokenizer", tiny_path, "--start", 9)
+    with pytest.raises(ContractError, match=r"--sides names 'choosen'.*; use one of chosen, rejected"):
+        _run("view", "--dataset", pairs, "--tokenizer", tiny_path, "--sides", "rejected", "choosen")

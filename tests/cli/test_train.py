@@ -16,7 +16,7 @@ from tests.trainers.preferences import as_text, preference_rows, with_signals
 from tokalign.cli.main import main
 from tokalign.internals.trl import ids_of_dpo_trainer
 from tokalign.prompts import PromptRendering
-from tokalign.stage.errors import ContractError
+from tokalign.stage.errors import ContractError, OptionError
 from tokalign.stage.hashes import tokenizer_hash
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest, write_manifest
@@ -174,6 +174,7 @@ def test_sft_rows_of_another_tokenizer(tiny_path, tmp_path, stored):
     [
         ({"tools": "[{"}, "Row 1: `tools` is not JSON"),
         ({"chosen": None}, "Row 1: `chosen` is missing; write it, or drop the row"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "Row 1: `chat_template_kwargs` cannot set `tokenize`"),
         ({"chat_template_kwargs": {}}, None),  # the other row has none of its own
     ],
 )
@@ -192,6 +193,25 @@ def test_a_row_that_trl_cannot_read_is_named(tmp_path, change, message):
         return
     with pytest.raises(ContractError, match=message):
         main(["dpo", *options])
+
+
+def test_one_file_and_an_evaluation_need_the_rows_to_evaluate_on(tiny_path, tmp_path):
+    Dataset.from_list(preference_rows(tiny_path, 4)).to_json(tmp_path / "rows.jsonl")
+    names = {"model_name_or_path": tiny_path, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out"}
+    with pytest.raises(OptionError, match=r"one split, which is trained on.* --eval_dataset_name"):
+        main(["dpo", *words({**SHORT, **names, "eval_strategy": "steps", "eval_steps": 3})])
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    Dataset.from_list([{"prompt": "1", "chosen": "2", "rejected": "3"}]).to_json(tmp_path / "rows.jsonl")
+    names = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "rows.jsonl"}
+    sizes = f"has {len(tokenizer)} ids, .* embedding has {len(tokenizer) - 2} rows"
+    with pytest.raises(ContractError, match=sizes):
+        main(["dpo", *words({**SHORT, **names, "output_dir": tmp_path / "out"})])
 
 
 @pytest.mark.parametrize("verb", ["critical-dpo", "dpo", "treg", "sft"])

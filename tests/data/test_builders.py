@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -363,6 +364,44 @@ def test_own_rows_keep_what_the_chat_template_is_given(tmp_path: Path) -> None:
     made = build_own(write(tmp_path / "mine.jsonl", rows), tmp_path / "out")
     assert made["chat_template_kwargs"] == [off, None]
     assert made["tools"] == [json.dumps(tools), None]
+
+
+def test_own_rows_are_read_in_parts_whose_objects_differ(tmp_path: Path, monkeypatch) -> None:
+    asked = {"role": "user", "content": "?"}
+    rows = [
+        {"prompt": [asked], "answer": 1},
+        {"prompt": [{**asked, "name": "Ann"}], "answer": "2", "chat_template_kwargs": {}},
+        {"prompt": [asked, {"role": "assistant", "content": None}, asked], "answer": [3]},
+        {"prompt": [asked], "answer": None, "chat_template_kwargs": {"level": 1, "on": True}},
+    ]
+    source = write(tmp_path / "rows.jsonl", rows)
+    at_once = build_own(source, tmp_path / "at_once")
+    monkeypatch.setattr(problems, "_CHUNK", 1)
+    made = build_own(source, tmp_path / "parts")
+    assert made.to_list() == at_once.to_list() and made.features == at_once.features
+    assert made["answer"] == ["1", "2", "[3]"] and made[1]["prompt"] == [{**asked, "name": "Ann"}]
+    # the same file with other rows is read anew
+    write(tmp_path / "rows.jsonl", [{"prompt": "b", "answer": "4"}])
+    assert build_own(source, tmp_path / "changed")["answer"] == ["4"]
+    write(
+        tmp_path / "rows.jsonl",
+        [{"prompt": [{"content": "b"}], "answer": "4"}, {"prompt": [{"content": 1}], "answer": "4"}],
+    )
+    with pytest.raises(ContractError, match=r"cannot be read as rows .*; write all prompts alike"):
+        build_own(source, tmp_path / "unlike")
+
+
+def test_own_rows_are_not_held_in_memory(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} " + "long " * 400, "answer": str(i)} for i in range(5000)]  # 10 MB
+    arguments = problems.OwnProblemsArguments(source=str(write(tmp_path / "rows.jsonl", rows)), output_dir="")
+    del rows
+    tracemalloc.start()
+    try:
+        opened = problems._open(arguments)["train"]
+        assert tracemalloc.get_traced_memory()[1] < 6e6
+    finally:
+        tracemalloc.stop()
+    assert len(opened) == 5000
 
 
 def test_own_rows_with_a_schema_are_structured_problems(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import random
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.rewards.ordering import searching
 from tokalign.rewards.structured.alignment import MISTYPED, CallAligner, Leaf, align, mistyped, target_of
+from tokalign.rewards.structured.calls import AllowedAligner
 from tokalign.rewards.structured.content import equal
 from tokalign.rewards.structured.schemas import compile_schema
 
@@ -185,6 +187,33 @@ def test_calls_pair_in_any_order_and_a_repeat_never_pays():
     assert found([call("Oslo"), call("Rome"), call("Oslo")]) == 2 / 3
     assert found([call("Oslo"), call("Rome", "g")]) == 1 / 2  # arguments of another function say nothing
     assert found(call("Rome")) == found([call("Rome")]) and found(call("Rome"), call("Rome")) == 1
+
+
+@pytest.mark.parametrize("kind", [CallAligner, AllowedAligner])
+@pytest.mark.parametrize("count", [3, 150, 1237])
+def test_equal_calls_are_perfect_in_any_order_and_at_any_number(kind, count):
+    calls = [call(f"city {i}") for i in range(count)]
+    calls[1]["arguments"]["day"] = 2.0
+    allowed = [{**one, "arguments": {key: [value, "x"] for key, value in one["arguments"].items()}} for one in calls]
+    for one in allowed:
+        one["arguments"]["unit"] = ["", "C"]
+    reference = calls if kind is CallAligner else allowed
+    value = copy.deepcopy(calls[::-1])
+    value[-2]["arguments"]["day"] = 2  # equal in JSON
+    random.Random(0).shuffle(value)
+    assert share(value, reference, kind=kind) == 1
+    # one wrong argument costs one leaf, wherever its call stands, and a repeat is worth no more than nothing
+    wrong = next(one for one in value if one["arguments"]["city"] == "city 0")
+    wrong["arguments"]["city"] = "Rome"
+    assert share(value, reference, kind=kind) == pytest.approx(1 - 1 / (3 * count))
+    value[value.index(wrong)] = copy.deepcopy(value[0] if value[0] is not wrong else value[1])
+    assert share(value, reference, kind=kind) == pytest.approx(1 - 1 / count)
+
+
+def test_so_many_wrong_calls_pair_with_those_of_their_function():
+    calls = [call(f"city {i}", "fg"[i % 2]) for i in range(1000)]
+    wrong = [call(f"town {i}", "fg"[i // 500]) for i in range(1000)]
+    assert share(wrong, calls, kind=CallAligner) == pytest.approx(2 / 3)
 
 
 CONST = {"const": "step"}

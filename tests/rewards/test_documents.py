@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.rewards.hostile import GOOD, SCHEMA, hostile, large
 from tests.rewards.ordering import searching
 from tokalign.rewards import StructuredReward
+from tokalign.rewards.structured.documents import json as json_documents
 from tokalign.rewards.structured.documents.document import FORMATS, MISSING, Limits
 from tokalign.rewards.structured.documents.reading import read_document, text_of
 from tokalign.rewards.structured.schemas import compile_schema
@@ -24,6 +25,25 @@ def plain(completion, output_format="json", **options):
 
 
 # ----------------------------------------------------------------------------------------------------------- JSON
+
+
+def members(inner):
+    keys = st.sampled_from(["a", "b", ",", ":", ", ", ":1,", "a b"])
+    members = st.lists(st.tuples(keys, inner), max_size=4)
+    return st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]") | members.map(
+        lambda pairs: "{" + ",".join(f'"{key}":{value}' for key, value in pairs) + "}"
+    )
+
+
+@searching(400)
+@given(st.recursive(st.sampled_from(["1", '"a"', '","', "null"]), members, max_leaves=8), st.data())
+def test_a_key_repeated_where_a_document_breaks_off_is_always_seen(text, data):
+    """What decides quickly by counting decides as the second strict parse does."""
+    text = text[: data.draw(st.integers(0, len(text)))]
+    quick = plain(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_documents, "_FEW", -1)
+        assert plain(text) == quick
 
 
 @pytest.mark.parametrize(

@@ -387,6 +387,11 @@ def test_models_that_do_not_fit_are_refused(models, tmp_path) -> None:
         make(models["policy"], tmp_path, ContrastCredit(models["other"], models["negative"]))
     with pytest.raises(ValueError, match="credit_negative"):
         make(models["policy"], tmp_path, ImplicitRewardCredit(models["other"]))
+    for path in (tmp_path / "nowhere", tmp_path):  # no folder, and one without a model
+        with pytest.raises(ValueError, match=r"`credit_model` is .*; check the path, or the hub id"):
+            make(models["policy"], tmp_path, TeacherCredit(), credit_model=str(path))
+    with pytest.raises(ValueError, match=r"`credit_negative` is .*, but no credit function reads it"):
+        make(models["policy"], tmp_path, TeacherCredit(models["other"]), credit_negative=models["other"])
     stranger = save_ledger_model(tmp_path / "stranger")
     tokenizer = AutoTokenizer.from_pretrained(stranger)
     tokenizer.add_tokens(["<another>"])

@@ -399,7 +399,20 @@ def test_a_reward_that_a_credit_replaces_is_no_part_of_the_sequences_advantage(t
     both = generated(make(tiny_path, folder, stock=True, rewards=[length, noise], **options))["advantages"]
     options["reward_weights"] = [0.5]
     rest = generated(make(tiny_path, folder, stock=True, rewards=[noise], **options))["advantages"]
+    # who reads the advantages of the batch sees those, whichever function stands first
+    seen: list[torch.Tensor] = []
+
+    class Reading:
+        __name__, mode = "reading", "weight"
+
+        def tokens(self, trainer, batch):
+            seen.append(batch["advantages"])
+            return torch.ones(batch["completion_ids"].shape)
+
+    options["reward_weights"] = [1.0, 0.5]
+    generated(make(tiny_path, folder, [Reading(), credit], rewards=[length, noise], **options))
     silent = batch["completion_mask"].sum(1) % 2 == 1
+    torch.testing.assert_close(seen[0], torch.where(silent, both, rest), rtol=0, atol=1e-5)
     assert 0 < silent.sum() < 8 and not torch.equal(both, rest)
     expected = torch.where(silent, both, rest)[:, None] + torch.arange(batch["advantages"].size(1)) * ~silent[:, None]
     torch.testing.assert_close(batch["advantages"], expected * batch["completion_mask"], rtol=0, atol=1e-5)
@@ -494,6 +507,12 @@ def test_what_a_function_returns_is_checked(both, credit, message) -> None:
         (ones, {"credit_coefficient": math.nan}, "credit_coefficient is nan"),
         (ones, {"credit_coefficient": 2.0}, "whose credit is added to the advantage"),
         (None, {"credit_model": "teacher"}, "no credit function reads it"),
+        (
+            None,
+            {"credit": "entropy", "credit_model": "teacher"},
+            "`credit_model` is 'teacher', but no .* compares models",
+        ),
+        (ones, {"credit_negative": "other"}, "`credit_negative` is 'other', but no"),
     ],
 )
 def test_credit_that_cannot_be_is_refused_at_the_start(tiny_path, folder, credit, options, message) -> None:

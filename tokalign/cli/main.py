@@ -59,7 +59,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     "start": (
         _job("quickstart", "from nothing to a better model and a report, on a laptop"),
         _job("recipes", "list the recipes that ship with the package, copy one", first="name"),
-        _job("own-data", "the whole pipeline on GSM8K's text, with a stand-in model"),
+        _job("own-data", "the whole pipeline on GSM8K's text with your model"),
     ),
     "data": (
         _several(
@@ -74,6 +74,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             Verb("snips", "tokalign.data.builders.snips", "SNIPS, sentences to a voice assistant as JSON"),
             Verb("bfcl", "tokalign.data.builders.bfcl", "function calls of the Berkeley leaderboard"),
             Verb("cooking", "tokalign.data.builders.cooking", "cooking recipes as JSON"),
+            Verb("step-labels", "tokalign.data.builders.step_labels", "solutions with their first wrong step"),
             Verb("ledger", "tokalign.worlds.ledger_builder", "the made-up ledger world"),
             Verb("model", "tokalign.data.builders.model", "a small real model, from the hub or PyPI", first="name"),
         ),

@@ -135,6 +135,7 @@ def train(
         )
     except UNRENDERED as error:
         raise refused_row(train_dataset, renderer, error) from error
+    _check_vocabulary(trainer)
     if script_args.ignore_bias_buffers:  # as TRL's scripts do; DDP reads it when it wraps the model
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, buffer in buffers if buffer.dtype == torch.bool]
@@ -150,6 +151,18 @@ def train(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.end_training()
     return trainer
+
+
+def _check_vocabulary(trainer: Any) -> None:
+    """Refuse a tokenizer with more ids than the model's embedding has rows, before an id is looked up in vain."""
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    embedding = trainer.model.get_input_embeddings() if tokenizer is not None else None
+    rows = getattr(embedding, "num_embeddings", None)  # the weight itself is elsewhere under ZeRO-3
+    if rows is not None and len(tokenizer) > rows:
+        raise ContractError(
+            f"The tokenizer has {len(tokenizer)} ids, but the model's embedding has {rows} rows; use the model's own "
+            "tokenizer, or resize the model (`model.resize_token_embeddings`) and save it."
+        )
 
 
 def main_of_trainer(module: str) -> Callable[..., Any]:
@@ -222,6 +235,12 @@ def _datasets(script_args: DataArguments, training_args: Any, tokenizer: Any) ->
         return train_dataset, None
     name, split = script_args.eval_dataset_name, script_args.dataset_test_split
     if name is None:
+        one_file = mixture is None and Path(str(script_args.dataset_name)).is_file()
+        if one_file and split == ScriptArguments.dataset_test_split:
+            raise OptionError(
+                f"{script_args.dataset_name} is one split, which is trained on; give what to evaluate on as "
+                "--eval_dataset_name, or set --eval_strategy no."
+            )
         return train_dataset, rows(split)
     if Path(name).is_file() and split == ScriptArguments.dataset_test_split:
         split = "train"  # a file is one split, whatever it is used for

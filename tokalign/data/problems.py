@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
+from transformers import PreTrainedTokenizerBase
 
 from tokalign.data.card import command_of, write_dataset_card
 from tokalign.internals.datasets import DatasetNotFoundError
@@ -32,6 +33,13 @@ _COLUMNS = {
     "solution": "worked solution, for SFT",
     "schema": "JSON Schema of the document that `answer` is, as JSON text",
     "completion": "the solution, or the right document, as the model is to write it, for SFT",
+    "steps": "the steps of the completion, one a line of it",
+    "step_spans": "characters of the completion that each step is, from and to",
+    "step_tokens": "of each step the indices of its tokens in `completion_ids`",
+    "first_wrong": "number of the first wrong step from 0, −1 where none is wrong",
+    "rectified": "the first wrong step as it should be, empty where nobody wrote it",
+    "question": "the same for all solutions of one question",
+    "generator": "who wrote the solution",
 }
 
 
@@ -136,13 +144,13 @@ def _split_of(file: Path) -> str | None:
     return next((split for split, known in _SPLITS.items() if words & known), None)
 
 
-def read_files(files: list[Path]) -> Dataset:
+def read_files(files: list[Path], cache_dir: str | None = None) -> Dataset:
     """The rows of a split's files, which are all of one kind."""
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
     # `load_dataset` names neither the line nor, for a row that is not an object, the file, and no reason for no row
     if kind == "json" and not sum(1 for file in files for _ in read_lines(file)):
         raise ContractError(f"{' and '.join(map(str, files))} holds no row; check --source.")
-    return load_dataset(kind, data_files=[str(file) for file in files], split="train")
+    return load_dataset(kind, data_files=[str(file) for file in files], split="train", cache_dir=cache_dir)
 
 
 def read_lines(file: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
@@ -186,7 +194,7 @@ def _in_validation(question: Any, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") < share * 2**64
 
 
-def _prompt(question: str | list[dict[str, str]], args: ProblemArguments) -> str | list[dict[str, str]]:
+def prompt_of(question: str | list[dict[str, str]], args: ProblemArguments) -> str | list[dict[str, str]]:
     """The prompt of a question; one that is messages already keeps them, the instruction after the last of them."""
     if isinstance(question, list):
         *before, last = question
@@ -214,6 +222,8 @@ def build_problems(
     verb: str | None = None,
     notes: str = "",
     split_already: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write every split as a problems stage with its manifest, and the dataset card.
 
@@ -226,6 +236,7 @@ def build_problems(
         question: names that the question's column may have.
         verb: of `tokalign data`, where it is not `name`.
         split_already: the builder has taken `validation_share` itself, by something else than the question.
+        tokenizer, prompts: whose ids the rows hold, and how prompts were rendered, where they hold ids (`run_job`).
 
     Returns:
         The manifest of each split. Rows without a question are dropped and counted like those `convert` drops.
@@ -246,7 +257,7 @@ def build_problems(
                 if isinstance(made, Dropped):
                     yield made
                 else:
-                    yield {"id": row["id"], "prompt": _prompt(row[asked], args), **made}
+                    yield {"id": row["id"], "prompt": prompt_of(row[asked], args), **made}
 
         kept = rows.remove_columns([c for c in ("id",) if c in rows.column_names])
         kept = kept.rename_column("_row", "id")
@@ -257,6 +268,8 @@ def build_problems(
             Path(args.output_dir) / split,
             name=f"{name} problems",
             parameters={**parameters, "split": split},
+            tokenizer=tokenizer,
+            prompts=prompts,
             shard_size=4096,
         )
         manifests[split] = manifest

@@ -85,7 +85,7 @@ def evaluate_structured(
         problems: problems stage; `schema` (JSON text) and `answer` (JSON text, or null) are read.
         reward: what judges; of its scores the figures need the default ones, not a preset.
         schema: JSON text of the schema of problems that have none of their own.
-        constrained: decode under each problem's schema (JSON, or tool calls, which are then bare JSON).
+        constrained: decode under each problem's schema (JSON alone).
         temperature: 0 is greedy; else one sample a problem, by a seed made of `seed` and its id.
         max_tokens, stop, rendering: as for `tokalign.evaluation.run.evaluate`.
         parameters: what else determines the rows, e.g. hashes of the weights.
@@ -97,10 +97,10 @@ def evaluate_structured(
         ContractError: an id that occurs twice, a problem without a schema, a reference that is not JSON.
         ValueError: options that exclude each other.
     """
-    if constrained and reward.output_format not in ("json", "tool_call"):  # the bare JSON of a call is a call
+    if constrained and reward.output_format != "json":
         raise ValueError(
-            f"constrained decoding writes JSON, but output_format is {reward.output_format!r}: use json or tool_call, "
-            "or leave constrained out."
+            f"constrained decoding writes JSON, but output_format is {reward.output_format!r}: use json, or leave "
+            "constrained out."
         )
     if reward.preset is not None:
         raise ValueError(f"preset {reward.preset!r} cannot judge structure and schema: use the default reward.")

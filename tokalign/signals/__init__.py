@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from tokalign.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from tokalign.signals.claim import ClaimScorer
     from tokalign.signals.contrast import ContrastiveScorer, contrastive_score
     from tokalign.signals.likelihood import LikelihoodScorer
     from tokalign.signals.prompting import PromptingScorer, token_reward
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from tokalign.signals.rollout import critical_position, pass_at_k_ablation, rollout_accuracy
 
 __all__ = [
+    "ClaimScorer",
     "ContrastiveScorer",
     "LikelihoodScorer",
     "PromptingScorer",
@@ -24,6 +26,7 @@ __all__ = [
     "token_reward",
 ]
 _HOMES = {
+    "claim": ("ClaimScorer",),
     "contrast": ("ContrastiveScorer", "contrastive_score"),
     "likelihood": ("LikelihoodScorer",),
     "registry": ("Signal", "register"),

@@ -44,6 +44,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "preferences": ("id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"),
     "sft": ("id", "prompt", "completion", "prompt_ids", "completion_ids", "input_ids", "completion_mask"),
+    "step_labels": ("id", "question", "prompt", "completion", "steps", "step_spans", "first_wrong"),
     "routing_labels": ("id", "prompt_ids", "completion_ids", "slm_ids", "label"),
 }
 _MADE_BY = {
@@ -52,6 +53,7 @@ _MADE_BY = {
     "rollouts": "`tokalign sample`",
     "preferences": "`tokalign pairs`",
     "sft": "`tokalign pairs`",
+    "step_labels": "`tokalign data step-labels`",
     "routing_labels": "`tokalign label`",
 }
 
@@ -431,9 +433,13 @@ def check_columns(
             raise ContractError(f"Unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
         missing = [column for column in needed or STAGES[stage] if column not in dataset.column_names]
         if missing:
+            remedy = f"make it with {_MADE_BY[stage]}"
+            texts = {"chosen", "rejected"} & {*dataset.column_names} and "rejected_ids" not in dataset.column_names
+            if stage == "preferences" and texts:
+                remedy = "of pairs as text, give what `tokalign score likelihood` writes, which has their ids"
             raise ContractError(
                 f"{where} has no column `{missing[0]}`, which the stage {stage!r} needs (it has "
-                f"{', '.join(dataset.column_names)}); make it with {_MADE_BY[stage]}."
+                f"{', '.join(dataset.column_names)}); {remedy}."
             )
     for signal in signals:
         columns = [f"{side}_{_name(signal)}" for side in ("chosen", "rejected")]

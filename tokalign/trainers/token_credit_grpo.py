@@ -14,7 +14,7 @@ import asyncio
 import atexit
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence, Sized
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -38,6 +38,7 @@ from tokalign.trainers.credits.page import write_credit_page
 MODES = ("weight", "advantage")
 # Losses whose gradient reaches each token's own log-prob although the importance ratio is the sequence's
 PER_TOKEN_LOSSES = ("cispo", "vespo")
+_MODELS = ("credit_model", "credit_negative")
 
 
 @dataclass
@@ -119,9 +120,11 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
             the configuration replace;
         replaces: reward functions that it credits in full. A_i is then made of the others alone, on the completions
             that it speaks of;
+        reads: which of `credit_model` and `credit_negative` it reads; unset, both where it is handed the trainer;
         attach(trainer): called once, at the end of the trainer's constructor;
         tokens(trainer, batch) -> `torch.Tensor` of shape `(B, T)`: called instead of `__call__`, with TRL's padded
-            generation batch (prompt_ids, prompt_mask, completion_ids, completion_mask, advantages, …);
+            generation batch (prompt_ids, prompt_mask, completion_ids, completion_mask, advantages, …), whose
+            `advantages` are the A_i that it is combined with;
         prepare(prompts, completions, completion_ids, rewards, **columns): called before `tokens`, for one that needs
             both.
 
@@ -189,18 +192,18 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
 
     def _check_credit(self) -> None:
         bonuses = [function for function in self.credit_funcs if self._credit_mode(function) == "advantage"]
+        kinds = {"credit_coefficient": " whose credit is added to the advantage"}
+        kinds |= dict.fromkeys(_MODELS, " that compares models")
         for option, readers in (
             ("credit_mode", self.credit_funcs),
-            ("credit_model", self.credit_funcs),
-            ("credit_negative", self.credit_funcs),
+            ("credit_model", [function for function in self.credit_funcs if "credit_model" in _reads(function)]),
+            ("credit_negative", [function for function in self.credit_funcs if "credit_negative" in _reads(function)]),
             ("credit_coefficient", bonuses),
         ):
             if getattr(self.args, option) is not None and not readers:
                 raise ValueError(
                     f"`{option}` is {getattr(self.args, option)!r}, but no credit function reads it: name one in "
-                    "`credit`"
-                    + (" whose credit is added to the advantage" if self.credit_funcs else "")
-                    + f", or leave `{option}` out."
+                    "`credit`" + (kinds.get(option, "") if self.credit_funcs else "") + f", or leave `{option}` out."
                 )
         for function, name in zip(self.credit_funcs, self.credit_func_names, strict=True):
             if self.credit_func_names.count(name) > 1:
@@ -325,7 +328,12 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
         written = mask.bool()
         weights, bonuses, sums = [], [], []
-        credits = [self._tokens(i, batch) for i in range(len(self.credit_funcs))]
+        # First those that replace reward functions: the others are told the A_i that they are combined with.
+        replacing = {i for i, function in enumerate(self.credit_funcs) if getattr(function, "replaces", ())}
+        made = {i: self._tokens(i, batch) for i in replacing}
+        sequence = self._sequence_advantages(batch["advantages"], made, written)
+        batch = {**batch, "advantages": sequence}
+        credits = [made[i] if i in made else self._tokens(i, batch) for i in range(len(self.credit_funcs))]
         for function, name, values in zip(self.credit_funcs, self.credit_func_names, credits, strict=True):
             self._credits[name] = values.nan_to_num(1.0 if self._credit_mode(function) == "weight" else 0.0)
             if self._credit_mode(function) == "weight":
@@ -334,7 +342,6 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
                 bonuses.append((self._coefficient(function), values))
             said = values[written & ~values.isnan()]
             sums += [said.sum(), said.abs().sum(), torch.tensor(float(len(said)), device=said.device)]
-        sequence = self._sequence_advantages(batch["advantages"], credits, written)
         advantages = token_advantages(sequence, mask, weights, bonuses)
 
         # The number of a completion whose tokens all have it. One whose tokens are all masked keeps TRL's.
@@ -388,13 +395,16 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
         return values
 
     def _sequence_advantages(
-        self, advantages: torch.Tensor, credits: list[torch.Tensor], written: torch.Tensor
+        self, advantages: torch.Tensor, replacing: Mapping[int, torch.Tensor], written: torch.Tensor
     ) -> torch.Tensor:
-        """A_i, (B,): TRL's, but without the reward functions that credit replaces on a completion."""
+        """A_i, (B,): TRL's, but without the reward functions that credit replaces on a completion.
+
+        `replacing` holds what the credit functions that replace some say, by their indices.
+        """
         replaced: list[set[int]] = [set() for _ in advantages]
-        for function, values in zip(self.credit_funcs, credits, strict=True):
-            indices = {self._index_of(f) for f in getattr(function, "replaces", ())}
-            for row in (written & ~values.isnan()).any(dim=1).nonzero().flatten().tolist() if indices else []:
+        for index, values in replacing.items():
+            indices = {self._index_of(f) for f in self.credit_funcs[index].replaces}
+            for row in (written & ~values.isnan()).any(dim=1).nonzero().flatten().tolist():
                 replaced[row] |= indices  # type: ignore[arg-type]  # they were all found at the start
         result = advantages.clone()
         for away in {frozenset(row) for row in replaced if row}:
@@ -409,6 +419,12 @@ class TokenCreditGRPOTrainer(GRPOTrainer):
             rows = torch.tensor([row == away for row in replaced], device=advantages.device)
             result = torch.where(rows, others, result)
         return result
+
+
+def _reads(function: Any) -> Sequence[str]:
+    """Options that name models which a credit function reads, or may read where it does not say."""
+    sees_trainer = hasattr(function, "attach") or hasattr(function, "tokens")
+    return getattr(function, "reads", _MODELS if sees_trainer else ())
 
 
 def _named(name: str) -> Any:

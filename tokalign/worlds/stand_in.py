@@ -38,7 +38,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def write_stand_in(problems: Dataset, folder: Path, vocab_size: int) -> None:
     """Tokenizer trained on the problems' text, and the architecture of a small Llama for it."""
-    tokenizer = train_tokenizer([*problems["prompt"], *problems["solution"]], vocab_size)
+    tokenizer = train_tokenizer([*map(_asked, problems["prompt"]), *problems["solution"]], vocab_size)
     tokenizer.save_pretrained(folder)
     LlamaConfig(
         vocab_size=len(tokenizer),
@@ -55,19 +55,11 @@ def write_stand_in(problems: Dataset, folder: Path, vocab_size: int) -> None:
 
 
 def shortest(problems: Dataset, n: int) -> list[dict]:
-    """The `n` problems with the shortest text, with their solution as an SFT row's completion."""
-    lengths = [len(p) + len(s) for p, s in zip(problems["prompt"], problems["solution"], strict=True)]
+    """The `n` problems whose question and solution are the shortest, in the order of the data set."""
+    lengths = [len(_asked(p)) + len(s) for p, s in zip(problems["prompt"], problems["solution"], strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)[:n]
     return [problems[i] for i in sorted(order)]
 
 
-def as_messages(rows: list[dict]) -> list[dict]:
-    """Prompt and solution as the messages that TRL's SFTTrainer takes."""
-    return [
-        {
-            "id": row["id"],
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["solution"]}],
-        }
-        for row in rows
-    ]
+def _asked(prompt: list[dict[str, str]]) -> str:
+    return prompt[-1]["content"]

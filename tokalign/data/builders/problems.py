@@ -16,13 +16,15 @@ answer breaks its schema. For prompts without answers there is `tokalign data ul
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema_rs
-from datasets import Dataset
+import pyarrow as pa
+from datasets import Dataset, Features, Value
 
 from tokalign.data.problems import ProblemArguments, build_problems, open_source, read_files, read_lines, source_files
 from tokalign.data.structured import assistant, json_text
@@ -31,6 +33,8 @@ from tokalign.rewards import extract_answer
 from tokalign.stage.contract import first_repeated
 from tokalign.stage.errors import ContractError
 from tokalign.stage.jobs import Dropped
+
+_CHUNK = 1000  # lines in memory at a time
 
 
 @dataclass
@@ -83,17 +87,53 @@ def _open(args: OwnProblemsArguments) -> dict[str, Dataset]:
 
 
 def _from_lines(files: list[Path], args: OwnProblemsArguments) -> Dataset:
-    """JSON lines, all but the prompt as text: `load_dataset` fills every object up with the keys of all the others."""
-    columns = args.columns()
-    lines = [row for file in files for row in read_lines(file)]
-    where = " and ".join(map(str, files))
-    _check_columns(columns, {key for row in lines for key in row}, where)
-    if len({type(row.get(args.prompt_column)) for row in lines} - {type(None)}) > 1:
-        raise ContractError(f"`{args.prompt_column}` of {where} is text in some rows and not in others; use one kind.")
-    columns |= {name: name for name in TEMPLATE_COLUMNS if any(name in row for row in lines)}
-    made = [{name: row.get(column) for name, column in columns.items()} for row in lines]
-    objects = ("prompt", "chat_template_kwargs")
-    return Dataset.from_list([row | {name: _text(row[name]) for name in row if name not in objects} for row in made])
+    """JSON lines, all but the prompt as text: `load_dataset` fills every object up with the keys of all the others.
+
+    They are read twice, since what a column holds is known after the last line, and are on disk after that.
+    """
+    columns, where = args.columns(), " and ".join(map(str, files))
+    there: set[str] = set()
+    kinds: set[type] = set()
+    schemas: list[pa.Schema] = []
+    lines = chain.from_iterable(map(read_lines, files))
+    while part := list(islice(lines, _CHUNK)):
+        there.update(*part)
+        kinds |= {type(row.get(args.prompt_column)) for row in part} - {type(None)}
+        if len(kinds) > 1:
+            raise ContractError(
+                f"`{args.prompt_column}` of {where} is text in some rows and not in others; use one kind."
+            )
+        schemas.append(_arrow([{name: row.get(column) for name, column in _objects(columns)} for row in part], where))
+    _check_columns(columns, there, where)
+    columns |= {name: name for name in TEMPLATE_COLUMNS if name in there}
+    try:
+        objects = Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
+    except pa.ArrowException as error:
+        raise ContractError(f"{where} cannot be read as rows ({error}); write all prompts alike.") from None
+    features = Features({name: objects.get(name, Value("string")) for name in columns})
+    # what `datasets` made of a file it keeps, by these arguments: so they change with the file
+    versions = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    source = {"files": files, "columns": columns, "versions": versions}
+    return cast(Dataset, Dataset.from_generator(_rows, features=features, gen_kwargs=source))
+
+
+def _rows(files: list[Path], columns: dict[str, str], versions: Any) -> Iterator[dict[str, Any]]:
+    keep = dict(_objects(columns))
+    for row in chain.from_iterable(map(read_lines, files)):
+        values = {name: row.get(column) for name, column in columns.items()}
+        yield {name: value if name in keep else _text(value) for name, value in values.items()}
+
+
+def _objects(columns: dict[str, str]) -> list[tuple[str, str]]:
+    """The columns, by what they hold, that stay objects."""
+    return [("prompt", columns["prompt"]), ("chat_template_kwargs", "chat_template_kwargs")]
+
+
+def _arrow(rows: list[dict[str, Any]], where: str) -> pa.Schema:
+    try:
+        return pa.Table.from_pylist(rows).schema
+    except pa.ArrowException as error:
+        raise ContractError(f"{where} cannot be read as rows ({error}); write all prompts alike.") from None
 
 
 def _check_columns(columns: dict[str, str], there: Iterable[str], where: str) -> None:

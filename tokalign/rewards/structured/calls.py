@@ -150,6 +150,13 @@ class AllowedAligner(CallAligner):
     def same(value: Any, part: Part) -> bool:
         return False  # a reference is no document
 
+    @staticmethod
+    def forms(part: Part) -> list[Any]:
+        name, allowed = part.value["name"], part.value["arguments"]
+        first = {key: next((each for each in values if each != ""), "") for key, values in allowed.items()}
+        needed = {key: each for key, each in first.items() if _needed(key, part.value)}
+        return [{"name": name, "arguments": arguments} for arguments in (first, needed)]
+
     def call(self, value: Any, part: Part, at: str | None, given: str | None) -> float:
         reference = part.value
         arguments, allowed = _arguments(value, reference), reference["arguments"]

@@ -246,7 +246,7 @@ class StructuredReward:
         share = share if grade.attempt or (grade is not _NOTHING and schema.takes(document.value)) else 0.0
         # A document that says something right is an attempt, whatever its types: a type fault costs its value alone.
         if not document.whole or not (grade.attempt or (share and grade.keys)):
-            scores = self._of_nothing(document.error or (lambda: self._fault(document, schema, grade)), reference)
+            scores = self._zeros(document.error or (lambda: self._fault(document, schema, grade)), reference)
             scores["structure"] = 0.9 * FLOOR * (0.5 + 0.5 / (1 + document.outside / 100)) * grade.keys
             if found is not None:
                 scores["correctness"] = share * (1.0 if document.whole else BROKEN if document.broken else AROUND)
@@ -316,12 +316,16 @@ class StructuredReward:
         return 1.0 if perfect and within else 0.0
 
     def _of_nothing(self, reason: Any, reference: Sequence[Target]) -> dict[str, Any]:
+        return self._total(self._zeros(reason, reference))
+
+    def _zeros(self, reason: Any, reference: Sequence[Target]) -> dict[str, Any]:
         scores: dict[str, Any] = dict.fromkeys(COMPONENTS, 0.0)
         if not reference:
             scores["correctness"] = None
         if self.min_length is None and self.max_length is None:
             scores["length"] = None
-        return self._total({**scores, "_reason": reason})
+        scores["_reason"] = reason
+        return scores
 
     def _fault(self, document: Document, schema: CompiledSchema, grade: Grade) -> str:
         try:

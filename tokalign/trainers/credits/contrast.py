@@ -36,12 +36,15 @@ class ContrastCredit:
 
     def __init__(self, positive: str | None = None, negative: str | None = None, beta: float = 1.0):
         self.positive, self.negative, self.beta = positive, negative, beta
+        named = {"credit_model": positive, "credit_negative": negative}
+        self.reads = [option for option, path in named.items() if path is None]
 
     def attach(self, trainer: Any) -> None:
         """Loads the base with both adapters on it."""
         positive = named_path(trainer, self.positive, "credit_model", "contrast compares two adapters")
         negative = named_path(trainer, self.negative, "credit_negative", "contrast compares two adapters")
-        base, adapter = base_and_adapter(positive)
+        base, adapter = base_and_adapter(positive, "credit_model")
+        base_and_adapter(negative, "credit_negative")
         if adapter is None:
             raise ValueError(f"contrast compares two adapters of one base, but credit_model {positive} is a model.")
         options: dict[str, Any] = {"positive": positive, "negative": negative, "beta": self.beta}

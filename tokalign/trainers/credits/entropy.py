@@ -36,6 +36,7 @@ class EntropyCredit:
 
     __name__ = "entropy"
     mode = "weight"
+    reads = ()
 
     def __init__(self, share: float = 0.2):
         if not 0 < share <= 1:
@@ -61,6 +62,7 @@ class GradedEntropyCredit:
 
     __name__ = "graded_entropy"
     mode = "advantage"
+    reads = ()
 
     def __init__(self, alpha: float = 0.4, kappa: float = 2.0):
         if alpha < 0 or kappa <= 1:

@@ -96,6 +96,7 @@ class FieldCredit:
     form_on: Literal["all", "place"] = "all"
     overlap: Literal["sum", "mean"] = "sum"
     mode: str = field(default="advantage", init=False)
+    reads: tuple[str, ...] = field(default=(), init=False)
     trainer: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

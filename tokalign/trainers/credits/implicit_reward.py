@@ -41,11 +41,13 @@ class ImplicitRewardCredit:
 
     def __init__(self, model: str | None = None, reference: str | None = None, beta: float = 0.05, gamma: float = 1.0):
         self.model, self.reference, self.beta, self.gamma = model, reference, beta, gamma
+        self.reads = ["credit_model"] if model is None else []
 
     def attach(self, trainer: Any) -> None:
         """Loads π_φ, and π_ref where it is not the base under π_φ's adapter."""
         model = named_path(trainer, self.model, "credit_model", "implicit_reward reads a model that DPO has trained")
-        base, adapter = base_and_adapter(model)
+        base, adapter = base_and_adapter(model, "credit_model")
+        self.reads += ["credit_negative"] if adapter is None and self.reference is None else []
         reference = self.reference or (trainer.args.credit_negative if adapter is None else None)
         if adapter is None and not reference:
             raise ValueError(
@@ -55,7 +57,7 @@ class ImplicitRewardCredit:
         self.scorer = frozen(trainer, LikelihoodScorer, "credit_model", base, adapter=adapter)
         self.other = None
         if reference:
-            base, adapter = base_and_adapter(reference)
+            base, adapter = base_and_adapter(reference, "credit_negative")
             self.other = frozen(trainer, LikelihoodScorer, "credit_negative", base, adapter=adapter)
 
     def tokens(self, trainer: Any, batch: Batch) -> torch.Tensor:

@@ -88,9 +88,23 @@ def frozen(trainer: Any, scorer: type[Scorer], option: str, path: str, **argumen
     return made
 
 
-def base_and_adapter(path: str) -> tuple[str, str | None]:
-    """(model, adapter) of the path or hub id of either; the adapter is None where it is a model."""
-    if file_or_none(path, "adapter_config.json") is None:
+def base_and_adapter(path: str, option: str) -> tuple[str, str | None]:
+    """(model, adapter) of the path or hub id of either; the adapter is None where it is a model.
+
+    Raises:
+        ValueError: there is nothing under the path that `option` gave, and no answer from the hub.
+    """
+    try:
+        adapter = file_or_none(path, "adapter_config.json")
+        known = adapter is not None or file_or_none(path, "config.json") is not None
+    except OSError:  # its text is the hub's, of several lines
+        adapter, known = None, False
+    if not known:
+        raise ValueError(
+            f"`{option}` is {path!r}, which is no model's folder here and no model that the hub gives; check the path, "
+            "or the hub id and the token for it."
+        )
+    if adapter is None:
         return path, None
     return str(PeftConfig.from_pretrained(path).base_model_name_or_path), path
 

@@ -55,6 +55,7 @@ class RolloutEstimateCredit:
 
     __name__ = "rollout_estimate"
     mode = "advantage"
+    reads = ()
 
     def __init__(self, continuations: int = 9, borders: Callable[[Sequence[str]], list[int]] = lines):
         if continuations < 1:

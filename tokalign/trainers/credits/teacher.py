@@ -44,11 +44,12 @@ class TeacherCredit:
 
     def __init__(self, model: str | None = None):
         self.model = model
+        self.reads = ["credit_model"] if model is None else []
 
     def attach(self, trainer: Any) -> None:
         """Loads the teacher."""
         path = named_path(trainer, self.model, "credit_model", "teacher reads a model to learn from")
-        base, adapter = base_and_adapter(path)
+        base, adapter = base_and_adapter(path, "credit_model")
         self.scorer = frozen(trainer, LikelihoodScorer, "credit_model", base, adapter=adapter)
 
     def tokens(self, trainer: Any, batch: Batch) -> torch.Tensor:

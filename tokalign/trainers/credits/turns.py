@@ -37,6 +37,7 @@ class TurnsCredit:
 
     __name__ = "turns"
     mode = "advantage"
+    reads = ()
 
     def __init__(
         self,

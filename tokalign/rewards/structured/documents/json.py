@@ -61,8 +61,11 @@ def _finite(text: str) -> float:
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # a string that never ends takes the rest with it
+_OPENERS = {True: re.compile(r"[\[{]"), False: re.compile("{")}
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_EXTRA = "Extra data"  # the parser's word for text behind a document
+_BETWEEN = re.compile("[,:]")
 _FEW = 32  # keys that are counted in a text one by one
 _STARTS = 8  # places in a text where a document is looked for; each costs at most one pass
 
@@ -123,13 +126,15 @@ def _partial_json(text: str, at: int, error: json.JSONDecodeError, limits: Limit
     if not text:
         return Document(MISSING, "empty")
     reason = f"not JSON: {error.msg} at character {error.pos}"
-    opener = re.compile(r"[\[{]" if wants_list else "{")
+    opener = _OPENERS[wants_list]
     position, document = 0, None
     for _ in range(_STARTS):
         match = opener.search(text, position)
         if match is None:
             break
         start = match.start()
+        if not start and error.msg != _EXTRA and error.pos > 1:  # it is of this very document: no need to read it again
+            return _beginning(text, at, start, error.pos, reason, limits)
         try:
             value, end = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as inner:
@@ -171,16 +176,19 @@ def _refuse_repeated(part: str, value: Any) -> None:
 
     What is closed has been read strictly; `value` is what a lenient parser read, which keeps one of the two.
     """
-    # Most beginnings need no second parse: no key of an open object stands there twice.
-    keys: list[str] = []
+    # Most beginnings need no second parse: each key of an open object stands there as often as in what was read of it.
+    # But not a key that may be what stands between two strings: that has a comma or a colon.
+    whole, keys = value, list[str]()
     while value and type(value) in (dict, list):
         if type(value) is list:
             value = value[-1]
         else:
             keys += value
             value = value[keys[-1]]
-    if "\\" not in part and len(keys) <= _FEW and all(part.count(f'"{key}"') == 1 for key in keys):
-        return
+    if "\\" not in part and len(keys) <= _FEW and not _BETWEEN.search("".join(keys)):
+        read = pydantic_core.to_json(whole).decode()
+        if all([part.count(quoted) == read.count(quoted) for quoted in [f'"{key}"' for key in keys]]):
+            return
     bare = _STRING.sub(lambda match: "_" * len(match[0]), part)
     for end in (len(part), max(bare.rfind(","), bare.rfind("{"))):  # the last value may be cut
         opened: list[str] = []
