@@ -34,7 +34,7 @@ import re
 import zlib
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -520,7 +520,9 @@ class Grammar:
             if not text:
                 found += [(f"{unit}\n", following, 0.9 * weight), (f"{unit}.\n", following, 0.1 * weight)]
                 continue
-            words = [{"name": name, "parity": "odd" if total % 2 else "even", "change": comparison}]
+            words: list[dict[str, Any]] = [
+                {"name": name, "parity": "odd" if total % 2 else "even", "change": comparison}
+            ]
             if "{change}" in text and not gap:
                 continue
             for key, values in (("less", range(total)), ("more", range(total + 1, self.largest + 1)), ("day", DAY)):
@@ -567,7 +569,8 @@ def first_error(problem: Problem, completion_ids: Sequence[int], tokenizer: PreT
 
     def expand(states: set[State]) -> set[tuple[tuple[int, ...], State]]:
         """What may be read next: words, as ids, with the state behind them; moves without words are followed."""
-        found, waiting = set(), list(states)
+        found: set[tuple[tuple[int, ...], State]] = set()
+        waiting = list(states)
         while waiting:
             state = waiting.pop()
             if state.place == "end":
