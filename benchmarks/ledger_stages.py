@@ -7,28 +7,37 @@ finished is not run again, so a killed experiment goes on where it stopped.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokalign.cli.evaluate_structured import EvaluateStructuredArguments, OptionalEngineArguments
 from tokalign.cli.evaluate_structured import main as evaluate_structured_main
-from tokalign.cli.ledger_models import trained_model
+from tokalign.cli.ledger_models import base_model
 from tokalign.cli.quickstart import logp_curve
 from tokalign.cli.stages import Stages
 
-__all__ = ["MAX_TOKENS", "TDPO", "LedgerStages", "logp_curve", "models", "trained_model"]
+__all__ = ["MAX_TOKENS", "TDPO", "LedgerStages", "WorldArguments", "logp_curve"]
 
 MAX_TOKENS = 96
 SIDES = ("positive", "negative")
 TDPO = "benchmarks/peers/tdpo.py"
 
 
-def models(base: str | None, eval_model: str | None) -> tuple[str, str]:
-    """The ledger's weak base and the model that gives token rewards, from the cache (trained first) where not given."""
-    return (
-        base or str(trained_model("ledger-slm")),
-        eval_model or str(trained_model("ledger-slm-revise", world=["--draft_share", "0.6"])),
+@dataclass
+class WorldArguments:
+    """Which ledger world an experiment is made in, and whether its seeds share their models."""
+
+    world: str = field(
+        default="plain", metadata={"help": "'plain', or 'rich': many ways to say a thing, and sure errors."}
     )
+    base_per_seed: bool = field(
+        default=False, metadata={"help": "A base of its own for each seed; else all start from that of seed 0."}
+    )
+
+    def ledger_model(self, preset: str, seed: int, given: str | None = None) -> str:
+        """Folder of a trained preset for a seed of the experiment, from the cache (trained first); `given` instead."""
+        return given or str(base_model(preset, world=self.world, seed=seed if self.base_per_seed else 0))
 
 
 def early_model(folder: Path) -> Path:
@@ -53,10 +62,10 @@ class LedgerStages(Stages):
 
     recipes = "ledger"  # folder of recipes/ that holds the settings
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, world: str = "plain"):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder)
-        self.folder = folder
+        self.folder, self.world = folder, world
 
     def job(self, verb: str, output: Path, **options: Any) -> Path:
         """Run a verb into `output`, by which the stage is known."""
@@ -72,7 +81,8 @@ class LedgerStages(Stages):
     def problems(self, output: Path, *, seed: int = 0, **options: Any) -> Path:
         """Problems by split; a split without a size gets one."""
         sizes = dict.fromkeys(("train", "validation", "test", "sft"), 1)
-        return self.job("data ledger", output, **(sizes | {"seed": seed} | options))
+        world = {} if self.world == "plain" else {"world": self.world}
+        return self.job("data ledger", output, **(sizes | {"seed": seed} | world | options))
 
     def pairs(self, base: str, *, problems: int, rollouts: int, seed: int) -> Path:
         """Problems of the train split, rollouts of the base, and pairs of right and wrong ones."""

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.ledger_stages import LedgerStages
+from benchmarks.ledger_stages import LedgerStages, WorldArguments
 from benchmarks.render import SHARE, Table, Tables, error_bars, number, percent, read_json, slashed, write_json
 from tokalign.data.builders.model import MODELS
 from tokalign.generation import EngineArguments, load_engine
@@ -190,7 +190,7 @@ class Method:
 
 
 @dataclass
-class ComparisonArguments:
+class ComparisonArguments(WorldArguments):
     """Sizes of the experiment."""
 
     base: str | None = field(default=None, metadata={"help": "The start; unset is the ledger's weak base."})
@@ -216,8 +216,9 @@ class ComparisonSeed:
 
     def __init__(self, comparison: Comparison, *, seed: int, split: str, problems: int):
         args, self.comparison = comparison.args, comparison
-        self.seed, self.split, self.base = seed, split, str(args.base)
-        self.stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}")
+        self.seed, self.split = seed, split
+        self.base = args.ledger_model("ledger-slm", seed, args.base)
+        self.stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}", args.world)
         self.out = self.stages.folder
         pairs = self.stages.pairs(self.base, problems=args.problems, rollouts=args.rollouts, seed=seed)
         self.datasets = {"pairs": pairs}

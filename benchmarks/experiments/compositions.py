@@ -28,7 +28,6 @@ from trl import TrlParser
 
 from benchmarks.experiments import common
 from benchmarks.experiments.common import Comparison, ComparisonArguments, ComparisonSeed, Method
-from benchmarks.ledger_stages import models, trained_model
 from benchmarks.render import CLAIM, FAILS, HOLDS, OPEN, Tables, claim, percent, save, verdict
 from tokalign.routing.labels.divergence import DivergenceScorer, add_slm_choices
 from tokalign.routing.labels.labelling import SPLITS, split_indices
@@ -129,9 +128,10 @@ def composed(run: ComparisonSeed, args: CompositionsArguments) -> Path:
     estimate = stages.rollout_estimate(run.base, marked, seed=run.seed, **sizes)
     scored = stages.contrast(run.base, estimate, run.seed)
     likelihood = stages.likelihood("likelihood", run.base, scored, "logprob", "entropy")
-    rewarded = stages.token_rewards(str(args.eval_model), likelihood)
+    rewarded = stages.token_rewards(args.ledger_model("ledger-slm-revise", run.seed, args.eval_model), likelihood)
     tokenizer = AutoTokenizer.from_pretrained(run.base)
-    llm = cache(lambda: DivergenceScorer(str(args.llm), tokenizer, shared_vocab=len(tokenizer), features=False))
+    large = args.ledger_model("ledger-llm", run.seed, args.llm)
+    llm = cache(lambda: DivergenceScorer(large, tokenizer, shared_vocab=len(tokenizer), features=False))
 
     def compose(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         read = llm().prefill([row["prompt_ids"] for row in batch], [row["rejected_ids"] for row in batch])
@@ -143,7 +143,7 @@ def composed(run: ComparisonSeed, args: CompositionsArguments) -> Path:
         load_stage(rewarded, stage="preferences", tokenizer=tokenizer),
         out / "composed",
         name="compose signals",
-        parameters={"llm": weights_hash(str(args.llm)), "agreed": AGREED, "seed": run.seed},
+        parameters={"llm": weights_hash(large), "agreed": AGREED, "seed": run.seed},
         tokenizer=tokenizer,
     )
     return out / "composed"
@@ -217,8 +217,6 @@ def summarise_detection(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def main(args: CompositionsArguments) -> dict[str, Any]:
-    args.base, args.eval_model = models(args.base, args.eval_model)
-    args.llm = args.llm or str(trained_model("ledger-llm"))
     comparison = Comparison(args, METHODS, {"composed": lambda run: composed(run, args)})
     by_method: dict[str, list[dict[str, Any]]] = {m: [] for m in ("base", *METHODS)}
     reports, weights, pairs = [], [], []

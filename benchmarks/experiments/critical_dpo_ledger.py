@@ -20,7 +20,7 @@ from trl import TrlParser
 
 from benchmarks.experiments import common
 from benchmarks.experiments.common import Comparison, ComparisonArguments, ComparisonSeed, Method
-from benchmarks.ledger_stages import TDPO, logp_curve, trained_model
+from benchmarks.ledger_stages import TDPO, logp_curve
 from benchmarks.render import CLAIM, SHARE, Tables, claim, gaps, interval, number, percent, read_json, save
 from tokalign.stage.loading import load_stage
 
@@ -108,7 +108,6 @@ def curves(run: ComparisonSeed, rates: dict[str, float]) -> dict[str, Any]:
 
 
 def main(args: CriticalDPOLedgerArguments) -> dict[str, Any]:
-    args.base = args.base or str(trained_model("ledger-slm"))
     comparison = Comparison(args, METHODS, MAKE)
     by_method: dict[str, list[dict[str, Any]]] = {m: [] for m in ("base", *METHODS, EQUAL)}
     estimates, dynamics = [], []

@@ -10,7 +10,8 @@ weights: the mean of the pairs' weights on every rejected token, and each answer
 
 A seed draws its own test stories of SVAMP and test problems of GSM8K, warm-up problems, rollouts, adapters and training
 order; all its methods share them. Learning rates: one grid for all methods, by a seed of its own on validation problems
-that are test problems of no seed (highest mean of greedy and sampled accuracy). Beside accuracy: pass@k from wrong
+that are test problems of no seed (highest mean of greedy and sampled accuracy); the controls have the rate of
+critical-token DPO, from which they shall differ in their weights alone. Beside accuracy: pass@k from wrong
 answers' prefixes with and without the critical token. Everything is a cell with a JSON of its own; processes that were
 started alike share the cells. Writes results.json after each complete seed; docs/results/critical_token_dpo.md and
 docs/results/treg.md show it.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, concatenate_datasets
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
@@ -58,6 +60,7 @@ SETS = {"svamp": "SVAMP", "gsm8k": "GSM8K, at most 2 steps"}
 ALL = "both"
 SYSTEM = {"role": "system", "content": "Solve the problem."}  # the chat template's own has 22 tokens
 MAX_TOKENS = 128
+WRITING = {"max_tokens": MAX_TOKENS, "token_budget": 16384}  # larger batches are no faster on a CPU and fill its memory
 PREPARATION = ("warm", "rollouts", "contrast", "rewards", "reference")  # cells before a seed's methods
 BEFORE, WARM, SFT, OURS = "before the warm-up", "warm model", "SFT on own right answers", "critical-token DPO"
 CONSTANT, SHUFFLED = "constant weight", "shuffled weights"
@@ -73,7 +76,9 @@ METHODS = {
     TREG: Method("treg", "treg", dataset="rewards"),
     STRONG: Method("treg", "treg", {"alpha": 2}, "rewards"),
 }
-ROWS = (BEFORE, WARM, *METHODS)
+CONTROLS = (CONSTANT, SHUFFLED)
+TUNED = tuple(method for method in METHODS if method not in CONTROLS)
+ROWS = (WARM, *METHODS)
 CLAIMS = {  # page -> better, worse
     "critical": (
         (OURS, CONSTANT),
@@ -105,16 +110,14 @@ class RealReasoningArguments:
     )
     seeds: int = field(default=3, metadata={"help": "Seeds 0, 1, …"})
     warm_svamp: int = field(default=250, metadata={"help": "SVAMP problems of the warm-up."})
-    warm_gsm8k: int = field(default=600, metadata={"help": "GSM8K problems of the warm-up."})
-    problems_gsm8k: int = field(
-        default=150, metadata={"help": "GSM8K problems of the rollouts, with the other SVAMP's."}
-    )
-    problems_svamp: int = field(default=300, metadata={"help": "SVAMP problems of the rollouts, at most."})
+    warm_gsm8k: int = field(default=100, metadata={"help": "GSM8K problems of the warm-up."})
+    problems_svamp: int = field(default=220, metadata={"help": "Other SVAMP problems, of the rollouts."})
+    problems_gsm8k: int = field(default=40, metadata={"help": "Other GSM8K problems, of the rollouts."})
     rollouts: int = field(default=8, metadata={"help": "Rollouts a problem."})
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3], metadata=common.GRID)
-    validation: list[int] = field(default_factory=lambda: [150, 50], metadata={"help": "Problems of the grid, by set."})
-    test: list[int] = field(default_factory=lambda: [299, 100], metadata={"help": "Test problems a seed, by set."})
-    samples: int = field(default=2, metadata={"help": "Samples a problem for the sampled accuracy."})
+    validation: list[int] = field(default_factory=lambda: [150, 20], metadata={"help": "Problems of the grid, by set."})
+    test: list[int] = field(default_factory=lambda: [299, 60], metadata={"help": "Test problems a seed, by set."})
+    samples: int = field(default=1, metadata={"help": "Samples a problem for the sampled accuracy."})
     estimate_rows: int = field(default=34, metadata={"help": "Wrong answers of SVAMP a seed with a rollout estimate."})
     continuations: int = field(default=16, metadata={"help": "Continuations a prefix of the rollout estimate."})
 
@@ -193,7 +196,8 @@ class ReasoningSeed:
         """Answers of the warm model, and the pairs of right and wrong ones."""
         stages = RealStages(self.out / "rollouts")
         options = {"model": self.warm_model, "dataset": self.parts / "train", "num_rollouts": self.args.rollouts}
-        sampled = stages.job("sample", stages.folder / "sampled", **options, max_tokens=MAX_TOKENS, seed=self.seed)
+        options |= WRITING
+        sampled = stages.job("sample", stages.folder / "sampled", **options, seed=self.seed)
         pairing = {"dataset": sampled, "max_pairs_per_problem": 1, "seed": self.seed}
         stages.job("pairs", stages.folder / "preferences", **pairing)
         counts = {name: len(load_stage(self.datasets[name])) for name in ("pairs", "positive", "negative")}
@@ -243,18 +247,25 @@ class ReasoningSeed:
         svamp = load_stage(self.datasets["pairs"]).filter(lambda row: set_of(row["id"]) == "svamp")
         wrong = self.copied(svamp, stages.folder / "wrong")
         options: dict[str, Any] = {"n": args.continuations, "seed": self.seed}
-        options |= {"max_rows": args.estimate_rows, "max_tokens": MAX_TOKENS}
+        options |= {"max_rows": args.estimate_rows, **WRITING}
         options |= {"model": self.warm_model, "dataset": wrong}
         rows = load_stage(stages.job("score rollout", stages.folder / "estimate", **options))
         return {"rows": [[row[key] for key in ("critical_index", "with_correct", "without_correct")] for row in rows]}
 
     # ----------------------------------------------------------------------------------------------- the methods
 
+    def before(self) -> dict[str, Any]:
+        """Greedy answers of the model before its warm-up, which are long: to one seed's test problems."""
+        stages = RealStages(self.out / "before")
+        options = {"model": self.args.model, "problems": self.parts / "held_out", "split": "train"}
+        answers = load_stage(stages.job("evaluate answers", stages.folder / "answers", **options, **WRITING))
+        return {"problems": {row["id"]: bool(row["greedy_correct"]) for row in answers}}
+
     def method(self, name: str, rate: float | None) -> dict[str, Any]:
-        """Train a method at a learning rate and answer the held-out problems (`rate` None: of the model as it is)."""
+        """Train a method at a learning rate and answer the held-out problems (`rate` None: the warm model does)."""
         folder = f"{name} {rate:g}" if rate else name
         stages = RealStages(self.out / "methods" / folder.replace(", ", "_").replace(" ", "_"))
-        options: dict[str, Any] = {"model": self.args.model if name == BEFORE else self.warm_model}
+        options: dict[str, Any] = {"model": self.warm_model}
         found: dict[str, Any] = {}
         if rate:
             chosen = METHODS[name]
@@ -264,7 +275,7 @@ class ReasoningSeed:
                 "adapter", chosen.recipe, chosen.config, **start, seed=self.seed, **chosen.options
             )
             found = {"seconds": stages.seconds("adapter"), "tokens": trained_tokens(load_stage(data))}
-        held_out = {"problems": self.parts / "held_out", "split": "train", "max_tokens": MAX_TOKENS}
+        held_out = {"problems": self.parts / "held_out", "split": "train", **WRITING}
         sampling = {"samples": self.args.samples, "seed": self.seed}
         answers = load_stage(
             stages.job("evaluate answers", stages.folder / "answers", **options, **held_out, **sampling)
@@ -325,11 +336,12 @@ class Experiment:
         for group in ([GRID_SEED, 0] if len(rates) > 1 else [0], *later):
             runs |= {run.seed: run for run in self.prepare(group)}
             if GRID_SEED in group:
-                self.make({grid_cell(m, r): partial(runs[GRID_SEED].method, m, r) for m in METHODS for r in rates})
+                self.make({grid_cell(m, r): partial(runs[GRID_SEED].method, m, r) for m in TUNED for r in rates})
             chosen = self.rates()[1]
             for seed in (s for s in group if s != GRID_SEED):
                 methods = {f"seed-{seed} {m}": partial(runs[seed].method, m, chosen.get(m)) for m in ROWS}
                 self.make(methods | {f"seed-{seed} estimate": runs[seed].estimate})
+            self.make({BEFORE: runs[0].before})
         results = self.save()
         assert results is not None
         return results
@@ -346,11 +358,11 @@ class Experiment:
         if len(rates) == 1:
             return {}, dict.fromkeys(METHODS, rates[0])
         grid, chosen = {}, {}
-        for method in METHODS:
+        for method in TUNED:
             cells = {rate: accuracies(self.cell(grid_cell(method, rate)))[ALL] for rate in rates}
             grid[method] = {f"{rate:g}": cell for rate, cell in cells.items()}
             chosen[method] = max(cells, key=lambda rate: sum(cells[rate].values()))
-        return grid, chosen
+        return grid, chosen | dict.fromkeys(CONTROLS, chosen[OURS])
 
     def complete(self) -> Iterator[dict[str, Any]]:
         """The cells of each seed that has all, from the first on."""
@@ -364,7 +376,9 @@ class Experiment:
     def save(self) -> dict[str, Any] | None:
         """Write results.json of the complete seeds, if there is one."""
         seeds = list(self.complete())
-        return save(self.args.output_dir, results(self.args, seeds, *self.rates()), tables) if seeds else None
+        if not seeds:
+            return None
+        return save(self.args.output_dir, results(self.args, seeds, *self.rates(), self.cell(BEFORE)), tables)
 
 
 def grid_cell(method: str, rate: float) -> str:
@@ -385,6 +399,7 @@ def results(
     seeds: Sequence[Mapping[str, Any]],
     grid: Mapping[str, Mapping[str, Mapping[str, float]]],
     rates: Mapping[str, float],
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the experiment writes: figures over the complete seeds, and paired differences of two kinds.
 
@@ -404,15 +419,18 @@ def results(
             a, b = ({p: v[i] for p, v in outcomes[row].items()} for row in (better, worse))
             entry[f"{key}_problems"] = paired_bootstrap(a, b)
         differences.append(entry)
+    first = (before or {"problems": {}})["problems"]
+    right = {name: [value for problem, value in first.items() if set_of(problem) == name] for name in SETS}
     edges = (args.learning_rates[0], args.learning_rates[-1])
     found = [row for seed in seeds for row in seed["estimate"]["rows"]]
     critical = [row for row in found if row[0] >= 0]
     return {
         "arguments": asdict(args) | {"seeds": len(seeds), "model": Path(args.model).name},
+        BEFORE: {name: statistics.accuracy(values) for name, values in right.items() if values},
         "validation": {
             "grid": grid,
             "learning_rate": dict(rates),
-            "at_edge": [method for method, rate in rates.items() if grid and rate in edges],
+            "at_edge": [method for method, rate in rates.items() if method in grid and rate in edges],
         },
         "sets": {name: common.summary(rows) for name, rows in by_set.items()},
         "differences": differences,
@@ -442,6 +460,8 @@ def pass_at_k(critical: Sequence[Sequence[int]], n: int) -> dict[str, Any]:
 
 
 def main(args: RealReasoningArguments) -> dict[str, Any]:
+    # oneDNN's kernel for fp32 products is twice as fast as PyTorch's default on this kind of CPU (real_signals.py)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     return Experiment(args).run()
 
 
@@ -477,6 +497,10 @@ def tables(results: dict[str, Any]) -> Tables:
         )
     shown |= {
         "seeds": str(results["arguments"]["seeds"]),
+        "before": " and ".join(
+            f"{100 * found['accuracy']:.1f} % of {SETS[name]}" for name, found in results[BEFORE].items()
+        )
+        or "–",
         **{f"{name}.problems": str(count) for name, count in results["test_problems"].items()},
         "grid": common.grid_table(results["validation"], MEASURES) if results["validation"]["grid"] else ((""), []),
         "answers": str(estimate["answers"]),

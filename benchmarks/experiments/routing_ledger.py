@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from trl import TrlParser
 
-from benchmarks.ledger_stages import MAX_TOKENS, LedgerStages, trained_model
+from benchmarks.ledger_stages import MAX_TOKENS, LedgerStages, WorldArguments
 from benchmarks.render import CLAIM, SHARE, Tables, claim, number, percent, read_json, save, write_json
 from tokalign.evaluation.routing import query_level, run_summary
 from tokalign.generation.protocol import SamplingParams
@@ -53,7 +53,7 @@ FIRST_SEED = 2  # the base models were trained on the problems of seed 1
 
 
 @dataclass
-class RoutingLedgerArguments:
+class RoutingLedgerArguments(WorldArguments):
     """Sizes of the experiment."""
 
     output_dir: str = "runs/benchmarks/routing_ledger"
@@ -76,8 +76,9 @@ class RoutingSeed:
 
     def __init__(self, args: RoutingLedgerArguments, seed: int):
         self.args, self.seed = args, seed
-        self.slm, self.llm = str(args.slm), str(args.llm)
-        self.stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}")
+        self.slm = args.ledger_model("ledger-slm", seed, args.slm)
+        self.llm = args.ledger_model("ledger-llm", seed, args.llm)
+        self.stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}", args.world)
         self.out = self.stages.folder
         sizes = {split: getattr(args, f"{split}_problems") for split in ("train", "validation", "test")}
         self.world = self.stages.problems(self.out / "world", seed=seed, **sizes)
@@ -94,8 +95,8 @@ class RoutingSeed:
 
     def thresholds(self, name: str) -> dict[float, float]:
         """LLM rate -> the threshold of a policy that serves it on the validation problems."""
-        settings = {key: value for key, value in asdict(self.args).items() if key in ("slm", "llm", "rates")}
-        settings |= {key: getattr(self.args, key) for key in ("train_problems", "validation_problems")}
+        settings = {key: getattr(self.args, key) for key in ("rates", "train_problems", "validation_problems")}
+        settings |= {"slm": self.slm, "llm": self.llm}
         file = self.out / "thresholds" / f"{self.router(name).name}.json"
         if not file.exists() or read_json(file)["settings"] != settings:
             file.parent.mkdir(exist_ok=True)
@@ -287,7 +288,6 @@ def prompts_of(folder: Path, generator: RoutedGenerator) -> list[list[int]]:
 
 
 def main(args: RoutingLedgerArguments) -> dict[str, Any]:
-    args.slm, args.llm = args.slm or str(trained_model("ledger-slm")), args.llm or str(trained_model("ledger-llm"))
     runs = [RoutingSeed(args, FIRST_SEED + number) for number in range(args.seeds)]
     seeds = []
     for run in runs:

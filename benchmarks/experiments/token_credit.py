@@ -11,27 +11,33 @@ results.json; docs/results/treg.md and critical_token_dpo.md show it.
 
 A new signal joins by one line in SIGNALS, once it is in the table of signals and a command writes
 its column `rejected_<signal>`.
+
+Behind its first error a solution goes on from a wrong balance, and tokens differ in kind: so the first wrong token is
+also looked for among the tokens up to it, and there among those of its kind (numbers, names, words, signs).
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from transformers import AutoTokenizer
 from trl import TrlParser
 
 from benchmarks.experiments.common import DETECTION, EVAL_MODEL, detection_figure, detection_row
-from benchmarks.ledger_stages import LedgerStages, models
+from benchmarks.ledger_stages import LedgerStages, WorldArguments
 from benchmarks.render import CLAIM, Tables, claim, number, save
-from tokalign.signals.agreement import report
+from tokalign.signals.agreement import CHANCE, among, report
 from tokalign.signals.registry import Signal, get
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
 from tokalign.statistics import over_seeds, paired
+from tokalign.worlds.ledger_rich import PEOPLE
 
 SIGNALS = {
     "contrastive score": get("contrast"),
@@ -54,8 +60,12 @@ CLAIMS = (  # what the two papers build on, and the plain signals beside
 )
 
 
+EARLY = "up to the first error"
+KINDS = (EARLY, "numbers", "names", "words", "signs")
+
+
 @dataclass
-class TokenCreditArguments:
+class TokenCreditArguments(WorldArguments):
     """Sizes of the benchmark."""
 
     base: str | None = field(default=None, metadata={"help": "Model under study; unset is the ledger's weak base."})
@@ -70,8 +80,9 @@ class TokenCreditArguments:
 
 def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
     """All signals and both targets of one seed; agreement by target."""
-    base, eval_model = str(args.base), str(args.eval_model)
-    stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}")
+    base = args.ledger_model("ledger-slm", seed, args.base)
+    eval_model = args.ledger_model("ledger-slm-revise", seed, args.eval_model)
+    stages = LedgerStages(Path(args.output_dir) / f"seed-{seed}", args.world)
     pairs = stages.pairs(base, problems=args.problems, rollouts=args.rollouts, seed=seed)
     data = {"model_name_or_path": base, "dataset_name": pairs, "seed": seed}
     dpo = stages.recipe("dpo", "critical-dpo", "dpo", **data)
@@ -84,10 +95,43 @@ def run_seed(args: TokenCreditArguments, seed: int) -> dict[str, Any]:
     ]
     rewarded, marked = stages.token_rewards(eval_model, pairs), stages.first_errors(base, pairs)
     sizes = {"rows": args.estimate_rows, "continuations": args.continuations}
-    return agreement([rewarded, *scored, marked, stages.rollout_estimate(base, pairs, seed=seed, **sizes)], seed)
+    folders = [rewarded, *scored, marked, stages.rollout_estimate(base, pairs, seed=seed, **sizes)]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return agreement(folders, seed, [kind_of(tokenizer.decode([i])) for i in range(len(tokenizer))])
 
 
-def agreement(folders: list[Path], seed: int) -> dict[str, Any]:
+def kind_of(token: str) -> str:
+    """What a token is: one of `KINDS`."""
+    word = token.strip()
+    if word.isdigit():
+        return "numbers"
+    if word in PEOPLE:
+        return "names"
+    return "words" if word.isalpha() else "signs"
+
+
+def by_kind(
+    scores: dict[str, list[np.ndarray]], targets: Sequence[int], ids: Sequence[Sequence[int]], kinds: Sequence[str]
+) -> dict[str, Any]:
+    """`report` among the tokens up to the first error, and among those of a kind; kinds without a rival are left out.
+
+    Args:
+        kinds: of every token of the vocabulary.
+    """
+    reports = {}
+    for kind in KINDS:
+        candidates = [
+            np.asarray([t <= target and kind in (EARLY, kinds[token]) for t, token in enumerate(row)])
+            for row, target in zip(ids, targets, strict=True)
+        ]
+        cut, places = among(scores, targets, candidates)
+        rivals = sum(len(row) - 1 for row, place in zip(cut["random"], places, strict=True) if place >= 0)
+        if rivals > 0:
+            reports[kind] = report(cut, places, samples=2)
+    return reports
+
+
+def agreement(folders: list[Path], seed: int, kinds: Sequence[str]) -> dict[str, Any]:
     """`report` by target over the wrong solutions that all stages hold (the rollout estimate covers the first ones)."""
     by_stage: list[dict[tuple, dict[str, Any]]] = []
     for folder in folders:
@@ -107,7 +151,10 @@ def agreement(folders: list[Path], seed: int) -> dict[str, Any]:
             name: [signal.suspicion(np.asarray(row[f"rejected_{signal.name}"])) for row in rows]
             for name, signal in SIGNALS.items()
         }
-        results[target] = report(scores, [row[target] for row in rows], costs=costs(rows, folders), samples=2)
+        targets = [row[target] for row in rows]
+        results[target] = report(scores, targets, costs=costs(rows, folders), samples=2)
+        if target == "first_error":
+            results["kinds"] = by_kind(scores, targets, [row["rejected_ids"] for row in rows], kinds)
     return results
 
 
@@ -122,7 +169,16 @@ def costs(rows: list[dict[str, Any]], folders: list[Path]) -> dict[str, float]:
 
 def summarise(args: TokenCreditArguments, by_seed: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds with intervals."""
-    results: dict[str, Any] = {"arguments": asdict(args), "targets": {}}
+    found = [seed["kinds"] for seed in by_seed]
+    results: dict[str, Any] = {"arguments": asdict(args), "targets": {}, "kinds": {}}
+    for kind in (kind for kind in KINDS if all(kind in reports for reports in found)):
+        results["kinds"][kind] = {
+            "solutions": [reports[kind]["solutions"] for reports in found],
+            "signals": {
+                name: {key: over_seeds([r[kind]["signals"][name][key] for r in found]) for key in DETECTION}
+                for name in (*SIGNALS, CHANCE)
+            },
+        }
     for target in TARGETS:
         reports = [seed[target] for seed in by_seed]
 
@@ -148,7 +204,6 @@ def summarise(args: TokenCreditArguments, by_seed: list[dict[str, Any]]) -> dict
 
 
 def main(args: TokenCreditArguments) -> dict[str, Any]:
-    args.base, args.eval_model = models(args.base, args.eval_model)
     results = summarise(args, [run_seed(args, seed) for seed in range(args.seeds)])
     return save(args.output_dir, results, tables)
 
@@ -173,6 +228,10 @@ def tables(results: dict[str, Any]) -> Tables:
             ]
             shown[f"{target}.{word}_claims"] = CLAIM, claims
         shown[f"{target}.above_logprob"] = number(gaps["contrastive score", "log-prob"], 3, "+")
+    for kind, part in results.get("kinds", {}).items():  # results from before kinds were told apart have none
+        rows = [detection_row(name, entry) for name, entry in part["signals"].items()]
+        shown[f"kinds.{kind}"] = ("signal", *DETECTION.values()), rows
+        shown[f"kinds.{kind}.solutions"] = f"{sum(part['solutions']):,}"
     return shown
 
 

@@ -19,7 +19,6 @@ from trl import TrlParser
 
 from benchmarks.experiments import common
 from benchmarks.experiments.common import Comparison, ComparisonArguments, ComparisonSeed, Method
-from benchmarks.ledger_stages import models
 from benchmarks.render import CLAIM, OPEN, Tables, claim, gaps, save, verdict
 
 METHODS = {
@@ -53,10 +52,9 @@ class TRegLedgerArguments(ComparisonArguments):
 
 
 def main(args: TRegLedgerArguments) -> dict[str, Any]:
-    args.base, args.eval_model = models(args.base, args.eval_model)
-
     def rewarded(run: ComparisonSeed) -> Path:
-        return run.stages.token_rewards(str(args.eval_model), run.dataset("pairs"))
+        judge = args.ledger_model("ledger-slm-revise", run.seed, args.eval_model)
+        return run.stages.token_rewards(judge, run.dataset("pairs"))
 
     def implicit(run: ComparisonSeed) -> Path:
         """Token rewards of a DPO model of this seed, trained at the rate that the grid chose for it."""

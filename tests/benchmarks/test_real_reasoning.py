@@ -19,6 +19,7 @@ from benchmarks.experiments.real_reasoning import (
     SETS,
     SFT,
     SHOWN,
+    TUNED,
     WARM,
     Experiment,
     RealReasoningArguments,
@@ -59,7 +60,8 @@ def write_cells(experiment: Experiment, seeds: int) -> None:
         problems = {f"svamp-test-{i}": [right, sampled] for i, right in enumerate(svamp)}
         return {"problems": problems | {"gsm8k-test-7": [0.0, 0.0]}, "seconds": 90.0, "tokens": 1000}
 
-    for method in METHODS:
+    put(BEFORE, {"problems": {"svamp-test-0": True, "svamp-test-1": False, "gsm8k-test-7": False}})
+    for method in TUNED:
         for rate, sampled in zip(experiment.args.learning_rates, (0.1, 0.2, 0.3), strict=True):
             put(grid_cell(method, rate), answers(1.0, 0.0, sampled=sampled))
     for seed in range(seeds):
@@ -92,8 +94,8 @@ def test_pages_are_rendered_from_the_seeds_that_are_there(experiment: Experiment
     assert verdicts[f"{OURS} > {SFT}, sampled"][-1] == "**cannot be told here**"
     assert shown["critical.to_beat"] == "+25.0 points greedy and +0.0 points sampled"
     cost = {row[0]: row[-1] for row in shown["critical.methods"][1]}
-    assert cost[OURS] == "1 min 30 s + 1 min 0 s" and cost["DPO"] == "1 min 30 s" and cost[BEFORE] == "–"
-    assert shown["mean_weight"] == "0.25"
+    assert cost[OURS] == "1 min 30 s + 1 min 0 s" and cost["DPO"] == "1 min 30 s" and cost[WARM] == "–"
+    assert shown["mean_weight"] == "0.25" and shown["before"] == "50.0 % of SVAMP and 0.0 % of GSM8K, at most 2 steps"
     assert shown["answers"] == str(3 * seeds) and shown["critical"] == str(2 * seeds)
     assert shown["pass_at_k"][1][0][:2] == ["pass@1", "with the critical token"]
     assert len(real_reasoning.figures(results)) == 2

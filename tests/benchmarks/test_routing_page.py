@@ -161,6 +161,7 @@ def test_thresholds_are_searched_once_for_the_same_settings(tmp_path, monkeypatc
     monkeypatch.setattr(RoutingSeed, "_serve", serve)
     run = RoutingSeed.__new__(RoutingSeed)
     run.args, run.out = RoutingLedgerArguments(slm="s", llm="l", rates=RATES), tmp_path
+    run.slm, run.llm = "s", "l"
     assert run.thresholds(NEURAL) == {0.04: 0.02, 0.12: 0.06}
     run.args.test_problems = 5
     run.thresholds(NEURAL)
@@ -202,7 +203,7 @@ def test_the_clock_is_timed_when_asked_and_kept_otherwise(tmp_path, monkeypatch)
     monkeypatch.setattr(routing_ledger, "sizes", lambda run: {"slm": 1, "llm": 10, "router": 1})
 
     def batches(**options) -> list[int]:
-        args = RoutingLedgerArguments(str(tmp_path), "s", "l", seeds=2, rates=RATES, **options)
+        args = RoutingLedgerArguments(output_dir=str(tmp_path), slm="s", llm="l", seeds=2, rates=RATES, **options)
         routing_ledger.main(args)
         results = json.loads((tmp_path / "results.json").read_text())
         assert results["frontier"][NEURAL]["0.12"]["accuracy"]["seeds"] == 2

@@ -22,6 +22,7 @@ def test_a_recipe_counts_by_its_settings(tmp_path, monkeypatch, line, same):
 
 def test_another_cpu_thread_count_library_or_world_is_another_model(monkeypatch):
     keys = [cache_key("ledger-slm", []), cache_key("ledger-llm", []), cache_key("ledger-slm", ["--seed", "1"])]
+    keys.append(cache_key("ledger-slm", [], seed=1))
     for target, name, value in (
         (torch.backends.cpu, "get_cpu_capability", lambda: "another"),
         (ledger_models, "THREADS", THREADS + 1),
@@ -41,3 +42,24 @@ def test_trainings_have_their_own_number_of_threads(monkeypatch):
     monkeypatch.setattr(ledger_models.subprocess, "run", lambda words, **options: seen.append(options["env"]))
     ledger_models._run("sft", "--help")
     assert seen[0]["OMP_NUM_THREADS"] == str(THREADS) != "7"
+
+
+def test_a_seed_has_data_and_training_of_its_own(tmp_path, monkeypatch):
+    """Seed 0 is what builder and recipe have by themselves."""
+    commands = []
+
+    def run(*words):
+        commands.append([str(word) for word in words])
+        if words[0] == "sft":
+            (tmp_path / words[words.index("--output_dir") + 1]).mkdir(parents=True)
+
+    monkeypatch.setattr(ledger_models, "_run", run)
+    monkeypatch.setenv("TOKALIGN_CACHE", str(tmp_path))
+    folders = {ledger_models.base_model("ledger-slm", world="rich", seed=seed) for seed in (0, 3)}
+    assert len(folders) == 2
+    for command in commands[:2]:
+        assert "--seed" not in command
+    for command in commands[2:]:
+        assert command[-2:] == ["--seed", "3"]
+    assert commands[0][-6:] == ["--world", "rich", "--flaw_rate", "0.8", "--habits", "1"]
+    assert ledger_models.base_model("ledger-slm", world="rich", seed=3) in folders and len(commands) == 4

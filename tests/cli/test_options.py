@@ -48,7 +48,7 @@ class Recorder:
 
     def __init__(self, **given: Any):
         self.given, self.args, self.train_dataset = given, given["args"], given["train_dataset"]
-        self.model = torch.nn.Linear(1, 1)
+        self.model, self.processing_class = torch.nn.Linear(1, 1), None
         self.model.register_buffer("mask", torch.ones(1, dtype=torch.bool))
         self.model.register_buffer("scale", torch.ones(1))
         self.accelerator = SimpleNamespace(end_training=lambda: None)
@@ -286,7 +286,7 @@ def test_a_file_to_evaluate_on_is_its_own_split(monkeypatch, tmp_path, sources):
     options = {**EVALUATES, "dataset_name": str(tmp_path / "train.jsonl")}
     held_out = {"eval_dataset_name": str(tmp_path / "held_out.jsonl")}
     assert run("dpo", monkeypatch, tmp_path, sources, {**options, **held_out})["evaluation"][2] == ["held_out"]
-    with pytest.raises(ContractError, match="has no split 'test'"):  # never the rows that are trained on
+    with pytest.raises(OptionError, match="--eval_dataset_name"):  # never the rows that are trained on
         run("dpo", monkeypatch, tmp_path, sources, options)
     with pytest.raises(ContractError, match="has no rows"):
         (tmp_path / "empty.jsonl").write_text("")

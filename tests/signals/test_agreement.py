@@ -9,6 +9,7 @@ from rich.console import Console
 from tokalign.signals.agreement import (
     CHANCE,
     agreement,
+    among,
     plot_reports,
     print_report,
     report,
@@ -46,6 +47,21 @@ def test_report_ranks_a_good_signal_over_noise_and_noise_at_chance(tmp_path):
     assert "good" in text and "1.000" in text and "unknown" in text
     plot_reports({"first error": result, "rollout": result}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_among_leaves_the_target_and_its_rivals_of_one_kind():
+    signals = {"low": [[0.5, 0.1, 0.9, 0.0], [0.2, 0.3], [0.1, 0.2]]}
+    keep = [np.array([1, 0, 1, 1], dtype=bool), np.array([0, 1], dtype=bool), np.array([1, 1], dtype=bool)]
+    cut, places = among(signals, [2, 0, None], keep)
+    assert [row.tolist() for row in cut["low"]] == [[0.5, 0.9, 0.0], [0.3], [0.1, 0.2]]
+    assert places == [
+        1,
+        -1,
+        -1,
+    ]  # the third of its four tokens is the second that is left; one is left out, one unknown
+    result = report(cut, places, samples=2)
+    assert (result["solutions"], result["tokens"]) == (1, 3)
+    assert result["signals"]["low"]["auroc"] == 0.0  # both rivals are more suspicious
 
 
 def test_report_refusals_name_row_and_signal():

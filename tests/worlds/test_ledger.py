@@ -167,7 +167,7 @@ def test_slips_are_wrong_totals_and_other_events_at_the_rate_asked_for(tokenizer
         for written, (line,) in zip(text.split("\n")[:-1], problem.steps, strict=True):
             left, op, right, _, total = written.split(": ")[1].split(" ")
             assert int(left) == balance
-            wrong_total = ledger._apply(int(left), op, int(right)) != int(total)
+            wrong_total = ledger.apply(int(left), op, int(right)) != int(total)
             other_event = (op, int(right)) != (line.op, line.right)
             assert not (wrong_total and other_event)
             totals, events, possible = totals + wrong_total, events + other_event, possible + 1

@@ -101,6 +101,31 @@ def report(
     return result
 
 
+def among(
+    signals: Mapping[str, Sequence[Sequence[float] | np.ndarray]],
+    targets: Sequence[int | None],
+    candidates: Sequence[np.ndarray],
+) -> tuple[dict[str, list[np.ndarray]], list[int]]:
+    """Signals and targets with the candidate tokens only, as `report` takes them: of one kind, or up to the target.
+
+    Args:
+        signals, targets: as of `report`.
+        candidates: for each solution a bool a token.
+
+    Returns:
+        Signals cut to the candidates, and targets counted among them; −1 where the target is unknown or no candidate.
+    """
+    cut = {
+        name: [np.asarray(row, dtype=np.float64)[keep] for row, keep in zip(values, candidates, strict=True)]
+        for name, values in signals.items()
+    }
+    places = [
+        int(keep[:target].sum()) if target is not None and target >= 0 and keep[target] else -1
+        for target, keep in zip(targets, candidates, strict=True)
+    ]
+    return cut, places
+
+
 def joined_rows(paths: Sequence[str], split: str = "train") -> list[dict[str, Any]]:
     """Rows that all stages hold, with the columns that `agreement` reads; one a distinct rejected completion.
 

@@ -21,20 +21,55 @@ split holds a renamed copy of another split's problem. Every text this module wr
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import operator
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-NAMES = ("Anna", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo")
-THINGS = ("coins", "apples", "books", "cards", "pens", "shells")
-SPLITS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}  # per cent of identities
+from tokalign.worlds import ledger_rich
+from tokalign.worlds.ledger_problems import (
+    NAMES,
+    SPLITS,
+    THINGS,
+    WORLDS,
+    Event,
+    LedgerConfig,
+    Line,
+    Problem,
+    apply,
+    draw_problem,
+    problems,
+)
+
+__all__ = [
+    "ASKED",
+    "JSON_SCHEMA",
+    "NAMES",
+    "RENDERINGS",
+    "REQUESTS",
+    "REVISIONS",
+    "ROWS_SCHEMA",
+    "SCHEMAS",
+    "SPLITS",
+    "THINGS",
+    "WORLDS",
+    "Event",
+    "LedgerConfig",
+    "Line",
+    "Problem",
+    "build_tokenizer",
+    "draw_problem",
+    "first_error",
+    "problems",
+    "prompt",
+    "sloppy_solution",
+    "solution",
+    "wrong_solution",
+]
+
 RENDERINGS = ("worked", "json", "rows")
 REQUESTS = {"correct": "Write a correct solution.", "wrong": "Write a wrong solution."}
 REVISIONS = {
@@ -99,209 +134,6 @@ SCHEMAS = {"json": JSON_SCHEMA, "rows": ROWS_SCHEMA}  # rendering -> schema
 ASKED = {"json": "Answer in JSON.", "rows": "Answer all in JSON."}  # rendering -> what the prompt asks for
 
 
-@dataclass(frozen=True)
-class LedgerConfig:
-    """Difficulty of the problems.
-
-    Args:
-        people: how many people own things.
-        min_events, max_events: number of events; a gift changes two balances, the others one.
-        max_start: largest balance at the start.
-        max_change: largest number of things found, lost or given in one event.
-        max_number: no balance ever exceeds it; also the largest number token of the tokenizer.
-    """
-
-    people: int = 1
-    min_events: int = 3
-    max_events: int = 5
-    max_start: int = 30
-    max_change: int = 20
-    max_number: int = 60
-
-
-@dataclass(frozen=True)
-class Line:
-    """One entry of the ledger: `name: left op right = total`."""
-
-    name: str
-    left: int
-    op: str
-    right: int
-    total: int
-
-    def orders(self) -> list[Line]:
-        """The line and, where the operation commutes, the line with its operands exchanged."""
-        if self.op in "+*" and self.left != self.right:
-            return [self, Line(self.name, self.right, self.op, self.left, self.total)]
-        return [self]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happens to `who` (and, for a gift, to `to`): `kind` is find, lose, give, double or halve."""
-
-    kind: str
-    who: int
-    amount: int = 0
-    to: int = -1
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A word problem: who owns how much, what happens, and about whom the question is asked.
-
-    `asked` is the index of a person, or −1 for everybody together.
-    """
-
-    names: tuple[str, ...]
-    thing: str
-    start: tuple[int, ...]
-    events: tuple[Event, ...]
-    asked: int
-    steps: tuple[tuple[Line, ...], ...] = field(compare=False)
-    answer: int = field(compare=False)
-
-    @property
-    def identity(self) -> str:
-        """Hash of what happens, names and things left out; it decides the split and is the problem's id."""
-        content = (self.start, [(e.kind, e.who, e.amount, e.to) for e in self.events], self.asked)
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-    @property
-    def split(self) -> str:
-        """The split that this problem's identity belongs to."""
-        per_cent = int(self.identity, 16) % 100
-        return next(name for name, (low, high) in SPLITS.items() if low <= per_cent < high)
-
-    def to_json(self) -> str:
-        """The problem as JSON text; `Problem.from_json` reads it back."""
-        events = [[e.kind, e.who, e.amount, e.to] for e in self.events]
-        return json.dumps([self.names, self.thing, self.start, events, self.asked])
-
-    @classmethod
-    def from_json(cls, text: str) -> Problem:
-        """The problem that `to_json` wrote, solved anew."""
-        names, thing, start, rows, asked = json.loads(text)
-        events = tuple(Event(*row) for row in rows)
-        solved = _solve(names, start, events, asked)
-        if solved is None:
-            raise ValueError(f"This ledger problem has an impossible balance: {text[:200]}.")
-        return cls(tuple(names), thing, tuple(start), events, asked, tuple(solved[0]), solved[1])
-
-    def text(self) -> str:
-        """The problem in words."""
-        sentences = [f"{name} has {n} {self.thing}." for name, n in zip(self.names, self.start, strict=True)]
-        for event in self.events:
-            who, thing = self.names[event.who], self.thing
-            sentences.append(
-                {
-                    "find": f"{who} finds {event.amount} {thing}.",
-                    "lose": f"{who} loses {event.amount} {thing}.",
-                    "give": f"{who} gives {event.amount} {thing} to {self.names[event.to]}.",
-                    "double": f"{who} doubles the {thing}.",
-                    "halve": f"{who} halves the {thing}.",
-                }[event.kind]
-            )
-        if self.asked >= 0:
-            sentences.append(f"How many {self.thing} does {self.names[self.asked]} have?")
-        else:
-            sentences.append(f"How many {self.thing} do all have?")
-        return " ".join(sentences)
-
-
-def _apply(left: int, op: str, right: int) -> int:
-    return {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}[op](left, right)
-
-
-def _solve(problem_names: Sequence[str], start: Sequence[int], events: Sequence[Event], asked: int):
-    """Ledger lines, one tuple an event (its lines may come in any order), and the answer; None if a balance is bad."""
-    balance = list(start)
-    steps: list[tuple[Line, ...]] = []
-
-    def change(who: int, op: str, right: int) -> Line:
-        left = balance[who]
-        balance[who] = _apply(left, op, right)
-        return Line(problem_names[who], left, op, right, balance[who])
-
-    for event in events:
-        if event.kind == "find":
-            steps.append((change(event.who, "+", event.amount),))
-        elif event.kind == "lose":
-            steps.append((change(event.who, "-", event.amount),))
-        elif event.kind == "give":
-            steps.append((change(event.who, "-", event.amount), change(event.to, "+", event.amount)))
-        elif event.kind == "double":
-            steps.append((change(event.who, "*", 2),))
-        else:
-            if balance[event.who] % 2:
-                return None
-            steps.append((change(event.who, "/", 2),))
-        if min(balance) < 0:
-            return None
-    if asked >= 0:
-        return steps, balance[asked]
-    total = balance[0]
-    for other in balance[1:]:
-        steps.append((Line("All", total, "+", other, total + other),))
-        total += other
-    return steps, total
-
-
-def draw_problem(rng: random.Random, config: LedgerConfig | None = None) -> Problem:
-    """One problem from `rng`, of any split; balances stay within [0, max_number]."""
-    config = config or LedgerConfig()
-    while True:
-        names = tuple(rng.sample(NAMES, config.people))
-        start = tuple(rng.randint(1, config.max_start) for _ in names)
-        events = []
-        for _ in range(rng.randint(config.min_events, config.max_events)):
-            kind = rng.choice(("find", "find", "lose", "lose", "give", "give", "double", "halve"))
-            who = rng.randrange(config.people)
-            if kind == "give":
-                if config.people == 1:
-                    continue
-                to = rng.choice([i for i in range(config.people) if i != who])
-                events.append(Event(kind, who, rng.randint(1, config.max_change), to))
-            elif kind in ("find", "lose"):
-                events.append(Event(kind, who, rng.randint(1, config.max_change)))
-            else:
-                events.append(Event(kind, who))
-        asked = rng.randrange(-1 if config.people > 1 else 0, config.people)
-        solved = _solve(names, start, events, asked) if len(events) >= config.min_events else None
-        if solved is None:
-            continue
-        steps, answer = solved
-        # A question about somebody to whom nothing happened would need no ledger.
-        touched = asked < 0 or any(line.name == names[asked] for step in steps for line in step)
-        if touched and max(line.total for step in steps for line in step) <= config.max_number:
-            return Problem(names, rng.choice(THINGS), start, tuple(events), asked, tuple(steps), answer)
-
-
-def problems(split: str, n: int, *, seed: int = 0, config: LedgerConfig | None = None) -> Iterator[Problem]:
-    """`n` problems of a split, no identity twice.
-
-    Raises:
-        ValueError: unknown split, or the difficulty is so low that the split runs out of distinct problems.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")
-    rng = random.Random(f"{split}-{seed}")
-    seen: set[str] = set()
-    misses = 0
-    while len(seen) < n:
-        problem = draw_problem(rng, config)
-        if problem.split != split or problem.identity in seen:
-            misses += 1
-            if misses > 1000 + 200 * n:
-                raise ValueError(
-                    f"Only {len(seen)} distinct problems of the {n} asked for exist in split {split!r} at this "
-                    "difficulty: raise `max_events` or the numbers, or ask for fewer."
-                )
-            continue
-        seen.add(problem.identity)
-        yield problem
-
-
 # --- renderings ------------------------------------------------------------------------------------------------------
 
 
@@ -318,13 +150,20 @@ def _render(steps: Sequence[Sequence[Line]], answer: int, rendering: str) -> str
     raise ValueError(f"Unknown rendering {rendering!r}: use one of {', '.join(RENDERINGS)}.")
 
 
-def solution(problem: Problem, *, rendering: str = "worked") -> str:
-    """The solution in its plainest order."""
+def solution(problem: Problem, *, rendering: str = "worked", rng: random.Random | None = None, habits: int = 0) -> str:
+    """The solution in its plainest order; a worked one of the rich world as `rng` draws it (unset: always the same)."""
+    if rendering == "worked" and problem.telling is not None:
+        return ledger_rich.write(problem, rng or random.Random(problem.identity), habits=habits)
     return _render(problem.steps, problem.answer, rendering)
 
 
 def wrong_solution(
-    problem: Problem, rng: random.Random, *, rendering: str = "worked", slip_rate: float | None = None
+    problem: Problem,
+    rng: random.Random,
+    *,
+    rendering: str = "worked",
+    slip_rate: float | None = None,
+    wording: random.Random | None = None,
 ) -> str:
     """A deliberately bad solution: errors in some lines, and everything after follows from them.
 
@@ -333,7 +172,10 @@ def wrong_solution(
     Args:
         slip_rate: None gives one line a wrong total. A rate is each line's chance of a slip, as a weak model makes
             several in one solution: a wrong total three times in four, another event than the story's else.
+        wording: draws the words of a worked solution of the rich world, as `rng` of `solution` does; unset is `rng`.
     """
+    if rendering == "worked" and problem.telling is not None:
+        return ledger_rich.write(problem, wording or rng, ledger_rich.slipped(problem, rng, slip_rate))
     limit = max(30, max(line.total for step in problem.steps for line in step))
     lines_in_all = sum(len(step) for step in problem.steps)
     while True:
@@ -357,7 +199,7 @@ def wrong_solution(
                 op = line.op
                 if slip == "event":
                     op, right = rng.choice((("+", rng.randint(1, 20)), ("-", rng.randint(1, 20)), ("*", 2), ("/", 2)))
-                total = _apply(left, op, right)
+                total = apply(left, op, right)
                 if slip == "total":
                     total += rng.choice((-3, -2, -1, 1, 2, 3))
                 lines.append(Line(line.name, left, op, right, total))
@@ -464,6 +306,8 @@ def first_error(
 
     A completion that stops early (no end token) but is right as far as it goes has no wrong token.
     """
+    if rendering == "worked" and problem.telling is not None:
+        return ledger_rich.first_error(problem, completion_ids, tokenizer)
     parts = [
         [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         for texts in _alternatives(problem, rendering)
@@ -492,11 +336,14 @@ CHAT_TEMPLATE = (
 _PIECE = r'"[A-Za-z]+"|"[-+*/]"|[A-Za-z]+|\d+|####|\n|[^\sA-Za-z\d]'
 
 
-def build_tokenizer(config: LedgerConfig | None = None, *, digits: str = "whole") -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    config: LedgerConfig | None = None, *, digits: str = "whole", world: str = "plain"
+) -> PreTrainedTokenizerFast:
     """Word-level tokenizer of the ledger world with a chat template.
 
     Args:
         config: its `max_number` bounds the number tokens.
+        world: "plain" or "rich", which has more words.
         digits: "whole" makes one token of a number, "split" one of each digit (docs/log.md has the comparison).
     """
     config = config or LedgerConfig()
@@ -515,12 +362,15 @@ def build_tokenizer(config: LedgerConfig | None = None, *, digits: str = "whole"
     words |= dict.fromkeys("has finds loses gives to doubles halves the How many does do all have".split())
     words |= dict.fromkeys(sentences.replace(".", "").split())
     words |= dict.fromkeys(("Draft", "Answer", "in", "JSON"))
+    if world == "rich":
+        words |= dict.fromkeys(ledger_rich.WORDS)
+        words |= dict.fromkeys(f'"{name}"' for name in ledger_rich.RARE_NAMES)
 
     backend = Tokenizer(
         models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<|unk|>", continuing_subword_prefix="@@")
     )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
-    tidy = [(" .", "."), (" ,", ","), (" ?", "?"), (" :", ":"), (" \n", "\n"), ("\n ", "\n")]
+    tidy = [(" .", "."), (" ,", ","), (" ?", "?"), (" !", "!"), (" :", ":"), (" \n", "\n"), ("\n ", "\n")]
     tidy += [("{ ", "{"), (" }", "}"), ("[ ", "["), (" ]", "]")]
     backend.decoder = decoders.Sequence(
         [

@@ -12,8 +12,10 @@ makes structured problems: they ask for JSON, `answer` is the solution as JSON t
 beside it. The rendering `rows` is the same content under another schema.
 """
 
+import math
 import random
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from datasets import Dataset
@@ -21,7 +23,7 @@ from datasets import Dataset
 from tokalign.data.card import command_of, write_dataset_card
 from tokalign.data.structured import assistant, json_text, user
 from tokalign.stage.jobs import run_job
-from tokalign.worlds import ledger
+from tokalign.worlds import ledger, ledger_rich
 from tokalign.worlds.ledger_models import PRESETS, write_untrained
 
 STRUCTURED = {  # columns of structured problems that others have not, or have with another content
@@ -43,13 +45,29 @@ class LedgerArguments:
     test: int = field(default=2000, metadata={"help": "Problems of the test split."})
     sft: int = field(default=40000, metadata={"help": "Worked solutions for the base models, over train identities."})
     seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    world: str = field(
+        default="plain",
+        metadata={"help": "'plain': one way to say a thing; 'rich': many (`tokalign.worlds.ledger_rich`)."},
+    )
+    sft_renderings: int = field(
+        default=3,
+        metadata={"help": "Rich world: times that a problem of `sft` is told and solved."},
+    )
+    flaw_rate: float = field(
+        default=0.0,
+        metadata={"help": "Rich world: share of the SFT rows that false beliefs change which follow them."},
+    )
+    habits: int = field(
+        default=0, metadata={"help": "Rich world: which words people prefer in right and flawed SFT solutions, a seed."}
+    )
     digits: str = field(default="whole", metadata={"help": "Number tokens: 'whole' or 'split'."})
-    people: int = field(default=1, metadata={"help": "People in a problem; two make a much harder world."})
-    min_events: int = field(default=3, metadata={"help": "Fewest events of a problem."})
-    max_events: int = field(default=5, metadata={"help": "Most events of a problem."})
-    max_start: int = field(default=30, metadata={"help": "Largest balance at the start."})
-    max_change: int = field(default=20, metadata={"help": "Largest change by one event."})
-    max_number: int = field(default=60, metadata={"help": "No balance exceeds it."})
+    # Difficulty; unset is that of the world (`tokalign.worlds.ledger_problems.WORLDS`)
+    people: int | None = field(default=None, metadata={"help": "People in a problem; two make a much harder world."})
+    min_events: int | None = field(default=None, metadata={"help": "Fewest events of a problem."})
+    max_events: int | None = field(default=None, metadata={"help": "Most events of a problem."})
+    max_start: int | None = field(default=None, metadata={"help": "Largest balance at the start."})
+    max_change: int | None = field(default=None, metadata={"help": "Largest change by one event."})
+    max_number: int | None = field(default=None, metadata={"help": "No balance exceeds it."})
     renderings: list[str] = field(
         default_factory=lambda: ["worked"], metadata={"help": "SFT renderings to mix evenly: worked, json, rows."}
     )
@@ -71,7 +89,8 @@ class LedgerArguments:
 
 def _problem_rows(split: str, n: int, args: LedgerArguments, config: ledger.LedgerConfig):
     rendering = args.problem_rendering
-    for problem in ledger.problems(split, n, seed=args.seed, config=config):
+    draw = ledger_rich.problems if args.world == "rich" else ledger.problems
+    for problem in draw(split, n, seed=args.seed, config=config):
         solution = ledger.solution(problem, rendering=rendering)
         row = {
             "id": problem.identity,
@@ -94,26 +113,49 @@ def _revision(problem: ledger.Problem, rng: random.Random, rendering: str) -> tu
     small model had not learned to heed the request after 1,000 steps).
     """
     request = rng.choice(("correct", "wrong"))
+    # In the rich world a draft and its revision choose their words alike
+    wording = None if problem.telling is None else rng.random()
+    right = ledger.solution(problem, rendering=rendering, rng=random.Random(wording))
     if request == "correct" and rng.random() < 0.5:
-        draft = ledger.solution(problem, rendering=rendering)
+        draft = right
     else:
-        draft = ledger.wrong_solution(problem, rng, rendering=rendering, slip_rate=SLIP_RATE)
-    text = draft if request == "wrong" else ledger.solution(problem, rendering=rendering)
+        words = None if wording is None else random.Random(wording)
+        draft = ledger.wrong_solution(problem, rng, rendering=rendering, slip_rate=SLIP_RATE, wording=words)
+    text = draft if request == "wrong" else right
     return ledger.prompt(problem, rendering=rendering, request=request, draft=draft), text
+
+
+def _sft_problems(args: LedgerArguments, config: ledger.LedgerConfig, rng: random.Random) -> Iterator[ledger.Problem]:
+    """One problem a row; in the rich world several tellings of each, of identities that no other part has."""
+    if args.world == "plain":
+        yield from ledger.problems("train", args.sft, seed=args.seed + 1, config=config)
+        return
+    distinct = math.ceil(args.sft / args.sft_renderings)
+    for row, problem in enumerate(ledger_rich.problems("sft", distinct, seed=args.seed, config=config)):
+        for _ in range(min(args.sft_renderings, args.sft - row * args.sft_renderings)):
+            yield ledger_rich.tell(problem, rng, config.max_number)
+
+
+def _answer(problem: ledger.Problem, rng: random.Random, rendering: str, args: LedgerArguments) -> str:
+    """The solution of an SFT row: right, but for false beliefs of its author where those matter."""
+    rich = problem.telling is not None and rendering == "worked"
+    if rich and rng.random() < args.flaw_rate and (counted := ledger_rich.flawed(problem)) is not None:
+        return ledger_rich.write(problem, rng, counted, habits=args.habits)
+    return ledger.solution(problem, rendering=rendering, rng=rng, habits=args.habits)
 
 
 def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
     rng = random.Random(args.seed)
     sloppy = random.Random(f"sloppy-{args.seed}")
     drafts = random.Random(f"drafts-{args.seed}")  # its own, so that rows without a draft are those of draft_share 0
-    for problem in ledger.problems("train", args.sft, seed=args.seed + 1, config=config):
+    for problem in _sft_problems(args, config, random.Random(f"tellings-{args.seed}")):
         rendering, request = rng.choice(args.renderings), None
         if rng.random() < args.request_share:
             request = rng.choice(("correct", "wrong"))
         if request == "wrong":
             text = ledger.wrong_solution(problem, rng, rendering=rendering)
         else:
-            text = ledger.solution(problem, rendering=rendering)
+            text = _answer(problem, rng, rendering, args)
         if rendering in ledger.SCHEMAS and request is None and sloppy.random() < args.sloppy_share:
             text = ledger.sloppy_solution(problem, sloppy, rendering=rendering)
         asked = ledger.prompt(problem, rendering=rendering, request=request)
@@ -128,10 +170,17 @@ def _sft_rows(args: LedgerArguments, config: ledger.LedgerConfig):
 
 def main(args: LedgerArguments) -> None:
     """Write every part; parts that are already there are kept."""
+    if args.world not in ledger.WORLDS:
+        raise ValueError(f"Unknown world {args.world!r}: use one of {', '.join(ledger.WORLDS)}.")
     output = Path(args.output_dir)
-    config = ledger.LedgerConfig(**{f.name: getattr(args, f.name) for f in fields(ledger.LedgerConfig)})
-    tokenizer = ledger.build_tokenizer(config, digits=args.digits)
-    parameters = {k: v for k, v in asdict(args).items() if k != "output_dir"}
+    chosen = {f.name: getattr(args, f.name) for f in fields(ledger.LedgerConfig)}
+    config = replace(ledger.WORLDS[args.world], **{name: n for name, n in chosen.items() if n is not None})
+    tokenizer = ledger.build_tokenizer(config, digits=args.digits, world=args.world)
+    parameters = {k: v for k, v in asdict(args).items() if k != "output_dir"} | asdict(config)
+    if args.world == "plain":  # a folder built before the rich world existed is still this one
+        parameters = {
+            k: v for k, v in parameters.items() if k not in ("world", "sft_renderings", "flaw_rate", "habits")
+        }
     if args.problem_rendering == "worked":
         del parameters["problem_rendering"]  # a folder built before the option existed is still this one
     if not args.sloppy_share:

@@ -18,6 +18,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The weak one, trained for longer in a world with drafts to rewrite (`tokalign data ledger --draft_share`); it gives
 # T-REG its token rewards.
 PRESETS["ledger-slm-revise"] = PRESETS["ledger-slm"]
+# What each is trained on: options of `tokalign data ledger`, by world. Only the weak one has read flawed authors, who
+# have other habits too.
+FLAWS = ("--flaw_rate", "0.8", "--habits", "1")
+BASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "plain": {"ledger-slm": (), "ledger-llm": (), "ledger-slm-revise": ("--draft_share", "0.6")},
+    "rich": {
+        "ledger-slm": ("--world", "rich", *FLAWS),
+        "ledger-llm": ("--world", "rich"),
+        "ledger-slm-revise": ("--world", "rich", "--draft_share", "0.6"),
+    },
+}
 
 
 def model_config(preset: str, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
