@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 from trl import TrlParser
 
 from benchmarks.experiments import common
-from benchmarks.experiments.common import GRID_SEED, MEASURES, SMOLLM2, Method, held, kept
+from benchmarks.experiments.common import GRID_SEED, MEASURES, SMOLLM2, Method, fast_products, held, kept
 from benchmarks.experiments.critical_dpo_ledger import TABLE_3
 from benchmarks.experiments.dishonest import DATA
 from benchmarks.experiments.treg_ledger import PAPER
@@ -460,8 +459,6 @@ def pass_at_k(critical: Sequence[Sequence[int]], n: int) -> dict[str, Any]:
 
 
 def main(args: RealReasoningArguments) -> dict[str, Any]:
-    # oneDNN's kernel for fp32 products is twice as fast as PyTorch's default on this kind of CPU (real_signals.py)
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     return Experiment(args).run()
 
 
@@ -586,4 +583,5 @@ def figures(results: dict[str, Any]) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RealReasoningArguments,)).parse_args_and_config())
+    with fast_products():
+        main(*TrlParser((RealReasoningArguments,)).parse_args_and_config())

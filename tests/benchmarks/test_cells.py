@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.experiments.common import kept, shared
+from benchmarks.experiments.common import fast_products, kept, shared
 from benchmarks.render import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,3 +83,11 @@ def test_a_kill_loses_the_cell_in_work_alone(tmp_path):
     assert {file.name for file in tmp_path.glob("*.json")} == {"a.json"}
     kept({"a": lambda: made.append("a"), "b": lambda: made.append("b")}, tmp_path)
     assert made == ["a", "b"]
+
+
+def test_the_faster_products_end_with_their_context() -> None:
+    kernels = torch.backends.mkldnn.matmul
+    before = kernels.fp32_precision
+    with fast_products():
+        assert kernels.fp32_precision == "bf16"
+    assert kernels.fp32_precision == before
