@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 from trl import TrlParser
@@ -52,6 +53,8 @@ from tokalign.generation.scorer import CompletionScorer
 from tokalign.signals import ClaimScorer, ContrastiveScorer, LikelihoodScorer, PromptingScorer
 from tokalign.signals.registry import get
 from tokalign.signals.steps import Steps, detection, difference, step_scores
+from tokalign.stage.hashes import model_identity
+from tokalign.stage.jobs import run_job
 from tokalign.stage.loading import load_stage
 from tokalign.stage.pieces import token_offsets
 from tokalign.stage.seeds import derived_seed
@@ -241,43 +244,43 @@ class Experiment:
         """Share of right continuations behind every step of the first solutions; other solutions have no number.
 
         The signal as `tokalign score rollout` has it has one for every token, at ten times the cost. Here all tokens of
-        a step have the share behind its last one. What is done is kept, a line a solution.
+        a step have the share behind its last one.
         """
-        args, file = self.args, self.folder / "values" / "rollouts.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        done = {row["id"]: row for row in read_lines(file)} if file.exists() else {}
+        args, output = self.args, self.folder / "rollouts"
         right = {words(row["question"]): last_number(row["ground_truth"]) for row in read_lines(self.data / PUBLISHED)}
-        engine = load_engine(EngineArguments(model=args.model, dtype="float32"))
-        values = [[math.nan] * len(row["completion_ids"]) for row in data.rows]
-        for row, own in list(zip(data.rows, values, strict=True))[: args.rollout_solutions]:
-            ids, steps = row["completion_ids"], [step for step in row["step_tokens"] if step]
-            if row["id"] not in done:
-                lengths = [step[-1] + 1 for step in steps]
+        engines: list[Any] = []
+
+        def estimate(batch: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            if not engines:
+                engines.append(load_engine(EngineArguments(model=args.model, dtype="float32")))
+            for row in batch:
+                ids, lengths = row["completion_ids"], [step[-1] + 1 for step in row["step_tokens"] if step]
                 seeds = [derived_seed(args.seed, row["id"], length) for length in lengths]
                 params = [SamplingParams(n=args.continuations, max_tokens=CONTINUED, seed=seed) for seed in seeds]
-                found = continue_from_prefixes(engine, row["prompt_ids"], ids, lengths, params)
+                found = continue_from_prefixes(engines[0], row["prompt_ids"], ids, lengths, params)
                 answer, shares = right[words(row["prompt"][0]["content"])], []
                 for length, completions in zip(lengths, found, strict=True):
-                    texts = [
-                        self.tokenizer.decode([*ids[:length], *c.token_ids], skip_special_tokens=True)
-                        for c in completions
-                    ]
+                    written = ([*ids[:length], *c.token_ids] for c in completions)
+                    texts = [self.tokenizer.decode(each, skip_special_tokens=True) for each in written]
                     shares.append(sum(last_number(text) == answer for text in texts) / len(texts))
                 sampled = sum(len(c.token_ids) for completions in found for c in completions)
-                done[row["id"]] = {
-                    "id": row["id"],
-                    "shares": shares,
-                    "tokens": sampled + len(row["prompt_ids"]) + len(ids),
-                }
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(done[row["id"]]) + "\n")
-            for step, share in zip(steps, done[row["id"]]["shares"], strict=True):
+                yield {"id": row["id"], "shares": shares, "tokens": sampled + len(row["prompt_ids"]) + len(ids)}
+
+        read = data.rows[: args.rollout_solutions]
+        columns = ("id", "prompt", "prompt_ids", "completion_ids", "step_tokens")
+        rows = Dataset.from_list([{key: row[key] for key in columns} for row in read])
+        parameters = {"model": model_identity(args.model), "seed": args.seed, "continuations": args.continuations}
+        run_job(estimate, rows, output, name="rollouts behind steps", parameters=parameters, shard_size=4)
+        for engine in engines:
+            engine.close()
+        done = load_stage(output).to_list()
+        values = [[math.nan] * len(row["completion_ids"]) for row in data.rows]
+        for row, own, estimated in zip(read, values, done, strict=False):  # later solutions have none
+            for step, share in zip(filter(None, row["step_tokens"]), estimated["shares"], strict=True):
                 for token in step:
                     own[token] = share
-        engine.close()
-        read = data.rows[: args.rollout_solutions]
         scored = sum(len(row["completion_ids"]) for row in read)
-        return Read({"rollout_accuracy": values}, sum(done[row["id"]]["tokens"] for row in read) / scored)
+        return Read({"rollout_accuracy": values}, sum(row["tokens"] for row in done) / scored)
 
     @cached_property
     def published(self) -> list[dict[str, Any]]:
@@ -301,7 +304,7 @@ class Experiment:
 
     def adapter(self, name: str) -> Path:
         """The adapter `positive`, `negative` or `dpo`, trained where it is not there yet."""
-        folder = self.folder / "adapters"
+        folder = self.folder / "adapters" / f"{self.args.train_pairs}-{self.args.seed}"
         with held(folder / f"{name}.lock"):
             pairs = folder / "pairs.jsonl"
             held_out = {words(text) for file in self.files.values() for text in questions(file)}

@@ -23,6 +23,7 @@ from benchmarks.experiments.real_signals import (
 )
 from tests.support import save_tiny, tiny_tokenizer
 from tokalign.signals import registry
+from tokalign.stage.loading import load_stage
 from tokalign.statistics import auroc
 
 
@@ -141,7 +142,7 @@ def test_all_of_it_runs_on_a_tiny_model_and_is_kept(tmp_path: Path, readings: li
     assert signals["position"]["mean"]["matched"]["auroc"] == 0.5
     assert signals["logprob"]["above_logprob"]["min"] == {"difference": 0, "ci95": [0, 0]}
     assert results["views"]["gsm8k_whole"]["logprob"]["min"]["hit1"] is None
-    assert len((tmp_path / "out" / "values" / "rollouts.jsonl").read_text().splitlines()) == 3
+    assert len(load_stage(tmp_path / "out" / "rollouts")) == 3
     tables = real_signals.tables(json.loads((tmp_path / "out" / "results.json").read_text()))
     assert len(tables["matched"][1]) == len(tables["against_logprob"][1]) + 2  # all but the log-prob's own two rows
     assert tables["mrben"][1] == []  # not run: the page says so
