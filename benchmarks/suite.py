@@ -146,6 +146,15 @@ EXPERIMENTS = (
         data=True,
         real=True,
     ),
+    Experiment(
+        "real_routing",
+        "--model {model} --seeds 1 --warm_problems 100 --warm_epochs 1 --heal_problems 140 --heal_answers 1"
+        " --heal_epochs 1 --train_problems 40 --test_problems 16 --rates 0.12 0.24",
+        "--model {model}",
+        processes=2,
+        data=True,
+        real=True,
+    ),
     Experiment("speed", "--size quick", threads=os.cpu_count() or 1),
     Experiment(
         "speed-gpu",

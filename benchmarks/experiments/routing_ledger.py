@@ -328,7 +328,7 @@ def tables(results: dict[str, Any]) -> Tables:
         **rate_tables(results),
         **cost_tables(results),
         **clock_tables(results["clock"]),
-        **{name: f"{arguments[name]:,}" for name in sizes},
+        **{name: f"{arguments[name]:,}" for name in sizes if name in arguments},
         "slm": f"{parameters['slm'] / 1e6:.2f}",
         "llm": f"{parameters['llm'] / 1e6:.2f}",
         "size_ratio": f"{parameters['llm'] / parameters['slm']:.0f}",
