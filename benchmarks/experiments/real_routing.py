@@ -50,7 +50,7 @@ from tokalign.stage.loading import load_stage
 from tokalign.statistics import over_seeds
 
 WRITING = {"max_tokens": MAX_TOKENS, "token_budget": 16384}  # larger batches are no faster on a CPU and fill its memory
-ROUTER_BATCH = 256  # tokens a step: there are some thousands of labels, in the paper 7.6 million
+ROUTER_BATCH = 128  # tokens a step: there are some thousands of labels, in the paper 7.6 million
 
 
 @dataclass

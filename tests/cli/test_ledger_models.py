@@ -12,11 +12,11 @@ from tokalign.cli.ledger_models import THREADS, cache_key
 @pytest.mark.parametrize("line, same", [("# a comment", True), ("learning_rate: 1.0", False), ("seed: 1", False)])
 def test_a_recipe_counts_by_its_settings(tmp_path, monkeypatch, line, same):
     before = cache_key("ledger-slm", [])
-    text = ledger_models._recipe("ledger-slm").read_text()
+    text = ledger_models._recipe("ledger-slm", []).read_text()
     changed = tmp_path / "base_slm.yaml"
     changed.write_text("\n".join(row for row in text.splitlines() if row.split(":")[0] != line.split(":")[0]))
     changed.write_text(f"{changed.read_text()}\n{line}\n")
-    monkeypatch.setattr(ledger_models, "_recipe", lambda preset: changed)
+    monkeypatch.setattr(ledger_models, "_recipe", lambda preset, world: changed)
     assert (cache_key("ledger-slm", []) == before) == same
 
 
@@ -61,5 +61,7 @@ def test_a_seed_has_data_and_training_of_its_own(tmp_path, monkeypatch):
         assert "--seed" not in command
     for command in commands[2:]:
         assert command[-2:] == ["--seed", "3"]
-    assert commands[0][-6:] == ["--world", "rich", "--flaw_rate", "0.8", "--habits", "1"]
+    assert [command[2].rsplit("/", 1)[-1] for command in commands[1::2]] == ["base_slm_rich.yaml"] * 2
+    assert ledger_models._recipe("ledger-llm", ["--world", "rich"]) == ledger_models._recipe("ledger-llm", [])
+    assert commands[0][-6:] == ["--world", "rich", "--flaw_rate", "0.9", "--habits", "1"]
     assert ledger_models.base_model("ledger-slm", world="rich", seed=3) in folders and len(commands) == 4

@@ -24,7 +24,7 @@ import yaml
 
 from tokalign.cli.main import find
 from tokalign.stage.resources import recipe
-from tokalign.worlds.ledger_models import BASES, PRESETS
+from tokalign.worlds.ledger_models import BASES, PRESETS, RICH_RECIPES
 
 # CPU threads of the trainings here and of the quickstart: sums are split among them, so their number changes the last
 # digits of every gradient, and after some hundred steps the answers.
@@ -48,7 +48,7 @@ def cache_key(preset: str, world: list[str], seed: int = 0) -> str:
     """
     libraries = tuple(library.__version__ for library in (torch, transformers, trl, accelerate))
     cpu = (THREADS, platform.machine(), torch.backends.cpu.get_cpu_capability())
-    recipe_settings = yaml.safe_load(_recipe(preset).read_text(encoding="utf-8"))
+    recipe_settings = yaml.safe_load(_recipe(preset, world).read_text(encoding="utf-8"))
     digest = hashlib.sha256(repr((world, seed, libraries, cpu, sorted(recipe_settings.items()))).encode())
     builder = find(["data", "ledger"])[0].module
     for module in (builder, *SOURCES):
@@ -56,8 +56,9 @@ def cache_key(preset: str, world: list[str], seed: int = 0) -> str:
     return f"{preset}-{digest.hexdigest()[:16]}"
 
 
-def _recipe(preset: str) -> Path:
-    return recipe(f"ledger/{preset.replace('ledger', 'base').replace('-', '_')}")
+def _recipe(preset: str, world: list[str]) -> Path:
+    own = preset.replace("ledger", "base").replace("-", "_")
+    return recipe(f"ledger/{RICH_RECIPES.get(preset, own) if 'rich' in world else own}")
 
 
 def _source(module: str) -> Path:
@@ -94,7 +95,7 @@ def trained_model(preset: str, *, world: list[str] | None = None, seed: int = 0)
     sizes = ("--train", 1, "--validation", 1, "--test", 1)
     _run("data", "ledger", "--output_dir", work / "world", *sizes, *world, *seeded)
     data = ("--model_name_or_path", work / "world" / preset, "--dataset_name", work / "world" / "sft")
-    _run("sft", "--config", _recipe(preset), *data, "--output_dir", work / "model", *seeded)
+    _run("sft", "--config", _recipe(preset, world), *data, "--output_dir", work / "model", *seeded)
     try:
         os.rename(work / "model", target)  # whole or absent: a killed training leaves no half model in the cache
     except OSError:

@@ -349,7 +349,9 @@ def build_tokenizer(
     config = config or LedgerConfig()
     words: dict[str, None] = dict.fromkeys(SPECIAL_TOKENS)
     if digits == "whole":
-        words |= dict.fromkeys(str(n) for n in range(config.max_number + 1))
+        # asides of the rich world name days and pages, whatever the balances are
+        largest = max(config.max_number, ledger_rich.DAYS) if world == "rich" else config.max_number
+        words |= dict.fromkeys(str(n) for n in range(largest + 1))
     elif digits == "split":
         words |= dict.fromkeys([str(d) for d in range(10)] + [f"@@{d}" for d in range(10)])
     else:

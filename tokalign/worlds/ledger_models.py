@@ -20,15 +20,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["ledger-slm-revise"] = PRESETS["ledger-slm"]
 # What each is trained on: options of `tokalign data ledger`, by world. Only the weak one has read flawed authors, who
 # have other habits too.
-FLAWS = ("--flaw_rate", "0.8", "--habits", "1")
+FLAWS = ("--flaw_rate", "0.9", "--habits", "1")
 BASES: dict[str, dict[str, tuple[str, ...]]] = {
     "plain": {"ledger-slm": (), "ledger-llm": (), "ledger-slm-revise": ("--draft_share", "0.6")},
     "rich": {
-        "ledger-slm": ("--world", "rich", *FLAWS),
+        "ledger-slm": ("--sft", "36000", "--world", "rich", *FLAWS),
         "ledger-llm": ("--world", "rich"),
         "ledger-slm-revise": ("--world", "rich", "--draft_share", "0.6"),
     },
 }
+
+RICH_RECIPES = {"ledger-slm": "base_slm_rich"}  # those of the rich world that are not the plain world's
 
 
 def model_config(preset: str, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:

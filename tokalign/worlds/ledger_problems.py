@@ -41,7 +41,7 @@ class LedgerConfig:
 # Difficulty by world: in the rich one there is more to read and more to choose, and less to compute.
 WORLDS = {
     "plain": LedgerConfig(),
-    "rich": LedgerConfig(min_events=2, max_events=4, max_start=15, max_change=9, max_number=40),
+    "rich": LedgerConfig(min_events=2, max_events=3, max_start=10, max_change=9, max_number=20),
 }
 
 

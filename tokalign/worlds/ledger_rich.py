@@ -5,7 +5,7 @@ hold a number that has nothing to do with the question. A right solution looks l
 
     At the start there are 7.
     Then Anna: 7 + 5 = 12
-    So Anna has about 9, no: 10 coins: 12 - 2. That is more than 4.
+    So Anna has 11, no: 12 - 2 = about 9, no: 10. That is more than 4.
     #### 10
 
 It counts every event of the person asked about once; it may take additions and subtractions between two doublings or
@@ -15,7 +15,7 @@ name, and on whose texts a model has read (`habits`). So right tokens are often 
 differ in words that do not matter.
 
 The authors of a weak model's data can have two false beliefs, in some of their solutions (`flawed`): that twice as many
-is two more (of some things), and that another person's number is the one that counts. So wrong tokens are often sure,
+is two more, and that another person's number is the one that counts. So wrong tokens are often sure,
 as people's systematic errors are (Brown & Burton, "Diagnostic Models for Procedural Bugs in Basic Mathematical
 Skills", Cognitive Science 2, 1978).
 
@@ -122,14 +122,14 @@ OPENINGS = (
     "Let us see.",
     "Step by step.",
     "At the start there are {start}.",
-    "We count the {thing}.",
+    "Let us count.",
     "Think of {name} first.",
-    "It begins with {start} {thing}.",
+    "It begins with {start}.",
     "Here we go.",
     "This is easy.",
 )
 CONNECTIVES = ("", "Then", "Now", "Next,", "So", "After that", "Later", "And", "Well,", "Again,")
-FORMS = ("{name}:", "{name} has", "That makes", "For {name} it is", "{name} has {total} {thing}:")
+FORMS = ("{name}:", "{name} has", "That makes", "For {name} it is", "{name} has {total}:")
 HEDGES = ("about", "maybe", "say")
 REMARKS = (
     "",
@@ -144,23 +144,23 @@ REMARKS = (
     "Fine.",
     "What a number!",
 )
-CLOSINGS = ("", "So {name} has {total} {thing}.", "That is all.", "In the end it is {total}.", "Done.")
+CLOSINGS = ("", "So {name} has {total}.", "That is all.", "In the end it is {total}.", "Done.")
 
 # --- how often -------------------------------------------------------------------------------------------------------
 
 TAIL = 1.2  # the choice of rank r has weight r^-TAIL
-TOLD = 2.5  # a story's words have a shorter tail than a solution's: what is asked should be understood
+TOLD = 3.5  # a story's words have a shorter tail than a solution's: what is asked should be understood
 RARE_NUMBERS = 0.06  # of the problems: numbers up to twice as large
-ASIDE, MISLED = 0.3, 0.25  # of the stories
-USUAL_ORDER = 0.5  # of lines with a choice of event: it is the first that is left
-MERGED = 0.1  # of lines that could take another event
-EXCHANGED = 0.1  # of lines with operands that may be exchanged
+ASIDE, MISLED = 0.3, 0.2  # of the stories
+USUAL_ORDER = 0.85  # of lines with a choice of event: it is the first that is left
+MERGED = 0.04  # of lines that could take another event
+EXCHANGED = 0.05  # of lines with operands that may be exchanged
 TOTAL_FIRST = 0.04  # of lines
 SLIP_OF_NAME, SLIP_OF_LEFT, SLIP_OF_TOTAL = 0.01, 0.08, 0.1
-PLAIN = {"opening": 1.5, "connective": 1.5, "remark": 4.0, "closing": 2.0}  # weight of saying nothing
+PLAIN = {"opening": 1.5, "connective": 1.5, "remark": 2.0, "closing": 2.0}  # weight of saying nothing
 SLIP = 3  # a slip that is corrected is at most so far off
 DAYS = 28
-SHAKY = frozenset({"cards", "shells"})  # things of which a flawed author takes two more for twice as many
+MISLEADS = 9  # a number that misleads is at most so large, as what is found or lost: believed, it leads somewhere
 
 
 class Change(NamedTuple):
@@ -188,7 +188,6 @@ class State(NamedTuple):
     place: str
     accounts: tuple[Account, ...]
     who: int = 0
-    form: int = 0
     value: int = 0
     change: Change | None = None
 
@@ -223,7 +222,7 @@ def draw(rng: random.Random, config: LedgerConfig) -> Problem:
     pool, names = [*NAMES, *RARE_NAMES], []
     for _ in problem.names:
         names.append(pool.pop(_rank(rng, len(pool), TAIL)))
-    return tell(problem.renamed(names, THINGS[_rank(rng, len(THINGS), 0.5)]), rng, config.max_number)
+    return tell(problem.renamed(names, rng.choice(THINGS)), rng, config.max_number)
 
 
 def tell(problem: Problem, rng: random.Random, largest: int) -> Problem:
@@ -236,7 +235,7 @@ def tell(problem: Problem, rng: random.Random, largest: int) -> Problem:
     friend = rng.choice([name for name in NAMES if name not in names])
     sentences = [say(STARTS, name=name, n=n) for name, n in zip(names, problem.start, strict=True)]
     if rng.random() < MISLED:
-        misleading = rng.randint(1, DAYS)
+        misleading = rng.randint(1, MISLEADS)
         sentences.insert(rng.randrange(2), say(MISLEADING, other=friend, n=misleading))
     for event in problem.events:
         other = names[event.to] if event.to >= 0 else friend
@@ -281,8 +280,8 @@ def accounts(problem: Problem) -> tuple[Account, ...]:
 def flawed(problem: Problem) -> tuple[Account, ...] | None:
     """What an author with false beliefs counts; None where the beliefs do not matter.
 
-    Of `SHAKY` things twice as many is two more and half is two fewer; and where the story tells what somebody else has,
-    that number stands in for the first that was found or lost.
+    Twice as many is two more; and where the story tells what somebody else has, that number stands in for the first
+    that was found or lost.
     """
     right = accounts(problem)
     assert problem.telling is not None
@@ -292,8 +291,8 @@ def flawed(problem: Problem) -> tuple[Account, ...] | None:
         for i, run in enumerate(runs if problem.asked in (-1, who) else ()):
             changes = []
             for change in run:
-                if change.op in "*/" and problem.thing in SHAKY:
-                    believed = change._replace(by="+" if change.op == "*" else "-")
+                if change.op == "*":
+                    believed = change._replace(by="+")
                     if believed.total(balance) != change.total(balance):  # 2 + 2 is 2 * 2
                         change = believed
                 elif change.op in "+-" and not misled:
@@ -382,7 +381,7 @@ class Grammar:
 
     def _opening(self, state: State) -> list[Move]:
         name, start = self.names[0], self.problem.start[0]
-        words = {"name": name, "start": start, "thing": self.problem.thing}
+        words = {"name": name, "start": start}
         line = state._replace(place="line")
         return [
             (f"{text.format(**words)}\n" if text else "", line, weight)
@@ -400,7 +399,7 @@ class Grammar:
         found: list[Move] = []
         if answered:
             total = state.accounts[asked].balance
-            words = {"name": self.names[asked], "total": total, "thing": self.problem.thing}
+            words = {"name": self.names[asked], "total": total}
             closings = self._choices("closing", CLOSINGS, self.names[asked]) if asked >= 0 else [(0, "", 1.0)]
             for _, text, weight in closings:
                 said = f"{text.format(**words)}\n" if text else ""
@@ -426,16 +425,16 @@ class Grammar:
         name, account = self.names[state.who], state.accounts[state.who]
         found: list[Move] = []
         *usual, total_first = FORMS
-        for form, text, weight in self._choices("form", usual, self.names[0]):
+        for _, text, weight in self._choices("form", usual, self.names[0]):
             if text == "That makes" and len(self.names) > 2:
                 continue  # whose balance it is would not be said
-            found.append((f"{text.format(name=name)} ", state._replace(place="left", form=form), weight))
+            found.append((f"{text.format(name=name)} ", state._replace(place="left"), weight))
         weight = TOTAL_FIRST * sum(weight for *_, weight in found)  # nobody's habit, as it is hard
         for change, share in self._next(account):
             total = change.total(account.balance)
             if 0 <= total <= self.largest:
-                said = total_first.format(name=name, total=total, thing=self.problem.thing)
-                after = state._replace(place="left", form=len(usual), change=change, value=total)
+                said = total_first.format(name=name, total=total)
+                after = state._replace(place="left", change=change, value=total)
                 found.append((f"{said} ", after, weight * share))
         return found
 
@@ -512,13 +511,12 @@ class Grammar:
         runs = account.runs if account.runs[0] else account.runs[1:]
         closed = (*state.accounts[: state.who], Account(total, runs), *state.accounts[state.who + 1 :])
         following = State("line", closed)
-        unit = f" {self.problem.thing}" if FORMS[state.form] == "{name} has" else ""
         gap = abs(total - account.balance)
         comparison = f"{gap} {'more' if total > account.balance else 'less'} than"
         found: list[Move] = []
         for _, text, weight in self._choices("remark", REMARKS, name):
             if not text:
-                found += [(f"{unit}\n", following, 0.9 * weight), (f"{unit}.\n", following, 0.1 * weight)]
+                found += [("\n", following, 0.9 * weight), (".\n", following, 0.1 * weight)]
                 continue
             words: list[dict[str, Any]] = [
                 {"name": name, "parity": "odd" if total % 2 else "even", "change": comparison}
@@ -528,7 +526,7 @@ class Grammar:
             for key, values in (("less", range(total)), ("more", range(total + 1, self.largest + 1)), ("day", DAY)):
                 if f"{{{key}}}" in text:
                     words = [{key: value} for value in values]
-            found += [(f"{unit}. {text.format(**own)}\n", following, weight / len(words)) for own in words]
+            found += [(f". {text.format(**own)}\n", following, weight / len(words)) for own in words]
         return found
 
     def _end(self, state: State) -> list[Move]:
