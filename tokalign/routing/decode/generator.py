@@ -17,7 +17,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -77,8 +77,8 @@ class RoutedGenerator:
     Args:
         slm, llm: models of one tokenizer, on any devices. They are put into evaluation mode.
         tokenizer: the SLM's.
-        policy: see `tokalign.routing.decode.policies`. A router is moved beside the SLM and given its input embedding.
-        llm_span: most tokens that the LLM writes in a row before the SLM is asked again.
+        policy: see `tokalign.routing.decode.policies`. It is attached to the SLM: a router is moved beside it.
+        llm_span: most tokens that the LLM writes in a row before the SLM is asked again, if the policy does not say.
         token_budget: most rows × (prompt + max_tokens) in flight; bounds both KV caches.
         max_rows: most rows in flight.
         llm_tokenizer: the LLM's, to be compared; None if it is known to be the same.
@@ -115,10 +115,7 @@ class RoutedGenerator:
         self.end_ids = [end_ids(model.generation_config, tokenizer) for model in (slm, llm)]
         check_model(slm)
         check_model(llm)
-        if isinstance(policy, RouterPolicy):
-            embedding = slm.get_input_embeddings().weight
-            policy.router.to(embedding.device)
-            policy.router.attach_embedding(embedding)
+        policy.attach(slm, tokenizer)
 
     @property
     def prompts(self) -> dict[str, Any] | None:
@@ -134,6 +131,7 @@ class RoutedGenerator:
         *,
         policy: RoutingPolicy | None = None,
         threshold: float | None = None,
+        score: Literal["argmax", "drawn"] = "argmax",
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         llm_device_map: Any = None,
@@ -146,6 +144,7 @@ class RoutedGenerator:
         Args:
             router: a trained `TokenRouter`; or give a `policy`.
             threshold: instead of the one that is stored with the router.
+            score: which token the router sees when the SLM samples, see `RouterPolicy`.
             device_map: where the SLM goes, e.g. "cuda:0" or "auto"; None is this process's device.
             llm_device_map: where the LLM goes; None is `device_map`.
             options: of the constructor.
@@ -155,8 +154,9 @@ class RoutedGenerator:
         """
         if (router is None) == (policy is None):
             raise ValueError("Give either a router or a policy: one of them decides who writes a token.")
-        if threshold is not None and router is None:
-            raise ValueError("threshold belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
+        if (threshold is not None or score != "argmax") and router is None:
+            name = "score" if threshold is None else "threshold"
+            raise ValueError(f"{name} belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
         device = model_device()
         tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in (slm, llm)]
         models = []
@@ -174,7 +174,7 @@ class RoutedGenerator:
 
             loaded = TokenRouter.from_pretrained(router)
             loaded.check_slm(slm)
-            policy = RouterPolicy(loaded, threshold)
+            policy = RouterPolicy(loaded, threshold, score=score)
         assert policy is not None
         return cls(models[0], models[1], tokenizers[0], policy, llm_tokenizer=tokenizers[1], **options)
 
@@ -293,13 +293,14 @@ class RoutedBatch:
             if asked:
                 logits, hidden = self._read(0, asked, hidden=policy.needs_hidden)
                 own = self._of_rows(columns, asked, logits.device)
-                score = policy.scores(NextTokens(hidden, logits, own["seed"], own["sample"], own["step"]))
-                drawn = self._draw(logits, own, asked, score)
-                written = {r: (int(each[0]), each[1]) for r, each in zip(asked, drawn, strict=True)}
-                scores = {r: each[2] for r, each in zip(asked, drawn, strict=True)}
-                for r, value in scores.items():
-                    if value >= policy.threshold:
-                        rows[r].span = self.generator.llm_span
+                ids, logprobs = self._draw(logits, own, asked)
+                seen = NextTokens(hidden, logits, own["seed"], own["sample"], own["step"], ids)
+                spans = policy.spans(seen)
+                more = () if spans is None else (spans,)
+                for r, each in zip(asked, as_lists(ids, logprobs, policy.scores(seen), *more), strict=True):
+                    written[r], scores[r] = (int(each[0]), each[1]), each[2]
+                    if scores[r] >= policy.threshold:
+                        rows[r].span = int(each[3]) if more else self.generator.llm_span
                         rows[r].stats.handoffs += 1
                         self.stats.handoffs += 1
             by_llm = [r for r, row in enumerate(rows) if row.span]
@@ -308,10 +309,13 @@ class RoutedBatch:
         # 2. The LLM draws for the routed rows. Its draws overwrite the proposals in `written`.
         if by_llm:
             logits, _ = self._read(1, by_llm)
-            drawn = self._draw(logits, self._of_rows(columns, by_llm, logits.device), by_llm)
-            for r, each in zip(by_llm, drawn, strict=True):
+            own = self._of_rows(columns, by_llm, logits.device)
+            ids, logprobs = self._draw(logits, own, by_llm)
+            stop = policy.stop(NextTokens(None, logits, own["seed"], own["sample"], own["step"], ids))
+            more = () if stop is None else (stop,)
+            for r, each in zip(by_llm, as_lists(ids, logprobs, *more), strict=True):
                 written[r] = (int(each[0]), each[1])
-                rows[r].span = max(0, rows[r].span - 1)
+                rows[r].span = 0 if more and each[2] else max(0, rows[r].span - 1)
         # 3. Each row takes its token and may end. Rows leave from the last place on, because the place of one that
         # leaves is filled by the last.
         columns["step"] += 1
@@ -425,9 +429,9 @@ class RoutedBatch:
                     stats.llm_positions += len(each)
 
     def _draw(
-        self, logits: torch.Tensor, columns: dict[str, torch.Tensor], places: list[int], *more: torch.Tensor
-    ) -> list[list[float]]:
-        """For each row the drawn id, its log-probability and the values of `more`, in one transfer."""
+        self, logits: torch.Tensor, columns: dict[str, torch.Tensor], places: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each row the drawn id and its log-probability."""
         greedy = all(self.rows[p].params.greedy for p in places)
         chunk = max(1, SAMPLED_LOGITS // logits.shape[1])
         ids, logprobs = [], []
@@ -440,8 +444,7 @@ class RoutedBatch:
             else:
                 ids.append(sample(wide, u[part], columns["temperature"][part], columns["top_p"][part]))
             logprobs.append(wide.gather(1, ids[-1][:, None]).squeeze(1) - wide.logsumexp(-1))
-        table = [torch.cat(ids), torch.cat(logprobs), *(each.to(logits.device) for each in more)]
-        return torch.stack([each.to(wide_dtype(logits.device)) for each in table], dim=1).tolist()
+        return torch.cat(ids), torch.cat(logprobs)
 
     def _tails(self, places: list[int], written: dict[int, tuple[int, float]]) -> dict[int, str]:
         """Text at the end of rows that have stop strings, long enough to hold one that the newest token completes."""
@@ -480,6 +483,12 @@ class RoutedBatch:
         else:
             reason = "length" if row.age >= row.limit else None
         return RoutedToken(token, by_llm, logprob, score, reason)
+
+
+def as_lists(*columns: torch.Tensor) -> list[list[float]]:
+    """Columns (R,) as rows of numbers, in one transfer."""
+    device = columns[0].device
+    return torch.stack([column.to(device, wide_dtype(device)) for column in columns], dim=1).tolist()
 
 
 def _completion(tokens: list[RoutedToken], stats: RoutedStats) -> RoutedCompletion:

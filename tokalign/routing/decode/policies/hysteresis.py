@@ -26,7 +26,7 @@ class HysteresisPolicy(RoutingPolicy):
         threshold: from this on a token goes to the LLM.
         back: the LLM gives the text back behind a token at which its own is no more than this; None is `threshold`,
             also where that is changed later.
-        most: most tokens that the LLM writes in a row; None is no bound but `llm_span`'s.
+        most: most tokens that the LLM writes in a row; None is no bound.
     """
 
     def __init__(self, threshold: float, back: float | None = None, most: int | None = None):

@@ -27,7 +27,7 @@ NEEDS: dict[str, set[str]] = {
 }
 MAY: dict[str, set[str]] = {
     "router": {"threshold"},
-    "hysteresis": {"back"},
+    "hysteresis": {"back", "most"},
     "value": {"threshold"},
     "call": {"threshold"},
 }
@@ -45,6 +45,7 @@ def named_policy(
     threshold: float | None = None,
     rate: float | None = None,
     back: float | None = None,
+    most: int | None = None,
     value_head: str | None = None,
     calls: Sequence[str] | None = None,
 ) -> RoutingPolicy | None:
@@ -61,6 +62,7 @@ def named_policy(
         "threshold": threshold,
         "rate": rate,
         "back": back,
+        "most": most,
         "value_head": value_head,
         "calls": calls or None,
     }
@@ -75,7 +77,7 @@ def named_policy(
     if name == "random" and rate is not None:
         return RandomPolicy(rate)
     if name == "hysteresis":
-        return HysteresisPolicy(**own, back=back)
+        return HysteresisPolicy(**own, back=back, most=most)
     if name == "value" and value_head is not None:
         return ValuePolicy(ValueHead.load(value_head), **own)
     if name == "call" and calls is not None:
