@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,8 +44,8 @@ class RoutedGenerator:
     Args:
         slm, llm: models of one tokenizer, on any devices. They are put into evaluation mode.
         tokenizer: the SLM's.
-        policy: see `tokalign.routing.decode.policies`. A router is moved beside the SLM and given its input embedding.
-        llm_span: most tokens that the LLM writes in a row before the SLM is asked again.
+        policy: see `tokalign.routing.decode.policies`. It is attached to the SLM: a router is moved beside it.
+        llm_span: most tokens that the LLM writes in a row before the SLM is asked again, if the policy does not say.
         token_budget: most rows × (prompt + max_tokens) in flight; bounds both KV caches.
         max_rows: most rows in flight.
         llm_tokenizer: the LLM's, to be compared; None if it is known to be the same.
@@ -82,10 +82,7 @@ class RoutedGenerator:
         self.end_ids = [end_ids(model.generation_config, tokenizer) for model in (slm, llm)]
         check_model(slm)
         check_model(llm)
-        if isinstance(policy, RouterPolicy):
-            embedding = slm.get_input_embeddings().weight
-            policy.router.to(embedding.device)
-            policy.router.attach_embedding(embedding)
+        policy.attach(slm, tokenizer)
 
     @property
     def prompts(self) -> dict[str, Any] | None:
@@ -101,6 +98,7 @@ class RoutedGenerator:
         *,
         policy: RoutingPolicy | None = None,
         threshold: float | None = None,
+        score: Literal["argmax", "drawn"] = "argmax",
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         llm_device_map: Any = None,
@@ -113,6 +111,7 @@ class RoutedGenerator:
         Args:
             router: a trained `TokenRouter`; or give a `policy`.
             threshold: instead of the one that is stored with the router.
+            score: which token the router sees when the SLM samples, see `RouterPolicy`.
             device_map: where the SLM goes, e.g. "cuda:0" or "auto"; None is this process's device.
             llm_device_map: where the LLM goes; None is `device_map`.
             options: of the constructor.
@@ -122,8 +121,9 @@ class RoutedGenerator:
         """
         if (router is None) == (policy is None):
             raise ValueError("Give either a router or a policy: one of them decides who writes a token.")
-        if threshold is not None and router is None:
-            raise ValueError("threshold belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
+        if (threshold is not None or score != "argmax") and router is None:
+            name = "score" if threshold is None else "threshold"
+            raise ValueError(f"{name} belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
         device = model_device()
         tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in (slm, llm)]
         models = []
@@ -141,7 +141,7 @@ class RoutedGenerator:
 
             loaded = TokenRouter.from_pretrained(router)
             loaded.check_slm(slm)
-            policy = RouterPolicy(loaded, threshold)
+            policy = RouterPolicy(loaded, threshold, score=score)
         assert policy is not None
         return cls(models[0], models[1], tokenizers[0], policy, llm_tokenizer=tokenizers[1], **options)
 

@@ -121,13 +121,14 @@ class RoutedBatch:
             if asked:
                 logits, hidden = self._read(0, asked, hidden=policy.needs_hidden)
                 own = self._of_rows(columns, asked, logits.device)
-                score = policy.scores(NextTokens(hidden, logits, own["seed"], own["sample"], own["step"]))
-                drawn = self._draw(logits, own, asked, score)
-                written = {r: (int(each[0]), each[1]) for r, each in zip(asked, drawn, strict=True)}
-                scores = {r: each[2] for r, each in zip(asked, drawn, strict=True)}
-                for r, value in scores.items():
-                    if value >= policy.threshold:
-                        rows[r].span = self.generator.llm_span
+                ids, logprobs = self._draw(logits, own, asked)
+                seen = NextTokens(hidden, logits, own["seed"], own["sample"], own["step"], ids)
+                spans = policy.spans(seen)
+                more = () if spans is None else (spans,)
+                for r, each in zip(asked, as_lists(ids, logprobs, policy.scores(seen), *more), strict=True):
+                    written[r], scores[r] = (int(each[0]), each[1]), each[2]
+                    if scores[r] >= policy.threshold:
+                        rows[r].span = int(each[3]) if more else self.generator.llm_span
                         rows[r].stats.handoffs += 1
                         self.stats.handoffs += 1
             by_llm = [r for r, row in enumerate(rows) if row.span]
@@ -136,10 +137,13 @@ class RoutedBatch:
         # 2. The LLM draws for the routed rows. Its draws overwrite the proposals in `written`.
         if by_llm:
             logits, _ = self._read(1, by_llm)
-            drawn = self._draw(logits, self._of_rows(columns, by_llm, logits.device), by_llm)
-            for r, each in zip(by_llm, drawn, strict=True):
+            own = self._of_rows(columns, by_llm, logits.device)
+            ids, logprobs = self._draw(logits, own, by_llm)
+            stop = policy.stop(NextTokens(None, logits, own["seed"], own["sample"], own["step"], ids))
+            more = () if stop is None else (stop,)
+            for r, each in zip(by_llm, as_lists(ids, logprobs, *more), strict=True):
                 written[r] = (int(each[0]), each[1])
-                rows[r].span = max(0, rows[r].span - 1)
+                rows[r].span = 0 if more and each[2] else max(0, rows[r].span - 1)
         # 3. Each row takes its token and may end. Rows leave from the last place on, because the place of one that
         # leaves is filled by the last.
         columns["step"] += 1
@@ -253,9 +257,9 @@ class RoutedBatch:
                     stats.llm_positions += len(each)
 
     def _draw(
-        self, logits: torch.Tensor, columns: dict[str, torch.Tensor], places: list[int], *more: torch.Tensor
-    ) -> list[list[float]]:
-        """For each row the drawn id, its log-probability and the values of `more`, in one transfer."""
+        self, logits: torch.Tensor, columns: dict[str, torch.Tensor], places: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each row the drawn id and its log-probability."""
         greedy = all(self.rows[p].params.greedy for p in places)
         chunk = max(1, SAMPLED_LOGITS // logits.shape[1])
         ids, logprobs = [], []
@@ -268,8 +272,7 @@ class RoutedBatch:
             else:
                 ids.append(sample(wide, u[part], columns["temperature"][part], columns["top_p"][part]))
             logprobs.append(wide.gather(1, ids[-1][:, None]).squeeze(1) - wide.logsumexp(-1))
-        table = [torch.cat(ids), torch.cat(logprobs), *(each.to(logits.device) for each in more)]
-        return torch.stack([each.to(wide_dtype(logits.device)) for each in table], dim=1).tolist()
+        return torch.cat(ids), torch.cat(logprobs)
 
     def _tails(self, places: list[int], written: dict[int, tuple[int, float]]) -> dict[int, str]:
         """Text at the end of rows that have stop strings, long enough to hold one that the newest token completes."""
@@ -308,3 +311,9 @@ class RoutedBatch:
         else:
             reason = "length" if row.age >= row.limit else None
         return RoutedToken(token, by_llm, logprob, score, reason)
+
+
+def as_lists(*columns: torch.Tensor) -> list[list[float]]:
+    """Columns (R,) as rows of numbers, in one transfer."""
+    device = columns[0].device
+    return torch.stack([column.to(device, wide_dtype(device)) for column in columns], dim=1).tolist()
