@@ -16,7 +16,7 @@ from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
 from tokalign.generation.transformers_engine import TransformersEngine
 from tokalign.routing.decode.backend import RoutedStats
-from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import (
     AlwaysLLM,
     CallPolicy,
@@ -29,6 +29,7 @@ from tokalign.routing.decode.policies import (
     RouterPolicy,
     RoutingPolicy,
 )
+from tokalign.routing.decode.schedule import RoutedBatch
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 from tokalign.stage.hashes import weights_hash
 

@@ -12,7 +12,8 @@ from functools import partial
 
 from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken
-from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.schedule import RoutedBatch
 
 
 @dataclass(eq=False)
