@@ -24,6 +24,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.generation.completions import EncodedIds
 from tokalign.generation.protocol import Ids, SamplingParams, check_prompts
 from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken, check_threshold
 
@@ -53,11 +54,11 @@ class Piece:
 class Turns(Protocol):
     """One request's place in the SLM, kept over its hand-offs."""
 
-    def write(self, prefix: list[int], most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
+    def write(self, prefix: EncodedIds, most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
         """What follows `prefix`, at most `most` tokens; the last piece has an `end`.
 
-        `prefix` is that of the last call, what was written then, and what the LLM wrote since. Closing the iterator
-        early stops the engine.
+        `prefix` is that of the last call, what was written then, and what the LLM wrote since: the request's own list,
+        which grows by what is given out. Closing the iterator early stops the engine.
         """
         ...
 
@@ -87,9 +88,11 @@ class LargeModel(Protocol):
     max_length: int
 
     def write(
-        self, prefix: list[int], params: SamplingParams, most: int, seed: int | None, *, place: int, unseen: int
+        self, prefix: EncodedIds, params: SamplingParams, most: int, seed: int | None, *, place: int, unseen: int
     ) -> AsyncGenerator[Piece, None]:
         """What follows `prefix`, at most `most` tokens; the last piece has an `end`.
+
+        `prefix` is the request's own list, as in `Turns.write`.
 
         Args:
             place: the same number for one request, so that it finds its prefix in one server's cache.
@@ -97,6 +100,7 @@ class LargeModel(Protocol):
 
         Raises:
             LLMUnavailable: no server can be reached, after the retries.
+            ConnectionError: they answer others, but not this request.
         """
         ...
 
@@ -188,7 +192,7 @@ class Orchestrator:
             )
         check_prompts([prompt_ids], self.shared_vocab, self.max_length, [params])
         self._requests += 1
-        request = _Completion(list(prompt_ids), params, sample, self._requests)
+        request = _Completion(EncodedIds(prompt_ids), params, sample, self._requests)
         request.limit = min(params.max_tokens, self.max_length - len(prompt_ids))
         turns = self.slm.open(params)
         try:
@@ -216,7 +220,7 @@ class Orchestrator:
     async def _by_slm(self, request: _Completion, turns: Turns) -> AsyncGenerator[RoutedToken, None]:
         """The SLM's tokens up to the next routed position or the end."""
         most = request.limit - request.age
-        async with aclosing(turns.write(list(request.ids), most, request.seed("slm"))) as pieces:
+        async with aclosing(turns.write(request.ids, most, request.seed("slm"))) as pieces:
             async for piece in pieces:
                 self.stats.slm_positions += piece.read
                 for token in self._tokens(request, piece, by_llm=False):
@@ -234,7 +238,7 @@ class Orchestrator:
         alone = self._llm_alone()
         most = request.limit - request.age
         pieces = self.llm.write(
-            list(request.ids),
+            request.ids,
             request.params,
             most if alone else min(most, self.llm_span),
             request.seed("llm"),
@@ -306,7 +310,7 @@ class Orchestrator:
 class _Completion:
     """One completion in flight: prompt and text as ids, and how it ends."""
 
-    def __init__(self, prompt: list[int], params: SamplingParams, sample: int, place: int):
+    def __init__(self, prompt: EncodedIds, params: SamplingParams, sample: int, place: int):
         self.ids, self.params, self.place = prompt, params, place
         self.start = len(prompt)
         self.limit = params.max_tokens
