@@ -31,7 +31,7 @@ class FakeBackend:
     def __init__(self, tokenizer=None, *, script=None, pause=0.0, dies_at=None, fails_at=None, degraded=False):
         self.tokenizer = tokenizer or tiny_tokenizer()
         self.script, self.pause, self.dies_at, self.fails_at = script, pause, dies_at, fails_at
-        self.degraded, self.healthy = degraded, True
+        self.degraded, self.healthy, self.dead = degraded, True, None
         self.threshold = 0.5
         self.stats = RoutedStats()
         self.gate = None

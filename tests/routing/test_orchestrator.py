@@ -335,6 +335,9 @@ def test_bad_requests_are_refused():
     for params in (SamplingParams(banned_token_ids=(7,)), SamplingParams(json_schema='{"type": "object"}')):
         with pytest.raises(ValueError, match="takes no banned_token_ids and no json_schema: leave them out"):
             asyncio.run(collect(backend, params=params))
+    for penalty in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        with pytest.raises(ValueError, match="each of two engines would take what the other has written"):
+            asyncio.run(collect(backend, params=SamplingParams(**{penalty: 1.5})))
     with pytest.raises(ValueError, match=f"Prompt 0 has token id {VOCAB} but the model's vocabulary has {VOCAB}"):
         asyncio.run(collect(backend, [VOCAB]))
 

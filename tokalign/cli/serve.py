@@ -32,5 +32,5 @@ def main(pair: PairArguments, engine: PairEngineArguments, server: ServerArgumen
     start.logger.setLevel(logging.INFO)
     try:
         asyncio.run(start.serve(pair, engine, server, limits))
-    except (ValueError, ConnectionError, ImportError) as error:  # what is wrong with the pair, in one sentence
+    except (ValueError, ConnectionError, ImportError, start.BackendDied) as error:  # in one sentence
         raise SystemExit(str(error)) from error

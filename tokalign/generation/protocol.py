@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -102,6 +102,16 @@ class SamplingParams:
     def penalized(self) -> bool:
         """Whether a token's probability depends on how often it has been written."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def vllm_options(self) -> dict[str, Any]:
+        """What vLLM, in a process or behind HTTP, has to be told beside temperature and top-p.
+
+        Its server fills what a request leaves out from the model's generation_config.json, and a repetition penalty
+        there changes even greedy ids: so each is said, also where it is off.
+        """
+        names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def draws(self) -> int:

@@ -190,6 +190,11 @@ class Orchestrator:
             raise ValueError(
                 "Routed decoding takes no banned_token_ids and no json_schema: leave them out, or use one model."
             )
+        if params.penalized:
+            raise ValueError(
+                "repetition_penalty, presence_penalty and frequency_penalty need both models in one process: each of two "
+                "engines would take what the other has written for a part of the prompt; leave them out."
+            )
         check_prompts([prompt_ids], self.shared_vocab, self.max_length, [params])
         self._requests += 1
         request = _Completion(EncodedIds(prompt_ids), params, sample, self._requests)
