@@ -73,6 +73,11 @@ class SmallModel(Protocol):
     vocab_size: int
     max_length: int
 
+    @property
+    def dead(self) -> BaseException | None:
+        """Why the engine has ended, if it has for good."""
+        ...
+
     def open(self, params: SamplingParams) -> Turns:
         """A place for one request."""
         ...
@@ -153,6 +158,7 @@ class Orchestrator:
         self.degraded = False
         self._threshold = check_threshold(threshold)
         self._switch = asyncio.Lock()  # one change of the engine's threshold at a time
+        self._told = 0  # how often the engine has been told a threshold
         self._probe: asyncio.Task[None] | None = None
         self._requests = 0
 
@@ -166,12 +172,21 @@ class Orchestrator:
         value = check_threshold(value)
         async with self._switch:
             if not self.degraded:
-                await self.slm.set_threshold(value)
+                await self._tell(value)
             self._threshold = value
+
+    async def _tell(self, value: float) -> None:
+        self._told += 1  # before: the engine may obey at once
+        await self.slm.set_threshold(value)
 
     async def llm_healthy(self) -> bool:
         """Whether the LLM answers now."""
         return await self.llm.healthy()
+
+    @property
+    def dead(self) -> BaseException | None:
+        """Why nothing can be written any more, if so: the SLM's engine has ended."""
+        return self.slm.dead
 
     async def close(self) -> None:
         """Stop both engines' connections and processes."""
@@ -222,9 +237,14 @@ class Orchestrator:
         """Scores are at least 0: with such a threshold the SLM need not run to know what is routed."""
         return self._threshold <= 0 and not self.degraded
 
+    def _routes(self) -> bool:
+        """Whether the engine may be routing; False only where it has been told not to, and has heard."""
+        return self._switch.locked() or not (self.degraded or self._threshold > 1)
+
     async def _by_slm(self, request: _Completion, turns: Turns) -> AsyncGenerator[RoutedToken, None]:
         """The SLM's tokens up to the next routed position or the end."""
         most = request.limit - request.age
+        routes, told = self._routes(), self._told
         async with aclosing(turns.write(request.ids, most, request.seed("slm"))) as pieces:
             async for piece in pieces:
                 self.stats.slm_positions += piece.read
@@ -232,6 +252,13 @@ class Orchestrator:
                     self.stats.slm_tokens += 1
                     yield token
                 if piece.end == "routed":
+                    # An engine that routes nothing stops only where its model has no word, as after an overflow. The
+                    # LLM writes there otherwise; who may not ask it has nothing to write.
+                    if not routes and told == self._told:
+                        raise ValueError(
+                            "The SLM gave logits that are not finite numbers, and no LLM may be asked: look for what "
+                            "is in the prompt, or load the SLM in a wider type."
+                        )
                     self.stats.handoffs += 1
                 if piece.end or request.finish:
                     return
@@ -291,7 +318,7 @@ class Orchestrator:
         async with self._switch:
             if self.degraded:
                 return
-            await self.slm.set_threshold(NEVER)
+            await self._tell(NEVER)
             self.degraded = True
             logger.warning("The SLM goes on alone: %s", error)
             self._probe = asyncio.create_task(self._recover())
@@ -303,7 +330,7 @@ class Orchestrator:
                 if not await self.llm.healthy():
                     continue
                 async with self._switch:
-                    await self.slm.set_threshold(self._threshold)
+                    await self._tell(self._threshold)
                     self.degraded = False
             except Exception:  # such as an SLM's server that is away now; it may take the threshold at the next look
                 logger.exception("The LLM could not be taken up again; the next try is in %g s.", self.probe_seconds)

@@ -173,6 +173,11 @@ class EngineSLM:
         self.vocab_size: int = self.engine.model_config.get_vocab_size()
         self.max_length: int = self.engine.model_config.max_model_len
 
+    @property
+    def dead(self) -> BaseException | None:
+        """See `SmallModel`; vLLM's engine does not come back."""
+        return self.engine.dead_error if self.engine.errored else None
+
     def open(self, params: SamplingParams) -> EngineTurns:
         """See `SmallModel`."""
         return EngineTurns(self, params)

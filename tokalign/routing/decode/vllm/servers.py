@@ -56,6 +56,8 @@ class ServedSLM:
         ValueError: it takes no threshold or routes by another token, or not at all.
     """
 
+    dead = None  # a server may come back
+
     def __init__(
         self, url: str, route_token_id: int, vocab_size: int, threshold: float, *, api_key: str, timeout: float,
         logprobs: bool = True,
