@@ -207,8 +207,8 @@ class Orchestrator:
             )
         if params.penalized:
             raise ValueError(
-                "repetition_penalty, presence_penalty and frequency_penalty need both models in one process: each of two "
-                "engines would take what the other has written for a part of the prompt; leave them out."
+                "repetition_penalty, presence_penalty and frequency_penalty need both models in one process, because "
+                "each of two engines would take what the other has written for a part of the prompt: leave them out."
             )
         check_prompts([prompt_ids], self.shared_vocab, self.max_length, [params])
         self._requests += 1

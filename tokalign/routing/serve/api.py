@@ -347,13 +347,15 @@ def _message(message: Any) -> Any:
     message = {name: value for name, value in message.items() if value is not None and value != []}
     for name in _UNSUPPORTED_IN_MESSAGES:
         if name in message:
-            raise ApiError(400, f"`{name}` in a message is not supported by this server: leave it out.", param="messages")
+            raise ApiError(
+                400, f"`{name}` in a message is not supported by this server: leave it out.", param="messages"
+            )
     # What an assistant has only thought, or called, has no text
     return {"content": "", **message} if message.get("role") == "assistant" else message
 
 
 def ignored_header(names: Iterable[str]) -> str:
-    """Some of the fields that were ignored, as the value of a header; a client chooses them, so they may be anything."""
+    """Some of the fields that were ignored, as the value of a header; they are of a client, and may be anything."""
     printable: Iterator[str] = (re.sub(r"[^A-Za-z0-9_.-]", "?", name)[:60] for name in sorted(names))
     return ", ".join(list(printable)[:MOST_IGNORED])
 

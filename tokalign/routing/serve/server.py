@@ -400,15 +400,14 @@ class GracefulServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 8000):
         # The access log would double every request; /metrics counts them.
-        self._shared: _Server = app.state.server
-        protocol = punctual_protocol(self._shared.settings.header_timeout)
+        self.shared: _Server = app.state.server
+        protocol = punctual_protocol(self.shared.settings.header_timeout)
         super().__init__(
-            uvicorn.Config(
-                app, host, port, http=protocol, access_log=False, timeout_graceful_shutdown=5, lifespan="on"
-            )
+            uvicorn.Config(app, host, port, http=protocol, access_log=False, timeout_graceful_shutdown=5, lifespan="on")
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._died: BaseException | None = None
 
     async def serve(self, sockets: list[Any] | None = None) -> None:
         """Serve until a signal has drained it.
@@ -418,11 +417,12 @@ class GracefulServer(uvicorn.Server):
         """
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
-        if (error := self._shared.backend.dead) is not None:
+        if (error := self._died) is not None:
             raise BackendDied(f"The backend has died ({type(error).__name__}: {error}): start the server again.")
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._shared.backend.dead is not None
+        self._died = self.shared.backend.dead  # asked while it is there: closing frees it
+        return await super().on_tick(counter) or self._died is not None
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         assert self._loop is not None
@@ -436,6 +436,6 @@ class GracefulServer(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        logger.info("Draining: %d completions run, %d wait.", self._shared.running, self._shared.waiting)
-        await self._shared.drain()
+        logger.info("Draining: %d completions run, %d wait.", self.shared.running, self.shared.waiting)
+        await self.shared.drain()
         self.should_exit = True
