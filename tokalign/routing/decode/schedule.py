@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,6 +38,8 @@ class Pair(Protocol):
     tokenizer: PreTrainedTokenizerBase
     policy: RoutingPolicy
     llm_span: int
+    most_draft: int
+    on_verified: Callable[[list[int], list[bool | None]], None] | None
     token_budget: int
     max_rows: int
     shared_vocab: int
@@ -204,11 +206,14 @@ class RoutedBatch:
             columns = {name: column[index] for name, column in columns.items()}
         return {name: column.to(device) for name, column in columns.items()}
 
-    def _read(self, side: int, places: list[int], *, hidden: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _read(
+        self, side: int, places: list[int], *, hidden: bool = False, keep: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Let a model read all that these rows have and it has not seen: next-token logits (R, shared ids), states.
 
         Args:
             side: 0 for the SLM, 1 for the LLM.
+            keep: of how many last tokens, see `CachedModel.extend`.
         """
         model = self._models[side]
         # A row that this model has not met may share its prompt with others: read it once.
@@ -217,8 +222,8 @@ class RoutedBatch:
             self._share_prompts(side, fresh)
         unseen = [self.rows[p].tokens[model.lengths[p] :] for p in places]
         self._count(side, places, unseen)
-        logits, states = model.extend(places, unseen, hidden=hidden)
-        return logits[:, : self.generator.shared_vocab], states
+        logits, states = model.extend(places, unseen, hidden=hidden, keep=keep)
+        return logits[..., : self.generator.shared_vocab], states
 
     def _share_prompts(self, side: int, fresh: list[int]) -> None:
         """Read a prompt once for all rows that have it, but its last token: that gives each row its own logits.
