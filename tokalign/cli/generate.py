@@ -94,6 +94,7 @@ def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: Gene
             **{name: getattr(arguments, name) for name in ("policy", "rate", "split")},
             **{name: value for name, value in options.items() if value is not None},
             **({} if pair.score == "argmax" else {"score": pair.score}),
+            **({"verify": True, "most_draft": pair.most_draft} if pair.verify else {}),
             "llm_span": pair.llm_span,
             "dtype": pair.dtype,
             "threshold": generator.policy.threshold,

@@ -29,6 +29,13 @@ class PairArguments:
     llm_span: int = field(
         default=1, metadata={"help": "Most LLM tokens in a row, where the policy does not tell it (hysteresis, call)."}
     )
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "transformers: every token is the LLM's own choice; the SLM drafts, the LLM reads the drafts."
+        },
+    )
+    most_draft: int = field(default=16, metadata={"help": "With verify: longest draft before the LLM looks."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Weights' type; `auto` is the checkpoint's own."}
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.schedule import RoutedBatch
 from tokalign.routing.decode.slots import check_model
+from tokalign.routing.decode.verify import VerifiedBatch
 from tokalign.stage.processes import model_device
 
 
@@ -29,12 +30,14 @@ class RoutedCompletion(Completion):
     Attributes:
         written_by: for each token whether the LLM wrote it.
         scores: the policy's score for each token; None where the SLM was not asked.
+        agreed: with `verify`, for each token whether the SLM had drawn the same; None where it was not asked.
         stats: the work of both models for this completion. A prompt that several completions share counts once, in
             the first of them.
     """
 
     written_by: list[bool] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)
+    agreed: list[bool | None] = field(default_factory=list)
     stats: RoutedStats = field(default_factory=RoutedStats)
 
 
@@ -46,6 +49,10 @@ class RoutedGenerator:
         tokenizer: the SLM's.
         policy: see `tokalign.routing.decode.policies`. It is attached to the SLM: a router is moved beside it.
         llm_span: most tokens that the LLM writes in a row before the SLM is asked again, if the policy does not say.
+        verify: every token is the LLM's own choice; the SLM only drafts, as far as the policy lets it (`verify.py`).
+        most_draft: longest draft.
+        on_verified: with `verify`, called when a completion ends: all its ids, prompt included, and for each token of
+            the completion whether the SLM had drawn the same (None: not asked). Labels of text that is served.
         llm_wait: the LLM runs when so many rows wait for it, or when no other can go on; 0 or 1 is at once. "auto"
             finds the number from the measured times of both models (see `decode.pace`). It changes no row's tokens,
             except where the last bits of half-precision logits depend on the rows of a pass: a number repeats them.
@@ -68,6 +75,9 @@ class RoutedGenerator:
         policy: RoutingPolicy,
         *,
         llm_span: int = 1,
+        verify: bool = False,
+        most_draft: int = 16,
+        on_verified: Callable[[list[int], list[bool | None]], None] | None = None,
         llm_wait: int | str = "auto",
         prefill_chunk: int = 512,
         token_budget: int = 65536,
@@ -76,7 +86,11 @@ class RoutedGenerator:
     ):
         if llm_span < 1:
             raise ValueError(f"llm_span is {llm_span}: let the LLM write at least the 1 token that is routed to it.")
-        for name, number in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk)):
+        if verify and llm_span > 1:
+            raise ValueError(
+                f"llm_span is {llm_span}: with verify the LLM writes 1 token behind each draft, leave it out."
+            )
+        for name, number in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk), ("most_draft", most_draft)):
             if number < 1:
                 raise ValueError(f"{name} is {number}: allow at least 1.")
         if llm_wait != "auto" and not str(llm_wait).isdecimal():
@@ -85,6 +99,7 @@ class RoutedGenerator:
         self.prefill_chunk = prefill_chunk
         self.slm, self.llm, self.tokenizer, self.policy = slm.eval(), llm.eval(), tokenizer, policy
         self.llm_span, self.token_budget, self.max_rows = llm_span, token_budget, max_rows
+        self.verify, self.most_draft, self.on_verified = verify, most_draft, on_verified
         configs = [model.config.get_text_config() for model in (slm, llm)]
         self.shared_vocab = check_pair(tokenizer, llm_tokenizer or tokenizer, *[c.vocab_size for c in configs])
         # A model that never runs does not limit the length either.
@@ -174,7 +189,7 @@ class RoutedGenerator:
         """
         each = params_of_each(params, len(prompts))
         self.check(prompts, each)
-        batch = RoutedBatch(self)
+        batch = self.batch()
         place: dict[int, tuple[int, int]] = {}
         seeds = [secrets.randbits(63) if p.seed is None else p.seed for p in each]
         # Longest first: the end of a batch is then of rows that end soon.
@@ -200,7 +215,7 @@ class RoutedGenerator:
     def stream(self, prompt: Ids, params: SamplingParams, *, sample: int = 0) -> Iterator[RoutedToken]:
         """One completion token by token: draw number `sample` of the request, the same as from `generate`."""
         self.check([prompt], [params])
-        batch = RoutedBatch(self)
+        batch = self.batch()
         batch.add(prompt, params, sample=sample)
         while batch:
             for _, token, _ in batch.step():
@@ -221,7 +236,11 @@ class RoutedGenerator:
 
     def _used(self) -> tuple[bool, bool]:
         """Whether the policy ever runs the SLM and the LLM."""
-        return self.policy.needs_slm, not isinstance(self.policy, NeverLLM)
+        return self.policy.needs_slm, self.verify or not isinstance(self.policy, NeverLLM)
+
+    def batch(self) -> RoutedBatch:
+        """An empty batch on this pair."""
+        return VerifiedBatch(self) if self.verify else RoutedBatch(self)
 
 
 def _completion(tokens: list[RoutedToken], stats: RoutedStats) -> RoutedCompletion:
@@ -231,12 +250,13 @@ def _completion(tokens: list[RoutedToken], stats: RoutedStats) -> RoutedCompleti
         finish_reason=tokens[-1].finish_reason or "length",
         written_by=[token.by_llm for token in tokens],
         scores=[token.score for token in tokens],
+        agreed=[token.agreed for token in tokens],
         stats=stats,
     )
 
 
 def _copy(one: RoutedCompletion) -> RoutedCompletion:
     lists: dict[str, Any] = {
-        name: list(getattr(one, name)) for name in ("token_ids", "logprobs", "written_by", "scores")
+        name: list(getattr(one, name)) for name in ("token_ids", "logprobs", "written_by", "scores", "agreed")
     }
     return replace(one, **lists, stats=replace(one.stats))

@@ -15,7 +15,6 @@ from typing import Any
 from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.generator import RoutedGenerator
-from tokalign.routing.decode.schedule import RoutedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class TransformersBackend:
         self.tokenizer = generator.tokenizer
         self.max_length: int = generator.max_length or 2**31 - 1
         self._totals = RoutedStats()  # of batches that were given up after an error
-        self._batch = RoutedBatch(generator)
+        self._batch = generator.batch()
         self._arrived: deque[_Waiting] = deque()
         self._in_flight: dict[int, _Waiting] = {}
         self._changed = threading.Condition()
@@ -127,7 +126,7 @@ class TransformersBackend:
             self._in_flight.update(enumerate(self._arrived, start=-len(self._arrived)))
             self._arrived.clear()
         self._fail(end)
-        self._totals, self._batch = self.stats, RoutedBatch(self.generator)
+        self._totals, self._batch = self.stats, self.generator.batch()
 
     def _work(self) -> None:
         """Serve until the backend closes.
@@ -155,7 +154,7 @@ class TransformersBackend:
                         "send it again."
                     )
                 )
-                self._totals, self._batch = self.stats, RoutedBatch(self.generator)
+                self._totals, self._batch = self.stats, self.generator.batch()
 
     def _take(self) -> bool:
         """Wait until there is work, then let requests in and cancelled ones out; False once the backend closes."""

@@ -59,5 +59,4 @@ class CallPolicy(RoutingPolicy):
             if (number := vocabulary.get(token) if isinstance(token, str) else token) is None:
                 raise ValueError(f"The SLM's tokenizer has no token {token!r}: name one that the SLM calls by.")
             ids.append(number)
-        device = slm.get_input_embeddings().weight.device
-        self._ids, self._counts = torch.tensor(ids, device=device), self._counts.to(device)
+        self._ids, self._counts = torch.tensor(ids, device=slm.device), self._counts.to(slm.device)

@@ -30,7 +30,7 @@ class ValueHead(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        x = hidden.to(self.layers[0].weight.dtype)
+        x = hidden.to(next(self.parameters()).dtype)
         for layer in self.layers[:-1]:
             x = layer(x).relu()
         return self.layers[-1](x).squeeze(-1)
@@ -82,4 +82,4 @@ class ValuePolicy(RoutingPolicy):
             raise ValueError(
                 f"The value head reads {reads} numbers, the SLM's hidden state has {has}: use its own SLM."
             )
-        self.head.to(slm.get_input_embeddings().weight.device)
+        self.head.to(slm.device)
