@@ -15,7 +15,7 @@ from tests.routing.serving import FakeBackend, serving, wait_for
 from tests.routing.test_detokenize import byte_level
 from tests.support import tiny_tokenizer
 from tokalign.generation import EngineArguments, SamplingParams, load_engine
-from tokalign.routing.decode.backend import RoutedToken
+from tokalign.routing.decode.backend import RoutedToken, RowFailed
 from tokalign.routing.serve.api import MOST_STOP_CHARACTERS, MOST_STOP_IDS, MOST_STOPS
 from tokalign.routing.serve.budget import BudgetController
 from tokalign.routing.serve.server import BackendDied, GracefulServer, ServerSettings, create_app, exposure_warning
@@ -625,6 +625,15 @@ def test_the_llm_dies_mid_stream():
         assert post(server, "/v1/completions", {"prompt": "a"}).status_code == 503
         assert backend.open == 0
         assert metrics_of(server)['tokalign_routing_broken_streams_total{reason="llm_unavailable"}'] == 2
+
+
+def test_a_completion_that_fails_alone_says_why():
+    backend = FakeBackend(fails_at=2, failure=RowFailed("The SLM gave logits that are not finite: load it in float32."))
+    with serving(backend) as server:
+        answer = post(server, "/v1/completions", OK)
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "completion_failed"
+        assert "not finite: load it in float32" in answer.json()["error"]["message"]
+        assert "not finite: load it in float32" in post(server, "/v1/completions", OK | {"stream": True}).text
 
 
 class Refused(FakeBackend):

@@ -109,14 +109,7 @@ class Batch:
                 if row.params.json_schema is not None:
                     row.matcher = plan.grammars.matcher(row.params.json_schema, row.request)
         for row in rows:
-            if row.params.penalized:
-                row.penalties = Penalties(
-                    column(list(row.prompt)),
-                    self.logits.shape[1],
-                    repetition=row.params.repetition_penalty,
-                    presence=row.params.presence_penalty,
-                    frequency=row.params.frequency_penalty,
-                )
+            row.penalties = row.params.penalties(row.prompt, self.logits.shape[1], device)
         if plan.bans:
             banned = torch.zeros(size, self.logits.shape[1], dtype=torch.bool, device=device)
             for k, row in enumerate(rows):

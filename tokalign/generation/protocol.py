@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.generation.sampling import GREEDY_BELOW
+from tokalign.generation.sampling import GREEDY_BELOW, Penalties
 
 Ids = Sequence[int]
 
@@ -102,6 +103,18 @@ class SamplingParams:
     def penalized(self) -> bool:
         """Whether a token's probability depends on how often it has been written."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def penalties(self, prompt: Ids, vocab: int, device: torch.device) -> Penalties | None:
+        """The count of what is written behind `prompt`, among `vocab` ids; None where the penalties are off."""
+        if not self.penalized:
+            return None
+        return Penalties(
+            torch.tensor(prompt, device=device),
+            vocab,
+            repetition=self.repetition_penalty,
+            presence=self.presence_penalty,
+            frequency=self.frequency_penalty,
+        )
 
     @property
     def vllm_options(self) -> dict[str, Any]:
