@@ -218,7 +218,7 @@ def test_a_backend_whose_steps_all_fail_says_that_it_is_dead(monkeypatch):
         await until(lambda: not server._worker.is_alive())
         assert isinstance(server.dead, ZeroDivisionError) and not await server.llm_healthy()
         assert not server._batch and not server._in_flight
-        with pytest.raises(RuntimeError, match=r"has ended \(ZeroDivisionError: no device\): start another backend"):
+        with pytest.raises(RuntimeError, match=r"has ended \(ZeroDivisionError: no device\): start another one"):
             await ask(server)  # at once, and not when a time limit strikes
         await server.close()
 
