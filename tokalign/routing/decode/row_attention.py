@@ -13,6 +13,7 @@ layer, `enable_gqa` without a mask 20 ms, repeated keys with a mask 45 ms.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,9 @@ NAME = "tokalign_rows"  # the name by which transformers knows `attend`
 ROOM = 64  # the smallest size of a row, in slots
 SLACK = 128  # tokens that a sliding layer keeps beyond its window: what can be forgotten again, or written in place
 PACKED_QUERIES = 64  # most queries of a key head that are packed; more repeat the keys, which their work outweighs
+
+
+_updated = threading.local()  # .layer: the one whose keys come to `attend` next
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,11 @@ class SlotLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the new (1, heads, N, d) back as they are; `attend` stores them and finds this layer by them."""
-        key_states.slot_layer = value_states.slot_layer = self  # type: ignore[attr-defined]
+        """Give the new (1, heads, N, d) back as they are: `attend`, which comes next, stores them in this layer.
+
+        So what a family does to them in between (DeepSeek makes keys of its latent vectors there) is done once.
+        """
+        _updated.layer = self
         return key_states, value_states
 
     def get_seq_length(self) -> Any:
@@ -229,15 +236,9 @@ def attend(
     """Attention of the pass in progress, as transformers calls it: (1, heads, N, d) each, result (1, N, heads, d).
 
     Raises:
-        ValueError: a model that changes keys or values between its cache and its attention, or adds to the scores what
-            `sdpa` cannot.
+        ValueError: a model that adds to the scores what `sdpa` does not.
     """
-    layer = getattr(key, "slot_layer", None)
-    if layer is None or getattr(value, "slot_layer", None) is not layer:
-        raise ValueError(
-            f"{type(module).__name__} changes its keys or values after they are cached, which routed decoding on "
-            "transformers cannot follow: use another family of models."
-        )
+    layer: SlotLayer = _updated.layer
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Any:
         rows, heads, new, _ = q.shape

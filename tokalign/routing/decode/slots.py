@@ -367,7 +367,12 @@ def layer_kinds(model: PreTrainedModel | PeftModel) -> list[Kind]:
         for layer in layers
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
     ]
-    if len(kinds) < len(layers) or "position_ids" not in inspect.signature(inner.forward).parameters:
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"{name} takes no position_ids, so routed decoding on transformers cannot tell it where the tokens of "
+            "several rows stand: use a model with rotary or learned positions."
+        )
+    if len(kinds) < len(layers):
         raise ValueError(
             f"{name} keeps more than one key a position in its cache, which routed decoding on transformers cannot "
             "extend row by row: use a model with full or sliding-window attention."
