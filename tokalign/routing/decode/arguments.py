@@ -22,7 +22,20 @@ class PairArguments:
         default=None,
         metadata={"help": "A token goes to the LLM from this score on: unset is the router's own; entropy: nats."},
     )
-    llm_span: int = field(default=1, metadata={"help": "Most tokens that the LLM writes before it asks the SLM."})
+    score: Literal["argmax", "drawn"] = field(
+        default="argmax",
+        metadata={"help": "transformers, sampling: the router sees the SLM's likeliest token, or the one it drew."},
+    )
+    llm_span: int = field(
+        default=1, metadata={"help": "Most LLM tokens in a row, where the policy does not tell it (hysteresis, call)."}
+    )
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "transformers: every token is the LLM's own choice; the SLM drafts, the LLM reads the drafts."
+        },
+    )
+    most_draft: int = field(default=16, metadata={"help": "With verify: longest draft before the LLM looks."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Weights' type; `auto` is the checkpoint's own."}
     )

@@ -12,7 +12,7 @@ from functools import partial
 
 from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken
-from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.decode.generator import RoutedGenerator
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class TransformersBackend:
         self.tokenizer = generator.tokenizer
         self.max_length: int = generator.max_length or 2**31 - 1
         self._totals = RoutedStats()  # of batches that were given up after an error
-        self._batch = RoutedBatch(generator)
+        self._batch = generator.batch()
         self._arrived: deque[_Waiting] = deque()
         self._in_flight: dict[int, _Waiting] = {}
         self._changed = threading.Condition()
@@ -119,7 +119,7 @@ class TransformersBackend:
 
     def _start_afresh(self) -> None:
         """Drop all rows and their keys and values, but not the counts."""
-        self._totals, self._batch = self.stats, RoutedBatch(self.generator)
+        self._totals, self._batch = self.stats, self.generator.batch()
 
     def _take(self) -> bool:
         """Wait until there is work, then let requests in and cancelled ones out; False once the backend closes."""

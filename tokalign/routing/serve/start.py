@@ -76,6 +76,14 @@ def load_backend(pair: PairArguments, engine: PairEngineArguments, limits: Serve
 
         generator = RoutedGenerator.from_pretrained(**vars(pair), max_rows=limits.max_running)
         return TransformersBackend(generator)
+    if pair.verify:
+        raise ValueError(
+            "--verify needs --engine transformers: vLLM's own speculative decoding drafts by a small model."
+        )
+    if pair.score != "argmax":
+        raise ValueError(
+            "--score drawn needs --engine transformers: vLLM draws a token after the router has scored it."
+        )
     from tokalign.routing.decode.vllm.backend import VLLMBackend
 
     options = {name: getattr(engine, name) for name in ("gpu_memory_utilization", "max_model_len")}
