@@ -6,6 +6,7 @@ Held by tests/contracts/test_transformers.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,7 @@ __all__ = [
     "init",
     "is_fsdp_enabled",
     "let_old_code_load",
+    "takes_attention",
     "unset_hf_deepspeed_config",
 ]
 
@@ -52,6 +54,12 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
         id(config): config for m in model.modules() if isinstance(config := vars(m).get("config"), PreTrainedConfig)
     }
     return list(found.values())
+
+
+def takes_attention(model: PreTrainedModel) -> bool:
+    """Whether the code of a model asks transformers which attention to run; `is_backend_compatible` knows fewer."""
+    files = {type(module).__module__ for module in model.modules()}
+    return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[file]) for file in files if file in sys.modules)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from tokalign.internals.transformers import (
     attention_of,
     attention_set,
     configs_of,
+    takes_attention,
 )
 from tokalign.routing.decode.row_attention import NAME, ROOM, SLACK, Kind, Layout, Piece, SlotLayer
 
@@ -367,17 +368,17 @@ def layer_kinds(model: PreTrainedModel | PeftModel) -> list[Kind]:
         for layer in layers
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
     ]
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
-        raise ValueError(
-            f"{name} takes no position_ids, so routed decoding on transformers cannot tell it where the tokens of "
-            "several rows stand: use a model with rotary or learned positions."
-        )
     if len(kinds) < len(layers):
         raise ValueError(
             f"{name} keeps more than one key a position in its cache, which routed decoding on transformers cannot "
             "extend row by row: use a model with full or sliding-window attention."
         )
-    if not inner.is_backend_compatible():
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"{name} takes no position_ids, so routed decoding on transformers cannot tell it where the tokens of "
+            "several rows stand: use a model with rotary or learned positions."
+        )
+    if not takes_attention(inner):
         raise ValueError(
             f"{name} computes its attention in its own code, which routed decoding on transformers cannot give rows of "
             "unequal length: use a model that takes transformers' AttentionInterface."
