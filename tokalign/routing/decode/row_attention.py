@@ -1,9 +1,9 @@
 """Attention for rows of unequal length in one forward pass, without padding.
 
 The new tokens of all rows stand side by side in one sequence of N tokens, so everything but attention runs on real
-tokens alone and reads the weights once. Attention runs for each `Piece`: rows of one size class that are adjacent in
-its buffer and have equally many new tokens. It reads their keys and values in place, and no row pays for another's
-length. transformers calls `attend` as an attention implementation of its own (`AttentionInterface`).
+tokens alone and reads the weights once. Attention runs for each `Piece`: rows of one size class with equally many new
+tokens. It reads their keys and values in place (short ones that are not adjacent are gathered), and no row pays for
+another's length. transformers calls `attend` as an attention implementation of its own (`AttentionInterface`).
 
 Grouped-query attention is packed: the query heads of one key head are laid side by side as further queries, so keys are
 neither repeated nor broadcast. On a CPU in bf16 (8 rows of 2,048 tokens, 14 query and 2 key heads) that takes 1.9 ms a
@@ -25,7 +25,9 @@ from transformers import AttentionInterface
 from tokalign.internals.transformers import DynamicLayer
 
 NAME = "tokalign_rows"  # the name by which transformers knows `attend`
-ROOM = 64  # the smallest size of a row, in slots
+GATHERED = (
+    2**14
+)  # numbers a layer, of keys and of values alike, that are sooner copied than read by a call of their own
 SLACK = 128  # tokens that a sliding layer keeps beyond its window: what can be forgotten again, or written in place
 PACKED_QUERIES = 64  # most queries of a key head that are packed; more repeat the keys, which their work outweighs
 
@@ -42,7 +44,7 @@ class Kind:
 
     def slots(self, size: int) -> int:
         """Slots that a layer of this kind keeps of a row of `size` slots: where it wraps, slot p % slots holds p."""
-        return size if self.window is None else min(size, -(-(self.window + SLACK) // ROOM) * ROOM)
+        return size if self.window is None else min(size, self.window + SLACK)
 
     def seen(self, held: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Whether tokens at positions `query` see those at positions `held`; the two broadcast."""
@@ -54,11 +56,11 @@ class Kind:
 
 @dataclass
 class Piece:
-    """Adjacent rows of one size class with equally many new tokens.
+    """Rows of one size class with equally many new tokens.
 
     Attributes:
         size: the class, by the slots of its rows.
-        places: of the rows in the class's buffer.
+        places: of the rows in the class's buffer: a slice, which is read in place, or an index, which is gathered.
         tokens: of the pass, row by row.
         ends: tokens of each row with the new ones.
         new: new tokens of each row.
@@ -66,7 +68,7 @@ class Piece:
     """
 
     size: int
-    places: slice
+    places: slice | torch.Tensor
     tokens: slice
     ends: list[int]
     new: int
@@ -139,6 +141,12 @@ class SlotLayer(DynamicLayer):
         """Hold nothing, and no memory for it."""
         self.buffers.clear()
 
+    @property
+    def width(self) -> int:
+        """Numbers that a token has in a layer's keys; 0 while that is not known."""
+        keys = next(iter(self.buffers.values()), (None,))[0]
+        return 0 if keys is None else keys.shape[1] * keys.shape[3]
+
     def fit(self, size: int) -> None:
         """Move a class to a buffer of the layout's capacity; 0 frees it."""
         if size in self.buffers:
@@ -200,7 +208,7 @@ class SlotLayer(DynamicLayer):
         if start == 0 and min(piece.ends) == end and not windowed and new > 1:
             return own(query, key, value, None, True)
         length = min(end, slots)
-        keys, values = (old[piece.places, :, :length] for old in buffers)
+        keys, values = (old[:, :, :length][piece.places] for old in buffers)
         if new == 1 and min(piece.ends) == end and not windowed:
             return own(query, keys, values, None, False)
         groups = query.shape[1] // key.shape[1]
@@ -216,11 +224,13 @@ class SlotLayer(DynamicLayer):
             for mine, theirs in zip(buffers, (key, value), strict=True):
                 mine[piece.places, :, first : first + new] = theirs[:, :, -new:]
             return
-        places = torch.arange(piece.places.start, piece.places.stop, device=key.device)[:, None]
+        places = piece.places
+        if isinstance(places, slice):
+            places = torch.arange(places.start, places.stop, device=key.device)
         ends = torch.tensor(piece.ends, device=key.device)[:, None]
         index = (ends - new + torch.arange(new, device=key.device)) % slots
         for mine, theirs in zip(buffers, (key, value), strict=True):
-            mine[places, :, index] = theirs[:, :, -new:].transpose(1, 2)
+            mine[places[:, None], :, index] = theirs[:, :, -new:].transpose(1, 2)
 
 
 def attend(
@@ -268,11 +278,12 @@ def attend(
     pieces = layer.layout.pieces
     results = []
     for piece in pieces:
-        rows = len(piece.ends)
-        # Tokens of a row are adjacent: (1, heads, rows × new, d) as (rows, heads, new, d).
-        own = [
-            x[0, :, piece.tokens].reshape(x.shape[1], rows, piece.new, -1).transpose(0, 1) for x in (query, key, value)
-        ]
+        # (1, heads, rows × new, d) as (rows, heads, new, d): the tokens of a row are adjacent
+        own = [x if len(pieces) == 1 else x[:, :, piece.tokens] for x in (query, key, value)]
+        if piece.new == 1:
+            own = [x.transpose(0, 2) for x in own]
+        elif len(piece.ends) > 1:
+            own = [x[0].unflatten(1, (len(piece.ends), piece.new)).transpose(0, 1) for x in own]
         result = layer.read(piece, own[0], own[1], own[2], eager if layer.layout.eager else sdpa)
         results.append(result.transpose(1, 2).flatten(0, 1))
     return (results[0] if len(results) == 1 else torch.cat(results))[None], None

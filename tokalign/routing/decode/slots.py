@@ -28,8 +28,10 @@ from tokalign.internals.transformers import (
     configs_of,
     takes_attention,
 )
-from tokalign.routing.decode.row_attention import NAME, ROOM, SLACK, Kind, Layout, Piece, SlotLayer
+from tokalign.routing.decode.row_attention import GATHERED, NAME, SLACK, Kind, Layout, Piece, SlotLayer
 
+ROOM = 64  # tokens that a row which is let in should have room for
+SMALLEST = 256  # slots of the smallest class: each class in a pass costs attention a call of its own
 SPARE = 4  # a class gives places back when more than 1 in this many, and 1 more, are empty
 FORWARD_TOKENS = 16384  # most tokens in one forward pass
 PROBE = 0.2  # largest relative difference of logits from the model's own that is still rounding
@@ -224,6 +226,16 @@ class CachedModel:
         # Rows that are adjacent in a buffer and have equally many tokens come together, so that attention reads them
         # as one block. Rows with many tokens go alone: their attention is work enough.
         order = sorted(todo, key=lambda row: (len(todo[row]), self._rows[row].size, self._rows[row].place))
+        width = self._layers[0].width
+
+        def joins(before: int, row: int) -> bool:
+            """Whether a row is read together with the one before it."""
+            # In place where they are adjacent. Else their keys must be gathered, which on a CPU soon costs more than a
+            # call for each; on a GPU each call is a launch, and a copy of the keys costs little beside it.
+            adjacent = self._rows[row].place == self._rows[before].place + 1
+            return adjacent or self.device.type != "cpu" or width * lengths[row] <= GATHERED
+
+        groups: list[list[int]] = []
         ids: list[int] = []
         positions: list[int] = []
         ends: dict[int, int] = {}  # of each row, the token of the pass after its last
@@ -237,17 +249,19 @@ class CachedModel:
             lengths[row] = start + len(new)
             state.written = max(state.written, lengths[row])
             last = pieces[-1] if pieces else None
-            if (
-                last
-                and (last.size, last.places.stop, last.new) == (state.size, state.place, len(new))
-                and last.new <= SLACK
-            ):
-                last.places = slice(last.places.start, state.place + 1)
+            if last and last.size == state.size and last.new == len(new) <= SLACK and joins(groups[-1][-1], row):
+                groups[-1].append(row)
                 last.tokens = slice(last.tokens.start, len(ids))
                 last.ends.append(lengths[row])
             else:
-                places = slice(state.place, state.place + 1)
-                pieces.append(Piece(state.size, places, slice(first, len(ids)), [lengths[row]], len(new)))
+                groups.append([row])
+                pieces.append(Piece(state.size, slice(0), slice(first, len(ids)), [lengths[row]], len(new)))
+        for piece, members in zip(pieces, groups, strict=True):
+            places = [self._rows[row].place for row in members]
+            if places[-1] - places[0] == len(places) - 1:
+                piece.places = slice(places[0], places[-1] + 1)
+            else:
+                piece.places = torch.tensor(places, device=self.device)
         self._layout.pieces = pieces
         table = torch.tensor([ids, positions], device=self.device)
         kept = [
@@ -346,10 +360,11 @@ class CachedModel:
 
 
 def slots_for(length: int) -> int:
-    """Slots that a row of this many tokens takes: ROOM times 1, 2, 3, 4, 6, 8, 12, 16 … — at most 1.5 × its length."""
-    rooms = -(-length // ROOM)
-    power = 1 << max(0, rooms - 1).bit_length()
-    return 0 if not rooms else ROOM * (3 * power // 4 if power > 2 and rooms <= 3 * power // 4 else power)
+    """Slots that a row of this many tokens takes: SMALLEST times 1, 1.5, 2, 3, 4, 6 …, so at most half too many."""
+    if not length:
+        return 0
+    size = SMALLEST << ((length - 1) // SMALLEST).bit_length()
+    return 3 * size // 4 if size > SMALLEST and length <= 3 * size // 4 else size
 
 
 def layer_kinds(model: PreTrainedModel | PeftModel) -> list[Kind]:
@@ -364,7 +379,7 @@ def layer_kinds(model: PreTrainedModel | PeftModel) -> list[Kind]:
     layers = DynamicCache(config=inner.config).layers
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     kinds = [
-        Kind() if type(layer) is DynamicLayer else Kind(layer.sliding_window, chunked)
+        Kind(layer.sliding_window, chunked) if isinstance(layer, DynamicSlidingWindowLayer) else Kind()
         for layer in layers
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
     ]
