@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tests.routing.test_generator import GREEDY, LLM, SAMPLED, SLM, TOKENIZER, Toy, make_prompts, same, tiny_router
+from tests.routing.test_schedule import poisoned
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
-from tokalign.routing.decode.backend import RoutedStats
+from tokalign.routing.decode import schedule
+from tokalign.routing.decode.backend import RoutedStats, RowFailed
 from tokalign.routing.decode.costs import full_cost
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import (
@@ -165,3 +167,31 @@ def test_a_stream_gives_nothing_that_is_not_verified_and_cancelling_leaves_the_r
 def test_refusals(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         pair(NeverLLM(), **options)
+
+
+@pytest.mark.parametrize("options", [{"llm_wait": 0}, {"llm_wait": 3}, {"prefill_chunk": 4}, {"token_budget": 150}])
+def test_the_schedule_changes_no_verified_token(options, monkeypatch):
+    monkeypatch.setattr(schedule, "ROOM", 8)  # so that the small budget lets several rows in, and sends some away
+    prompts = make_prompts(8)
+    each = [SamplingParams(seed=i, max_tokens=30, temperature=0.7 * (i % 2)) for i in range(8)]
+    alone = RoutedGenerator(SLM, LLM, TOKENIZER, AlwaysLLM()).generate(prompts, each)
+    same(pair(EntropyPolicy(3.2), most_draft=6, **options).generate(prompts, each), alone)
+
+
+@pytest.mark.parametrize("policy", [EntropyPolicy(3.2), AlwaysLLM()])
+def test_a_row_without_finite_logits_fails_alone(policy):
+    generator = poisoned()
+    generator = RoutedGenerator(generator.slm, generator.llm, TOKENIZER, policy, verify=True, max_rows=3)
+    with torch.no_grad():
+        generator.llm.get_input_embeddings().weight[5] = torch.inf
+    batch = generator.batch()
+    bad = batch.add([7, 5, *[8] * 40], GREEDY)
+    prompts = make_prompts(5)
+    keys = [batch.add(prompt, GREEDY) for prompt in prompts]
+    given: dict[int, list] = {key: [] for key in [bad, *keys]}
+    while batch:
+        for key, token, _ in batch.step():
+            given[key].append(token)
+    assert [type(token) for token in given[bad]] == [RowFailed]
+    expected = generator.generate(prompts, GREEDY)
+    assert [[token.id for token in given[key]] for key in keys] == [c.token_ids for (c,) in expected]

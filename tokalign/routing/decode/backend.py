@@ -25,6 +25,10 @@ def check_threshold(value: float) -> float:
     return float(value)
 
 
+class RowFailed(ValueError):
+    """One completion cannot go on, for a reason of its own that the message tells; the others do."""
+
+
 class LLMUnavailable(ConnectionError):
     """The LLM cannot be reached, and the backend was told not to go on without it."""
 
@@ -99,11 +103,17 @@ class RoutedBackend(Protocol):
         tokenizer: of both models.
         max_length: most tokens, prompt and completion, that both models hold.
         degraded: whether the LLM is out of reach at the moment and the SLM goes on alone.
+        dead: why it can serve no request any more; None while it can.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     degraded: bool
+
+    @property
+    def dead(self) -> BaseException | None:
+        """Read by servers, which end with it."""
+        ...
 
     @property
     def stats(self) -> RoutedStats:

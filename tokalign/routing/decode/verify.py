@@ -17,13 +17,14 @@ Nothing is given out before it is verified. With each token goes whether the SLM
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from tokalign.routing.decode.backend import RoutedStats, RoutedToken
+from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.policies import NextTokens
-from tokalign.routing.decode.schedule import Pair, RoutedBatch, RoutedRow, as_lists
+from tokalign.routing.decode.schedule import Pair, RoutedBatch, RoutedRow, as_lists, not_numbers
 
 
 @dataclass(slots=True)
@@ -51,36 +52,55 @@ class VerifiedBatch(RoutedBatch):
         self._drafts: dict[int, Draft] = {}  # by the rows' keys
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, RoutedToken, RoutedStats]]:
-        """One token more for every draft; then the LLM looks at those that wait for it.
+    def step(self) -> list[tuple[int, RoutedToken | RowFailed, RoutedStats]]:
+        """One token more for every draft; then the LLM looks at those that wait, if it is time (see `schedule`).
 
         Returns:
-            (key, token, the work for that completion so far) of each verified token: several of a row, or none.
+            (key, token, the work for that completion so far) of each verified token: several of a row, or none. A row
+            whose logits are not finite numbers gets the error in place of a token and has ended.
         """
         self._admit()
         needs_slm = self.generator.policy.needs_slm
         drafts = [self._draft_of(row) for row in self.rows]
+        failed: list[tuple[int, RowFailed]] = []
         if needs_slm and (drafting := [r for r, draft in enumerate(drafts) if not draft.looks]):
-            self._write_drafts(drafting)
-        looking = [r for r, draft in enumerate(drafts) if draft.looks or not needs_slm]
-        return self._verify(looking) if looking else []
+            failed = self._write_drafts(drafting)
+        given: list[tuple[int, RoutedToken | RowFailed, RoutedStats]] = []
+        broken = {r for r, _ in failed}
+        looking = [r for r, draft in enumerate(drafts) if (draft.looks or not needs_slm) and r not in broken]
+        others = sum(not draft.looks for draft in drafts) - len(broken) if needs_slm else 0
+        ended: dict[int, bool] = dict.fromkeys(broken, True)  # place -> whether the row has failed
+        if due := self._due(looking, others):
+            given, more = self._verify(due)
+            ended |= more
+        given += [(self.rows[r].key, error, self.rows[r].stats) for r, error in failed]
+        for place in sorted(ended, reverse=True):
+            self._leave(place, wipe=ended[place])
+        return given
 
     def _draft_of(self, row: RoutedRow) -> Draft:
         return self._drafts.setdefault(row.key, Draft())
 
-    def _leave(self, place: int) -> None:
+    def _leave(self, place: int, *, wipe: bool = False) -> None:
         self._drafts.pop(self.rows[place].key, None)
-        super()._leave(place)
+        super()._leave(place, wipe=wipe)
 
-    def _write_drafts(self, places: list[int]) -> None:
-        """The SLM's next token of these rows, or a look in its place."""
-        pair = self.generator
-        logits, hidden = self._read(0, places, hidden=pair.policy.needs_hidden)
-        columns = self._of_rows(self._current_columns(), places, logits.device)
-        ids, _ = self._draw(logits, columns, places)
+    def _write_drafts(self, places: list[int]) -> list[tuple[int, RowFailed]]:
+        """The SLM's next token of these rows, or a look in its place; returns the rows that have failed."""
+        pair, start = self.generator, time.perf_counter()
+        ready, logits, hidden = self._read(0, places, hidden=pair.policy.needs_hidden)
+        if not ready:
+            return []
+        columns = self._of_rows(self._current_columns(), ready, logits.device)
+        ids, logprobs = self._draw(logits, columns, ready)
         seen = NextTokens(hidden, logits, columns["seed"], columns["sample"], columns["step"], ids)
-        for r, (number, score) in zip(places, as_lists(ids, pair.policy.scores(seen)), strict=True):
+        failed = []
+        table = as_lists(ids, logprobs, pair.policy.scores(seen))
+        for r, (number, logprob, score) in zip(ready, table, strict=True):
             row, draft, token = self.rows[r], self._draft_of(self.rows[r]), int(number)
+            if not_numbers(logprob, score):
+                failed.append((r, self._failure(row, logprob, by_llm=False)))
+                continue
             draft.proposals.append((token, score))
             draft.looks = score >= pair.policy.threshold
             if draft.looks:
@@ -94,14 +114,29 @@ class VerifiedBatch(RoutedBatch):
             full = draft.length >= pair.most_draft or row.age >= row.limit
             draft.looks = full or token in pair.end_ids[1] or token in row.params.stop_token_ids
         self._changed = True  # the columns' steps
+        if self._steady:
+            looks = sum(self._draft_of(self.rows[r]).looks for r in ready)
+            self._pace.slm(len(ready), looks, time.perf_counter() - start)
+        return failed
 
-    def _verify(self, places: list[int]) -> list[tuple[int, RoutedToken, RoutedStats]]:
-        """The LLM reads the drafts of these rows in one pass, and each row gets what the LLM would have written."""
+    def _verify(
+        self, places: list[int]
+    ) -> tuple[list[tuple[int, RoutedToken | RowFailed, RoutedStats]], dict[int, bool]]:
+        """The LLM reads the drafts of these rows in one pass, and each row gets what the LLM would have written.
+
+        Returns:
+            What is given, and the places that end with it: whether they have failed.
+        """
+        start = time.perf_counter()
+        keep = max(self._draft_of(self.rows[r]).length + 1 for r in places)
+        places, logits, _ = self._read(1, places, keep=keep)
+        if not places:
+            return [], {}
         rows = [self.rows[r] for r in places]
         drafts = [self._draft_of(row) for row in rows]
         counts = [draft.length + 1 for draft in drafts]
-        logits, _ = self._read(1, places, keep=max(counts))
         for row in rows:
+            row.waited = 0
             for stats in (row.stats, self.stats):
                 stats.handoffs += 1
         # The LLM draws at each position of each draft, and behind it: one list of positions for all rows.
@@ -113,21 +148,24 @@ class VerifiedBatch(RoutedBatch):
         at = logits[:, None] if logits.ndim == 2 else logits
         own = self._draw(at[row_of, -1 - back], columns, [places[i] for i in row_of.tolist()])
         drawn = iter(as_lists(*own))
-        given = []
+        given, ended = [], {}
         for place, row, draft, count in zip(places, rows, drafts, counts, strict=True):
-            given += self._keep(place, row, draft, [next(drawn) for _ in range(count)])
+            new = self._keep(place, row, draft, [next(drawn) for _ in range(count)])
+            given += new
+            last = new[-1][1]
+            if isinstance(last, RowFailed) or last.finish_reason is not None:
+                ended[place] = isinstance(last, RowFailed)
         self._changed = True
-        ended = {key for key, token, _ in given if token.finish_reason is not None}
-        for place in reversed(places):
-            if self.rows[place].key in ended:
-                self._leave(place)
-        return given
+        if self._steady:
+            self._pace.llm(len(places), time.perf_counter() - start)
+        return given, ended
 
     def _keep(
         self, place: int, row: RoutedRow, draft: Draft, own: list[list[float]]
-    ) -> list[tuple[int, RoutedToken, RoutedStats]]:
+    ) -> list[tuple[int, RoutedToken | RowFailed, RoutedStats]]:
         """Replace a row's draft by what the LLM has drawn: the draft's prefix that equals it, and one token more."""
-        given, proposals, length = [], draft.proposals, draft.length
+        given: list[tuple[int, RoutedToken | RowFailed, RoutedStats]] = []
+        proposals, length = draft.proposals, draft.length
         del row.tokens[len(row.tokens) - length :]
         draft.proposals, draft.length, draft.looks = [], 0, False
         for j, (number, logprob) in enumerate(own):
@@ -136,6 +174,8 @@ class VerifiedBatch(RoutedBatch):
             agreed = None if proposed is None else proposed == token
             tails = self._tails([place], {place: (token, logprob)}) if row.params.stop else {}
             written = self._finish(row, (token, logprob), True, score, tails.get(place, ""))
+            if isinstance(written, RowFailed):
+                return [*given, (row.key, written, row.stats)]
             kept = j < length and agreed
             if kept:
                 for stats in (row.stats, self.stats):
@@ -148,7 +188,8 @@ class VerifiedBatch(RoutedBatch):
         for model in self._models:
             model.truncate(place, len(row.tokens) - 1)
         if self.generator.on_verified is not None:
-            draft.agreed += [token.agreed for _, token, _ in given]
-            if given[-1][1].finish_reason is not None:
+            tokens = [token for _, token, _ in given if isinstance(token, RoutedToken)]
+            draft.agreed += [token.agreed for token in tokens]
+            if tokens[-1].finish_reason is not None:
                 self.generator.on_verified(list(row.tokens), draft.agreed)
         return given
