@@ -133,10 +133,10 @@ class CachedModel:
     @torch.inference_mode()
     def wipe(self, row: int) -> None:
         """Zero what a row holds that may be NaN: what is masked is multiplied by 0, and 0 times NaN is NaN."""
+        state = self._rows[row]
         for layer in self._layers:
-            if layer.is_initialized:
-                layer.keys[row : row + 1] = 0
-                layer.values[row : row + 1] = 0
+            for buffer in layer.buffers.get(state.size, ()):
+                buffer[state.place] = 0
 
     @torch.inference_mode()
     def share(self, source: int, targets: list[int], length: int) -> None:
