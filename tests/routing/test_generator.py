@@ -301,20 +301,6 @@ def test_cancelling_frees_the_row_and_the_rest_goes_on():
     assert batch.stats.tokens == sum(map(len, written.values()))
 
 
-def test_the_budget_bounds_rows_times_width_and_max_rows_the_rows():
-    rows = []
-    for options in ({"token_budget": 300}, {"max_rows": 3}):
-        batch = RoutedBatch(RoutedGenerator(SLM, LLM, TOKENIZER, NeverLLM(), **options))
-        for prompt in make_prompts(20, longest=20):
-            batch.add(prompt, SamplingParams(max_tokens=30, seed=0))
-        while batch:
-            batch.step()
-            rows.append(len(batch.rows) * max((row.width for row in batch.rows), default=0))
-            assert len(batch.rows) <= (3 if "max_rows" in options else 300 // 30)
-            assert "max_rows" in options or rows[-1] <= 300
-    assert max(rows) > 60
-
-
 def test_completions_end_where_the_shorter_context_ends():
     short = tiny_model(VOCAB, seed=4)
     short.config.max_position_embeddings = 60

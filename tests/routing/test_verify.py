@@ -11,7 +11,7 @@ import torch
 from tests.routing.test_generator import GREEDY, LLM, SAMPLED, SLM, TOKENIZER, Toy, make_prompts, same, tiny_router
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
-from tokalign.routing.decode.backend import RoutedStats
+from tokalign.routing.decode.backend import RoutedStats, RowFailed
 from tokalign.routing.decode.costs import full_cost
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import (
@@ -165,3 +165,44 @@ def test_a_stream_gives_nothing_that_is_not_verified_and_cancelling_leaves_the_r
 def test_refusals(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         pair(NeverLLM(), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"token_budget": 90}, {"llm_wait": 3}, {"llm_wait": 0, "prefill_chunk": 5}, {"max_rows": 1}], ids=str
+)
+def test_the_schedule_changes_no_token(options):
+    prompts = make_prompts(9, seed=6)
+    each = [replace(SAMPLED, seed=i, max_tokens=5 + 3 * i) for i in range(9)]
+    alone = RoutedGenerator(SLM, LLM, TOKENIZER, AlwaysLLM()).generate(prompts, each)
+    same(pair(EntropyPolicy(3.3), **options).generate(prompts, each), alone)
+
+
+def poisoned(model):
+    """The model with weights that overflow at token 5."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[5] = torch.inf
+    return other
+
+
+@pytest.mark.parametrize("side", ["slm", "llm"])
+def test_a_poisoned_row_fails_alone_and_one_that_only_the_slm_cannot_read_is_the_llms(side):
+    slm, llm = copy.deepcopy(NEAR), copy.deepcopy(LLM)
+    for model in (slm, llm):
+        with torch.no_grad():  # nobody writes it
+            model.lm_head.weight[5] = 0
+    prompts = [[7, 8, 9], [7, 5, *[8] * 60], *make_prompts(7, seed=2)]
+    params = [SamplingParams(seed=i, max_tokens=20, top_p=0.5) for i in range(9)]
+    expected = [c.token_ids for (c,) in RoutedGenerator(slm, llm, TOKENIZER, AlwaysLLM()).generate(prompts, params)]
+    models = (poisoned(slm), llm) if side == "slm" else (slm, poisoned(llm))
+    batch = RoutedGenerator(*models, TOKENIZER, EntropyPolicy(99.0), max_rows=3, verify=True).batch()
+    keys = [batch.add(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    written: dict[int, list] = {key: [] for key in keys}
+    while batch:
+        for key, token, _ in batch.step():
+            written[key].append(token if isinstance(token, RowFailed) else token.id)
+    if side == "llm":
+        (error,) = written[keys[1]]
+        assert isinstance(error, RowFailed) and "The LLM gave logits that are not finite" in str(error)
+        written[keys[1]] = expected[1]
+    assert [written[key] for key in keys] == expected and not batch._drafts

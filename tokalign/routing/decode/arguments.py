@@ -52,9 +52,17 @@ class PairArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the checkpoints. Only for sources you trust."}
     )
+    llm_wait: str = field(
+        default="auto",
+        metadata={"help": "transformers: the LLM runs when so many rows wait for it; `auto` measures, 0 is at once."},
+    )
+    prefill_chunk: int = field(
+        default=512,
+        metadata={"help": "transformers: most tokens of long prompts read a step, beside rows that write."},
+    )
     token_budget: int = field(
         default=65536,
-        metadata={"help": "transformers: most rows x (prompt + max_tokens) in one batch; bounds both KV caches."},
+        metadata={"help": "transformers: most tokens in flight, prompts and what is written; bounds both KV caches."},
     )
 
 

@@ -25,6 +25,10 @@ def check_threshold(value: float) -> float:
     return float(value)
 
 
+class RowFailed(ValueError):
+    """One completion cannot go on, for a reason of its own that the message tells; the others do."""
+
+
 class LLMUnavailable(ConnectionError):
     """The LLM cannot be reached, and the backend was told not to go on without it."""
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_prompts, params_of_each
 from tokalign.generation.vocabulary import check_pair, end_ids
-from tokalign.routing.decode.backend import RoutedStats, RoutedToken
+from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.schedule import RoutedBatch
 from tokalign.routing.decode.slots import check_model
@@ -53,7 +53,13 @@ class RoutedGenerator:
         most_draft: longest draft.
         on_verified: with `verify`, called when a completion ends: all its ids, prompt included, and for each token of
             the completion whether the SLM had drawn the same (None: not asked). Labels of text that is served.
-        token_budget: most rows × (prompt + max_tokens) in flight; bounds both KV caches.
+        llm_wait: the LLM runs when so many rows wait for it, or when no other can go on; 0 or 1 is at once. "auto"
+            finds the number from the measured times of both models (see `decode.pace`). It changes no row's tokens,
+            except where the last bits of half-precision logits depend on the rows of a pass: a number repeats them.
+        prefill_chunk: most tokens of long prompts that a step reads beside the rows that write. Some hundred cost a GPU
+            little more than one, since all weights are read for either; many more would be felt as a pause.
+        token_budget: most tokens, prompts and what is written so far, in flight; bounds both KV caches. Rows that
+            outgrow it wait, the youngest first, and are read anew.
         max_rows: most rows in flight.
         llm_tokenizer: the LLM's, to be compared; None if it is known to be the same.
 
@@ -72,6 +78,8 @@ class RoutedGenerator:
         verify: bool = False,
         most_draft: int = 16,
         on_verified: Callable[[list[int], list[bool | None]], None] | None = None,
+        llm_wait: int | str = "auto",
+        prefill_chunk: int = 512,
         token_budget: int = 65536,
         max_rows: int = 256,
         llm_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -84,8 +92,13 @@ class RoutedGenerator:
             )
         if most_draft < 1:
             raise ValueError(f"most_draft is {most_draft}: let the SLM draft at least 1 token.")
-        if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}: allow at least 1 row.")
+        for name, number in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk)):
+            if number < 1:
+                raise ValueError(f"{name} is {number}: allow at least 1.")
+        if llm_wait != "auto" and not str(llm_wait).isdecimal():
+            raise ValueError(f'llm_wait is {llm_wait!r}: give a number of rows, or "auto".')
+        self.llm_wait = None if llm_wait == "auto" else int(llm_wait)
+        self.prefill_chunk = prefill_chunk
         self.slm, self.llm, self.tokenizer, self.policy = slm.eval(), llm.eval(), tokenizer, policy
         self.llm_span, self.token_budget, self.max_rows = llm_span, token_budget, max_rows
         self.verify, self.most_draft, self.on_verified = verify, most_draft, on_verified
@@ -181,7 +194,7 @@ class RoutedGenerator:
         batch = self.batch()
         place: dict[int, tuple[int, int]] = {}
         seeds = [secrets.randbits(63) if p.seed is None else p.seed for p in each]
-        # Longest first: later rows then never widen the batch that they join.
+        # Longest first: the end of a batch is then of rows that end soon.
         widths = [len(prompt) + p.max_tokens for prompt, p in zip(prompts, each, strict=True)]
         for i in sorted(range(len(prompts)), key=lambda i: (-widths[i], i)):
             for k in range(each[i].draws):
@@ -190,9 +203,11 @@ class RoutedGenerator:
         written: dict[int, list[RoutedToken]] = {key: [] for key in place}
         while batch:
             for key, token, stats in batch.step():
+                i, k = place[key]
+                if isinstance(token, RowFailed):
+                    raise ValueError(f"Prompt {i}: {token}") from token
                 written[key].append(token)
                 if token.finish_reason is not None:
-                    i, k = place[key]
                     results[i][k] = _completion(written.pop(key), stats)
         ordered = [[draws[k] for k in sorted(draws)] for draws in results]
         return [
@@ -206,6 +221,8 @@ class RoutedGenerator:
         batch.add(prompt, params, sample=sample)
         while batch:
             for _, token, _ in batch.step():
+                if isinstance(token, RowFailed):
+                    raise token
                 yield token
 
     def check(self, prompts: Sequence[Ids], each: Sequence[SamplingParams]) -> None:

@@ -170,6 +170,14 @@ class CachedModel:
         self.lengths[row] = min(self.lengths[row], length)
 
     @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Zero what a row holds that may be NaN: what is masked is multiplied by 0, and 0 times NaN is NaN."""
+        for layer in self._layers:
+            if layer.is_initialized:
+                layer.keys[row : row + 1] = 0
+                layer.values[row : row + 1] = 0
+
+    @torch.inference_mode()
     def share(self, source: int, targets: list[int], length: int) -> None:
         """Give rows that have read nothing the first `length` tokens of another row."""
         self._reserve(max(targets) + 1, length)
