@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tests.routing.test_generator import GREEDY, LLM, SAMPLED, SLM, TOKENIZER, Toy, make_prompts, same, tiny_router
+from tests.routing.test_schedule import poisoned
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
+from tokalign.routing.decode import schedule
 from tokalign.routing.decode.backend import RoutedStats, RowFailed
 from tokalign.routing.decode.costs import full_cost
 from tokalign.routing.decode.generator import RoutedGenerator
@@ -155,7 +157,7 @@ def test_a_stream_gives_nothing_that_is_not_verified_and_cancelling_leaves_the_r
         if not batch:
             break
     assert [written[key] for key in keys[1:]] == expected[1:] and not written[keys[0]]
-    assert [m.lengths for m in batch._models] == [[], []]
+    assert [m.lengths for m in batch._models] == [[], []] and not batch._drafts
 
 
 @pytest.mark.parametrize(
@@ -167,42 +169,29 @@ def test_refusals(options, sentence):
         pair(NeverLLM(), **options)
 
 
-@pytest.mark.parametrize(
-    "options", [{"token_budget": 90}, {"llm_wait": 3}, {"llm_wait": 0, "prefill_chunk": 5}, {"max_rows": 1}], ids=str
-)
-def test_the_schedule_changes_no_token(options):
-    prompts = make_prompts(9, seed=6)
-    each = [replace(SAMPLED, seed=i, max_tokens=5 + 3 * i) for i in range(9)]
+@pytest.mark.parametrize("options", [{"llm_wait": 0}, {"llm_wait": 3}, {"prefill_chunk": 4}, {"token_budget": 150}])
+def test_the_schedule_changes_no_verified_token(options, monkeypatch):
+    monkeypatch.setattr(schedule, "ROOM", 8)  # so that the small budget lets several rows in, and sends some away
+    prompts = make_prompts(8)
+    each = [SamplingParams(seed=i, max_tokens=30, temperature=0.7 * (i % 2)) for i in range(8)]
     alone = RoutedGenerator(SLM, LLM, TOKENIZER, AlwaysLLM()).generate(prompts, each)
-    same(pair(EntropyPolicy(3.3), **options).generate(prompts, each), alone)
+    same(pair(EntropyPolicy(3.2), most_draft=6, **options).generate(prompts, each), alone)
 
 
-def poisoned(model):
-    """The model with weights that overflow at token 5."""
-    other = copy.deepcopy(model)
+@pytest.mark.parametrize("policy", [EntropyPolicy(3.2), AlwaysLLM()])
+def test_a_row_without_finite_logits_fails_alone(policy):
+    generator = poisoned()
+    generator = RoutedGenerator(generator.slm, generator.llm, TOKENIZER, policy, verify=True, max_rows=3)
     with torch.no_grad():
-        other.get_input_embeddings().weight[5] = torch.inf
-    return other
-
-
-@pytest.mark.parametrize("side", ["slm", "llm"])
-def test_a_poisoned_row_fails_alone_and_one_that_only_the_slm_cannot_read_is_the_llms(side):
-    slm, llm = copy.deepcopy(NEAR), copy.deepcopy(LLM)
-    for model in (slm, llm):
-        with torch.no_grad():  # nobody writes it
-            model.lm_head.weight[5] = 0
-    prompts = [[7, 8, 9], [7, 5, *[8] * 60], *make_prompts(7, seed=2)]
-    params = [SamplingParams(seed=i, max_tokens=20, top_p=0.5) for i in range(9)]
-    expected = [c.token_ids for (c,) in RoutedGenerator(slm, llm, TOKENIZER, AlwaysLLM()).generate(prompts, params)]
-    models = (poisoned(slm), llm) if side == "slm" else (slm, poisoned(llm))
-    batch = RoutedGenerator(*models, TOKENIZER, EntropyPolicy(99.0), max_rows=3, verify=True).batch()
-    keys = [batch.add(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-    written: dict[int, list] = {key: [] for key in keys}
+        generator.llm.get_input_embeddings().weight[5] = torch.inf
+    batch = generator.batch()
+    bad = batch.add([7, 5, *[8] * 40], GREEDY)
+    prompts = make_prompts(5)
+    keys = [batch.add(prompt, GREEDY) for prompt in prompts]
+    given: dict[int, list] = {key: [] for key in [bad, *keys]}
     while batch:
         for key, token, _ in batch.step():
-            written[key].append(token if isinstance(token, RowFailed) else token.id)
-    if side == "llm":
-        (error,) = written[keys[1]]
-        assert isinstance(error, RowFailed) and "The LLM gave logits that are not finite" in str(error)
-        written[keys[1]] = expected[1]
-    assert [written[key] for key in keys] == expected and not batch._drafts
+            given[key].append(token)
+    assert [type(token) for token in given[bad]] == [RowFailed]
+    expected = generator.generate(prompts, GREEDY)
+    assert [[token.id for token in given[key]] for key in keys] == [c.token_ids for (c,) in expected]

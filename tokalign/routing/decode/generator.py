@@ -90,9 +90,7 @@ class RoutedGenerator:
             raise ValueError(
                 f"llm_span is {llm_span}: with verify the LLM writes 1 token behind each draft, leave it out."
             )
-        if most_draft < 1:
-            raise ValueError(f"most_draft is {most_draft}: let the SLM draft at least 1 token.")
-        for name, number in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk)):
+        for name, number in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk), ("most_draft", most_draft)):
             if number < 1:
                 raise ValueError(f"{name} is {number}: allow at least 1.")
         if llm_wait != "auto" and not str(llm_wait).isdecimal():

@@ -55,10 +55,10 @@ class Pair(Protocol):
     tokenizer: PreTrainedTokenizerBase
     policy: RoutingPolicy
     llm_span: int
-    most_draft: int
-    on_verified: Callable[[list[int], list[bool | None]], None] | None
     llm_wait: int | None  # None is "auto"
     prefill_chunk: int
+    most_draft: int
+    on_verified: Callable[[list[int], list[bool | None]], None] | None
     token_budget: int
     max_rows: int
     shared_vocab: int
@@ -130,7 +130,7 @@ class RoutedBatch:
         self.waiting = deque(row for row in self.waiting if row.key != key)
         for place, row in enumerate(self.rows):
             if row.key == key:
-                self._leave(place)
+                self._leave(place, wipe=True)
                 break
 
     @torch.inference_mode()
@@ -157,12 +157,8 @@ class RoutedBatch:
             row.score, row.waited = None, 0
         # From the last place on, because the place of a row that leaves is filled by the last.
         for r, (_, token, _) in reversed(list(zip(sorted(written), given, strict=True))):
-            if isinstance(token, RowFailed):
-                for model in self._models:
-                    model.wipe(r)
-                self._leave(r)
-            elif token.finish_reason is not None:
-                self._leave(r)
+            if isinstance(token, RowFailed) or token.finish_reason is not None:
+                self._leave(r, wipe=isinstance(token, RowFailed))
         return given
 
     def _ask_slm(self, columns: dict[str, torch.Tensor], written: dict[int, tuple[int, float]]) -> None:
@@ -187,7 +183,7 @@ class RoutedBatch:
         routed = 0
         for r, each in zip(ready, as_lists(ids, logprobs, policy.scores(seen), *more), strict=True):
             row, row.score = rows[r], each[2]
-            if row.score < policy.threshold or math.isnan(row.score):
+            if row.score < policy.threshold or not_numbers(each[1], row.score):
                 written[r] = (int(each[0]), each[1])
                 continue
             row.span = int(each[3]) if more else self.generator.llm_span
@@ -200,8 +196,8 @@ class RoutedBatch:
     def _ask_llm(self, columns: dict[str, torch.Tensor], written: dict[int, tuple[int, float]]) -> set[int]:
         """Let the LLM write the next token of rows that wait for it, if it is time; returns their places."""
         rows, policy = self.rows, self.generator.policy
-        routed = [r for r, row in enumerate(rows) if row.span or not policy.needs_slm]
-        if not (asked := self._turn(routed, len(written))):
+        asked = self._due([r for r, row in enumerate(rows) if row.span or not policy.needs_slm], len(written))
+        if not asked:
             return set()
         start = time.perf_counter()
         ready, logits, _ = self._read(1, asked)
@@ -218,24 +214,19 @@ class RoutedBatch:
             self._pace.llm(len(ready), time.perf_counter() - start)
         return set(ready)
 
-    def _turn(self, routed: list[int], others: int) -> list[int]:
-        """Those of the rows that wait for the LLM which it reads now, while `others` have got a token from the SLM."""
-        lengths, chunk = self._models[1].lengths, self.generator.prefill_chunk
+    def _due(self, routed: list[int], others: int) -> list[int]:
+        """Which of the rows that wait for the LLM it reads now, while `others` have got a token from the SLM."""
+        most, length = self.generator.llm_wait, self._models[1].lengths
         # What takes several pieces to read is read from now on; the others share a pass.
-        far = {r for r in routed if len(self.rows[r].tokens) - lengths[r] > chunk}
-        near = [r for r in routed if r not in far]
-        for r in near:
-            self.rows[r].waited += 1
-        return routed if self._is_time(near, others) else sorted(far)
-
-    def _is_time(self, waiting: list[int], others: int) -> bool:
-        """Whether the LLM is to run for rows that wait, while `others` have got a token from the SLM."""
-        if not waiting:
-            return False
-        most = self.generator.llm_wait
-        enough = self._pace.rows(len(waiting) + others) if most is None else most
-        longest = max(self.rows[r].waited for r in waiting)
-        return not others or len(waiting) >= enough or longest > LONGEST_WAIT
+        far = {r for r in routed if len(self.rows[r].tokens) - length[r] > self.generator.prefill_chunk}
+        near = [self.rows[r] for r in routed if r not in far]
+        for row in near:
+            row.waited += 1
+        if near:
+            enough = self._pace.rows(len(near) + others) if most is None else most
+            if not others or len(near) >= enough or max(row.waited for row in near) > LONGEST_WAIT:
+                return routed
+        return sorted(far)
 
     def _admit(self) -> None:
         """Take slots back if the rows have outgrown the budget, else let waiting rows in while there is room.
@@ -248,7 +239,7 @@ class RoutedBatch:
             place = max(range(len(rows)), key=lambda r: rows[r].key)
             row = rows[place]
             held -= len(row.tokens)
-            self._free(place)
+            self._free(place, wipe=True)
             self.waiting.appendleft(row)  # the youngest first, so the oldest of them is the head
         # A row joins where all have room for some tokens more: one that must go again at once was read for nothing. A
         # large prompt does not stop the small ones behind it, but is overtaken only so often, and never once its client
@@ -275,13 +266,19 @@ class RoutedBatch:
             self._changed = True
         self.waiting.extendleft(reversed(passed))
 
-    def _leave(self, place: int) -> None:
+    def _leave(self, place: int, *, wipe: bool = False) -> None:
         """A row has ended."""
-        self._free(place)
+        self._free(place, wipe=wipe)
 
-    def _free(self, place: int) -> None:
-        """Free a row's place in both models; the last one takes it."""
+    def _free(self, place: int, *, wipe: bool) -> None:
+        """Free a row's place in both models; the last row takes it.
+
+        Args:
+            wipe: for a row of which it is not known that all it holds are finite numbers.
+        """
         for model in self._models:
+            if wipe:
+                model.wipe(place)
             model.drop(place)
         last = self.rows.pop()
         if place < len(self.rows):
@@ -458,13 +455,8 @@ class RoutedBatch:
     ) -> RoutedToken | RowFailed:
         """Append a token to its row and see whether it is the last."""
         token, logprob = written
-        if not math.isfinite(logprob) or (score is not None and math.isnan(score)):
-            writer = "LLM" if by_llm else "SLM"
-            what = "policy gave a score that is" if math.isfinite(logprob) else f"{writer} gave logits that are"
-            return RowFailed(
-                f"The {what} not finite at token {len(row.tokens)} of the text: the weights may be broken, "
-                "or overflow in half precision; change the prompt or load the models in float32."
-            )
+        if not_numbers(logprob, score):
+            return self._failure(row, logprob, by_llm)
         row.tokens.append(token)
         for stats in (row.stats, self.stats):
             if by_llm:
@@ -477,6 +469,20 @@ class RoutedBatch:
         else:
             reason = "length" if row.age >= row.limit else None
         return RoutedToken(token, by_llm, logprob, score, reason)
+
+    def _failure(self, row: RoutedRow, logprob: float, by_llm: bool) -> RowFailed:
+        what = f"{'LLM' if by_llm else 'SLM'} gave logits"
+        if math.isfinite(logprob):
+            what = "policy gave scores"
+        return RowFailed(
+            f"The {what} that are not finite at token {len(row.tokens)} of the text: the weights may be broken, or "
+            "overflow in half precision; change the prompt or load the models in float32."
+        )
+
+
+def not_numbers(logprob: float, score: float | None) -> bool:
+    """Whether a row has failed: log-probabilities are finite, and scores may be infinite but are numbers."""
+    return not math.isfinite(logprob) or (score is not None and math.isnan(score))
 
 
 def as_lists(*columns: torch.Tensor) -> list[list[float]]:
