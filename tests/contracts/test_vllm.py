@@ -27,8 +27,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerBase  # noqa: E402
 
 from tokalign.routing.decode.vllm import models as vllm_models  # noqa: E402
+from tokalign.routing.decode.vllm.architectures import ARCHITECTURES  # noqa: E402
 from tokalign.routing.decode.vllm.plugin import (  # noqa: E402
-    ARCHITECTURES,
     RouterWorkerExtension,
     check_vllm_version,
     register,
@@ -52,9 +52,9 @@ def test_the_entry_point_is_installed() -> None:
 def test_the_architectures_are_registered_by_name() -> None:
     register()
     known = vllm.ModelRegistry.models
-    for name in ARCHITECTURES:
-        entry = known[f"Routed{name}"]
-        assert (entry.module_name, entry.class_name) == ("tokalign.routing.decode.vllm.models", f"Routed{name}")
+    for name in (f"{kind}{name}" for kind in ("Routed", "Probed") for name in ARCHITECTURES):
+        entry = known[name]
+        assert (entry.module_name, entry.class_name) == ("tokalign.routing.decode.vllm.models", name)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -112,7 +112,15 @@ def test_a_session_drops_the_token_that_stopped_it() -> None:
 
 
 def test_the_server_takes_and_gives_token_ids() -> None:
-    for field in ("return_token_ids", "stop_token_ids", "skip_special_tokens", "logit_bias", "seed", "stream_options"):
+    for field in (
+        "return_token_ids",
+        "stop_token_ids",
+        "skip_special_tokens",
+        "logit_bias",
+        "seed",
+        "stream_options",
+        "logprob_token_ids",
+    ):
         assert field in CompletionRequest.model_fields, f"vLLM's completions no longer take {field}."
     assert "token_ids" in CompletionResponseChoice.model_fields
     assert "token_ids" in CompletionResponseStreamChoice.model_fields

@@ -72,24 +72,34 @@ class Toy(RoutingPolicy):
 def plain(generator: RoutedGenerator, prompt: list[int], params: SamplingParams, number: int, span: int):
     """One completion by the definition: both models read the whole prefix anew at every token."""
     policy, shared = generator.policy, generator.shared_vocab
+    repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        text, changed = tokens[len(prompt) :], logits[0].tolist()
+        for v in {*tokens}:
+            changed[v] = changed[v] / repetition if changed[v] > 0 else changed[v] * repetition
+            changed[v] -= frequency * text.count(v) + presence * (v in text)
+        return sample(torch.tensor([changed]), *how)
+
     tokens, written_by, scores, logprobs, left = list(prompt), [], [], [], 0
     while True:
         at = [torch.tensor([x]) for x in (params.seed, number, len(tokens) - len(prompt))]
         ids = torch.tensor([tokens])
         how = uniforms(*at), torch.tensor([params.temperature]), torch.tensor([params.top_p], dtype=torch.float64)
+        how += torch.tensor([params.top_k]), torch.tensor([params.min_p])
         score = None
         if not left:
             hidden = generator.slm.base_model(ids).last_hidden_state[:, -1]
             logits = generator.slm(ids).logits[:, -1, :shared]
-            seen = NextTokens(hidden, logits, *at, sample(logits, *how))
+            seen = NextTokens(hidden, logits, *at, drawn(logits))
             score, longest = policy.scores(seen).item(), policy.spans(seen)
             left = 0 if score < policy.threshold else span if longest is None else longest.item()
         by_llm = left > 0
         if by_llm:
             logits = generator.llm(ids).logits[:, -1, :shared]
-            stop = policy.stop(NextTokens(None, logits, *at, sample(logits, *how)))
+            stop = policy.stop(NextTokens(None, logits, *at, drawn(logits)))
             left = 0 if stop is not None and stop.item() else left - 1
-        token = sample(logits, *how).item()
+        token = drawn(logits).item()
         logprobs.append(logits.log_softmax(-1)[0, token].item())
         tokens.append(token)
         written_by.append(by_llm)
@@ -126,7 +136,12 @@ def same(results, expected) -> None:
 SAMPLED = SamplingParams(n=3, seed=5, temperature=0.8, top_p=0.9, max_tokens=24)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+PENALIZED = SamplingParams(
+    seed=5, max_tokens=24, top_k=9, min_p=0.05, repetition_penalty=1.2, presence_penalty=-0.4, frequency_penalty=0.3
+)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALIZED])
 @pytest.mark.parametrize(
     ("policy", "alone", "by_llm"),
     [(Toy(1.1), SLM, False), (NeverLLM(), SLM, False), (Toy(0.0), LLM, True), (AlwaysLLM(), LLM, True)],
@@ -149,6 +164,8 @@ def test_equal_to_a_loop_without_caches(span, llm):
         )
         for i in range(9)
     ]
+    options = [{"top_k": 5, "min_p": 0.02}, {}, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}]
+    each = [replace(params, **options[i // 3]) for i, params in enumerate(each)]
     completions = check_against_plain(generator, make_prompts(9), each)
     rate = sum(map(sum, (c.written_by for c in completions))) / sum(len(c.token_ids) for c in completions)
     assert 0.1 < rate < 0.9  # both models write
@@ -259,14 +276,13 @@ def test_always_and_never_leave_one_model_idle(policy, idle):
 def test_draws_of_one_prompt_share_its_prefill_in_both_models():
     prompts = [p for p in make_prompts(3, seed=1) if len(p) > 2]
     small, large = [], []
+    generator = RoutedGenerator(SLM, LLM, TOKENIZER, RandomPolicy(0.4))
     handles = [count_forwards(SLM, small), count_forwards(LLM, large)]
-    results = RoutedGenerator(SLM, LLM, TOKENIZER, RandomPolicy(0.4)).generate(
-        prompts, SamplingParams(n=8, seed=0, max_tokens=6)
-    )
+    results = generator.generate(prompts, SamplingParams(n=8, seed=0, max_tokens=6))
     for handle in handles:
         handle.remove()
-    longest = max(map(len, prompts)) - 1
-    assert small[0] == (len(prompts), longest) and small[1] == (8 * len(prompts), 1)
+    # Rows stand side by side, without padding
+    assert small[:2] == [(1, sum(len(prompt) - 1 for prompt in prompts)), (1, 8 * len(prompts))]
     stats = RoutedStats()
     for completions in results:
         for c in completions:

@@ -103,11 +103,17 @@ class RoutedBackend(Protocol):
         tokenizer: of both models.
         max_length: most tokens, prompt and completion, that both models hold.
         degraded: whether the LLM is out of reach at the moment and the SLM goes on alone.
+        dead: why it can serve no request any more; None while it can.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     degraded: bool
+
+    @property
+    def dead(self) -> BaseException | None:
+        """Read by servers, which end with it."""
+        ...
 
     @property
     def stats(self) -> RoutedStats:

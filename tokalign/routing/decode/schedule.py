@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokalign.generation.batch import SAMPLED_LOGITS
 from tokalign.generation.protocol import Ids, SamplingParams
-from tokalign.generation.sampling import sample, uniforms, wide_dtype
+from tokalign.generation.sampling import Penalties, sample, uniforms, wide_dtype
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.pace import Pace
 from tokalign.routing.decode.policies import NextTokens, RoutingPolicy
@@ -81,6 +81,7 @@ class RoutedRow:
     score: float | None = None  # of the next token, once the SLM has been asked
     waited: int = 0  # steps since it was routed
     overtaken: int = 0  # times that a younger row has joined before it
+    penalties: Penalties | None = None  # what it has written, if that counts
     stats: RoutedStats = field(default_factory=RoutedStats)
 
     @property
@@ -122,7 +123,9 @@ class RoutedBatch:
             limit = min(limit, longest - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._next_key += 1
-        self.waiting.append(RoutedRow(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt)))
+        row = RoutedRow(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt))
+        row.penalties = params.penalties(prompt, self.generator.shared_vocab, self._models[0].device)
+        self.waiting.append(row)
         return self._next_key
 
     def cancel(self, key: int) -> None:
@@ -295,6 +298,8 @@ class RoutedBatch:
                 "step": torch.tensor([row.age for row in rows], device=device),
                 "temperature": torch.tensor([row.params.temperature for row in rows], device=device),
                 "top_p": torch.tensor([row.params.top_p for row in rows], device=device, dtype=wide_dtype(device)),
+                "top_k": torch.tensor([row.params.top_k for row in rows], device=device),
+                "min_p": torch.tensor([row.params.min_p for row in rows], device=device),
             }
             self._changed = False
         return self._columns
@@ -421,17 +426,26 @@ class RoutedBatch:
         self, logits: torch.Tensor, columns: dict[str, torch.Tensor], places: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For each row the drawn id and its log-probability."""
-        greedy = all(self.rows[p].params.greedy for p in places)
+        rows = [self.rows[p] for p in places]
+        greedy = all(row.params.greedy for row in rows)
+        narrowed = any(row.params.top_k > 0 or row.params.min_p > 0 for row in rows)
+        penalized = any(row.penalties is not None for row in rows)
         chunk = max(1, SAMPLED_LOGITS // logits.shape[1])
         ids, logprobs = [], []
         u = None if greedy else uniforms(columns["seed"], columns["sample"], columns["step"])
         for a in range(0, len(places), chunk):
             part = slice(a, a + chunk)
             wide = logits[part].float()
+            allowed = wide.clone() if penalized else wide
+            if penalized:
+                for row, its_logits in zip(rows[part], allowed, strict=True):
+                    if row.penalties is not None:
+                        row.penalties.apply_(its_logits)
             if u is None:
-                ids.append(wide.argmax(-1))
+                ids.append(allowed.argmax(-1))
             else:
-                ids.append(sample(wide, u[part], columns["temperature"][part], columns["top_p"][part]))
+                names = ("temperature", "top_p", *(("top_k", "min_p") if narrowed else ()))
+                ids.append(sample(allowed, u[part], *(columns[name][part] for name in names)))
             logprobs.append(wide.gather(1, ids[-1][:, None]).squeeze(1) - wide.logsumexp(-1))
         return torch.cat(ids), torch.cat(logprobs)
 
@@ -458,6 +472,8 @@ class RoutedBatch:
         if not_numbers(logprob, score):
             return self._failure(row, logprob, by_llm)
         row.tokens.append(token)
+        if row.penalties is not None:
+            row.penalties.add(token)
         for stats in (row.stats, self.stats):
             if by_llm:
                 stats.llm_tokens += 1
