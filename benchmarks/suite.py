@@ -107,6 +107,11 @@ EXPERIMENTS = (
         " --rates 0.08 0.2 --clock_rate 0.2 --clock_problems 16 --repeats 2",
     ),
     Experiment(
+        "routing_policies",
+        "--slm {early} --llm {base} --seeds 1 --train_problems 200 --validation_problems 30 --test_problems 40"
+        " --rates 0.08 0.2",
+    ),
+    Experiment(
         "compositions",
         f"{FEW} --base {{base}} --eval_model {{base}} --llm {{early}} --rollouts 4 --pairs 32 --continuations 4",
     ),

@@ -227,11 +227,6 @@ class RoutedGenerator:
         """Refuse, naming the row, what the pair cannot continue: see `generate`."""
         check_prompts(prompts, self.shared_vocab, self.max_length, each)
         for row, params in enumerate(each):
-            if self.verify and params.penalized:
-                raise ValueError(
-                    f"Prompt {row} has a penalty, which would count drafts before they are verified: leave out "
-                    "repetition_penalty, presence_penalty and frequency_penalty, or decode without verify."
-                )
             for name in ("json_schema", "banned_token_ids"):
                 if getattr(params, name):
                     raise ValueError(
