@@ -213,7 +213,7 @@ def simulated(
             for r in waiting:
                 left[r] -= 1
             if pace is not None:
-                pace.llm(len(waiting), cost)
+                pace.llm(len(waiting), len(waiting), cost)
     return tokens / seconds
 
 
