@@ -397,7 +397,7 @@ class RoutedBatch:
             source = next((p for p in read if 0 < length <= read[p]), None)
             if source is not None:
                 model.share(source, same, length)
-            elif length and any(p in places for p in read):
+            elif length and read:
                 held_up.update(same)
             elif length and len(same) > 1:
                 leaders.append(same[0])
