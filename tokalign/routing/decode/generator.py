@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_prompts, params_of_each
 from tokalign.generation.vocabulary import check_pair, end_ids
+from tokalign.internals.transformers import base_of, file_or_none
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.schedule import RoutedBatch
@@ -134,7 +135,7 @@ class RoutedGenerator:
         trust_remote_code: bool = False,
         **options: Any,
     ) -> RoutedGenerator:
-        """Load a pair and a router, each by hub id or folder.
+        """Load a pair and a router, each by hub id or folder; a model may be a LoRA adapter's folder.
 
         Args:
             router: a trained `TokenRouter`; or give a `policy`.
@@ -153,7 +154,9 @@ class RoutedGenerator:
             name = "score" if threshold is None else "threshold"
             raise ValueError(f"{name} belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
         device = model_device()
-        tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in (slm, llm)]
+        # An adapter's folder need not have the tokenizer.
+        holders = [p if file_or_none(p, "tokenizer_config.json") else base_of(p) for p in (slm, llm)]
+        tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in holders]
         models = []
         for path, place in ((slm, device_map), (llm, device_map if llm_device_map is None else llm_device_map)):
             model = AutoModelForCausalLM.from_pretrained(

@@ -110,7 +110,9 @@ class RoutedBatch:
         self._columns: dict[str, torch.Tensor] = {}
         self._changed = True  # rows have come or gone since the columns were made
         self._pace = Pace()
-        self._steady = False  # whether the last `_read` was of rows that all were well on their way
+        self._few = max(1, generator.prefill_chunk // 8)  # tokens that a row may always read in a step
+        # Of the last `_read`: how much, and whether no row had much to read, so that its time is that of a common step
+        self._tokens_read, self._steady = 0, False
         self._next_key = 0
 
     def __bool__(self) -> bool:
@@ -214,7 +216,7 @@ class RoutedBatch:
             written[r] = (int(each[0]), each[1])
             rows[r].span = 0 if more and each[2] else max(0, rows[r].span - 1)
         if self._steady:
-            self._pace.llm(len(ready), time.perf_counter() - start)
+            self._pace.llm(len(ready), self._tokens_read, time.perf_counter() - start)
         return set(ready)
 
     def _due(self, routed: list[int], others: int) -> list[int]:
@@ -343,7 +345,7 @@ class RoutedBatch:
         left = [len(self.rows[p].tokens) - model.lengths[p] for p in places]
         counts = self._pieces(places, left, room, keep)
         reading = [(p, n, n == whole) for p, n, whole in zip(places, counts, left, strict=True) if n]
-        self._steady = not fresh and len(reading) == len(places) and all(ends for *_, ends in reading)
+        self._steady, self._tokens_read = max(left, default=0) <= self._few, sum(counts)
         if not reading:
             return [], torch.empty(0), None
         now = [p for p, *_ in reading]
@@ -364,10 +366,9 @@ class RoutedBatch:
         """
         if sum(left) <= room:
             return left
-        few = max(1, self.generator.prefill_chunk // 8)
-        counts = [n if n <= few else 0 for n in left]
+        counts = [n if n <= self._few else 0 for n in left]
         for i in sorted(range(len(places)), key=lambda i: self.rows[places[i]].key):
-            if left[i] > few and room > 0:
+            if left[i] > self._few and room > 0:
                 counts[i] = min(left[i], room)
                 room -= counts[i]
                 if 0 < left[i] - counts[i] < keep:  # the last piece has all tokens whose logits are wanted
@@ -396,7 +397,7 @@ class RoutedBatch:
             source = next((p for p in read if 0 < length <= read[p]), None)
             if source is not None:
                 model.share(source, same, length)
-            elif length and any(p in places for p in read):
+            elif length and read:
                 held_up.update(same)
             elif length and len(same) > 1:
                 leaders.append(same[0])

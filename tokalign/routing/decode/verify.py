@@ -166,7 +166,7 @@ class VerifiedBatch(RoutedBatch):
                 ended[place] = isinstance(last, RowFailed)
         self._changed = True
         if self._steady:
-            self._pace.llm(len(places), time.perf_counter() - start)
+            self._pace.llm(len(places), self._tokens_read, time.perf_counter() - start)
         return given, ended
 
     def _draws(
