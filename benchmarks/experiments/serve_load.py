@@ -301,19 +301,14 @@ async def poisoned(url: str, number: int, words: str) -> Chat:
     return chat
 
 
-async def outage(url: str, arguments: LoadArguments, command: list[str], logs: Path, stack: ExitStack) -> None:
+async def strike(
+    minutes: float, process: subprocess.Popen[bytes], command: list[str], log: Path, stack: ExitStack
+) -> None:
     """Kill the LLM's server after a third of the time, and start it again after two thirds."""
-    process = stack.enter_context(running(command, logs / "llm.log"))
-    await until_healthy(url, process, logs / "llm.log")
-
-    async def strike() -> None:
-        await asyncio.sleep(20 * arguments.minutes)
-        os.killpg(process.pid, signal.SIGKILL)
-        await asyncio.sleep(20 * arguments.minutes)
-        stack.enter_context(running(command, logs / "llm.log"))
-
-    strike_task = asyncio.create_task(strike())
-    stack.callback(strike_task.cancel)
+    await asyncio.sleep(20 * minutes)
+    os.killpg(process.pid, signal.SIGKILL)
+    await asyncio.sleep(20 * minutes)
+    stack.enter_context(running(command, log))
 
 
 async def run(arguments: LoadArguments, scenario: str, folder: Path, paths: dict[str, str]) -> dict[str, Any]:
@@ -326,19 +321,29 @@ async def run(arguments: LoadArguments, scenario: str, folder: Path, paths: dict
     command += [word for name, path in paths.items() for word in (f"--{name}", path)]
     command += ["--max_running", str(2 * arguments.chats), "--max_queue", "1000", "--target_rate", "0.12"]
     with ExitStack() as stack:
+        struck: asyncio.Task[None] | None = None
         if scenario == "outage":
             llm_port = free_port()
             served = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", paths["llm"]]
             served += ["--port", str(llm_port), "--host", "127.0.0.1", "--dtype", "float32"]
             served += ["--enable-prompt-tokens-details", "--max-num-batched-tokens", str(arguments.positions)]
+            share = (
+                "0.3" if torch.cuda.is_available() else "0.1"
+            )  # of one GPU, or of the host's memory, for each engine
+            served += ["--gpu-memory-utilization", share]
             if not torch.cuda.is_available():
-                served += ["--enforce-eager", "--gpu-memory-utilization", "0.1", "--no-enable-chunked-prefill"]
-            await outage(f"http://127.0.0.1:{llm_port}", arguments, served, logs, stack)
+                served += ["--enforce-eager", "--no-enable-chunked-prefill"]
+            llm = stack.enter_context(running(served, logs / "llm.log"))
+            await until_healthy(f"http://127.0.0.1:{llm_port}", llm, logs / "llm.log")
             command += ["--engine", "vllm", "--llm_urls", f"http://127.0.0.1:{llm_port}/v1", "--llm_timeout", "10"]
-            command += ["--gpu_memory_utilization", "0.1"] if not torch.cuda.is_available() else []
+            command += ["--gpu_memory_utilization", share]
         server = stack.enter_context(running(command, logs / "server.log"))
         await until_healthy(url, server, logs / "server.log")
+        if scenario == "outage":
+            struck = asyncio.create_task(strike(arguments.minutes, llm, served, logs / "llm.log", stack))
         results = await drive(url, arguments, scenario, server.pid)
+        if struck is not None:
+            await struck
         server.send_signal(signal.SIGTERM)
         results["exit_status"] = await asyncio.to_thread(server.wait, 60)
     return results

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+from contextlib import ExitStack
 
 import pytest
 
-from benchmarks.experiments.serve_load import Chat, LoadArguments, ask, drive, figures, most_at_once, tables
+from benchmarks.experiments.serve_load import (
+    Chat,
+    LoadArguments,
+    ask,
+    drive,
+    figures,
+    free_port,
+    most_at_once,
+    running,
+    strike,
+    tables,
+    until_healthy,
+)
 from tests.routing.serving import FakeBackend, serving
 from tokalign.routing.decode.backend import RowFailed
 
@@ -40,6 +54,22 @@ def test_both_clients_see_tokens_failures_and_outages(number):
         assert "not finite" in chat.error and chat.failed
         chat.expected = "not finite"
         assert not chat.failed
+
+
+def test_the_server_of_the_llm_is_killed_and_comes_back(tmp_path):
+    port, log = free_port(), tmp_path / "log"
+    (tmp_path / "health").write_text("ok")
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(tmp_path)]
+
+    async def play():
+        with ExitStack() as stack:
+            process = stack.enter_context(running(command, log))
+            await until_healthy(f"http://127.0.0.1:{port}", process, log)
+            await strike(1 / 100, process, command, log, stack)
+            assert process.wait(5) == -9
+            await until_healthy(f"http://127.0.0.1:{port}", stack.enter_context(running(["sleep", "9"], log)), log)
+
+    asyncio.run(play())
 
 
 def test_figures():

@@ -24,7 +24,7 @@ from tests.routing.test_generator import (
 from tests.routing.test_schedule import poisoned
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
-from tokalign.routing.decode import schedule
+from tokalign.routing.decode import schedule, slots
 from tokalign.routing.decode.backend import RoutedStats, RowFailed
 from tokalign.routing.decode.costs import full_cost
 from tokalign.routing.decode.generator import RoutedGenerator
@@ -183,6 +183,7 @@ def test_refusals(options, sentence):
 
 @pytest.mark.parametrize("options", [{"llm_wait": 0}, {"llm_wait": 3}, {"prefill_chunk": 4}, {"token_budget": 150}])
 def test_the_schedule_changes_no_verified_token(options, monkeypatch):
+    monkeypatch.setattr(slots, "SMALLEST", 8)
     monkeypatch.setattr(schedule, "ROOM", 8)  # so that the small budget lets several rows in, and sends some away
     prompts = make_prompts(8)
     each = [SamplingParams(seed=i, max_tokens=30, temperature=0.7 * (i % 2)) for i in range(8)]

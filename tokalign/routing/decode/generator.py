@@ -59,8 +59,9 @@ class RoutedGenerator:
             except where the last bits of half-precision logits depend on the rows of a pass: a number repeats them.
         prefill_chunk: most tokens of long prompts that a step reads beside the rows that write. Some hundred cost a GPU
             little more than one, since all weights are read for either; many more would be felt as a pause.
-        token_budget: most tokens, prompts and what is written so far, in flight; bounds both KV caches. Rows that
-            outgrow it wait, the youngest first, and are read anew.
+        token_budget: most slots for prompts and what is written so far (see `slots.slots_for`: at least 256 a row, and
+            at most half too many); bounds both KV caches. Rows that outgrow it wait, the youngest first, and are read
+            anew.
         max_rows: most rows in flight.
         llm_tokenizer: the LLM's, to be compared; None if it is known to be the same.
 

@@ -10,9 +10,9 @@ have).
 still. So routed rows wait while the others go on, until `llm_wait` of them wait, until no other row can go on, or until
 one has waited `LONGEST_WAIT` steps (delayed batching, as in TokenRouter, arXiv 2610.12242). See `pace.Pace` for "auto".
 
-**Who is in flight.** Rows join in the order of arrival while what is really held leaves room: prompt and tokens so far
-of every row, not what it may grow to. When rows outgrow the budget, the youngest gives its slots back and waits at the
-head of the queue; when it joins again both models read it anew.
+**Who is in flight.** Rows join in the order of arrival while what is really held leaves room: the slots of prompt and
+tokens so far of every row, not of what it may grow to. When rows outgrow the budget, the youngest gives its slots back
+and waits at the head of the queue; when it joins again both models read it anew.
 
 **Long prompts** are read in pieces, at most `prefill_chunk` tokens a step beside the rows that write.
 
@@ -39,7 +39,7 @@ from tokalign.generation.sampling import Penalties, sample, uniforms, wide_dtype
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.pace import Pace
 from tokalign.routing.decode.policies import NextTokens, RoutingPolicy
-from tokalign.routing.decode.slots import ROOM, CachedModel
+from tokalign.routing.decode.slots import ROOM, CachedModel, slots_for
 
 LONGEST_WAIT = 32  # steps that a routed row waits at most for others: its reader sees a pause of so many tokens
 LOOK_AHEAD = 8  # rows at the head of the queue that are too large for now and may be overtaken by smaller ones
@@ -95,7 +95,7 @@ class RoutedRow:
     @property
     def slots(self) -> int:
         """Slots that it will hold when it has written `ROOM` tokens more, or all it may."""
-        return min(len(self.tokens) + ROOM, self.width)
+        return slots_for(min(len(self.tokens) + ROOM, self.width))
 
 
 class RoutedBatch:
@@ -239,11 +239,11 @@ class RoutedBatch:
         There is always at least one row, however long.
         """
         rows, budget = self.rows, self.generator.token_budget
-        held = sum(len(row.tokens) for row in rows)
+        held = sum(slots_for(len(row.tokens)) for row in rows)
         while held > budget and len(rows) > 1:
             place = max(range(len(rows)), key=lambda r: rows[r].key)
             row = rows[place]
-            held -= len(row.tokens)
+            held -= slots_for(len(row.tokens))
             self._free(place, wipe=True)
             self.waiting.appendleft(row)  # the youngest first, so the oldest of them is the head
         # A row joins where all have room for some tokens more: one that must go again at once was read for nothing. A

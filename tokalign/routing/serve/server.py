@@ -287,7 +287,7 @@ class _Server:
 def _notes(asked: Request, answer: Answer) -> dict[str, str]:
     """Headers about what was not done as asked."""
     notes = {"x-routing-degraded": "slm-only"} if answer.degraded else {}
-    return notes | {"x-routing-ignored": ignored_header(asked.ignored)} if asked.ignored else notes
+    return notes | {"x-routing-ignored": ignored_header(names)} if (names := asked.ignored) else notes
 
 
 def _refusal_of(error: Exception) -> ApiError:
