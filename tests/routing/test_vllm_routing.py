@@ -283,7 +283,7 @@ def test_routed_decoding_on_vllm(world):
             if model == "slm":
                 assert all(token.by_llm for token in lost) and lost[-1].finish_reason
             else:
-                assert isinstance(lost, ConnectionError) and "fail at this request and answer others" in str(lost)
+                assert isinstance(lost, ValueError) and "Out of range float values" in str(lost)  # what vLLM says of it
             check_equal(results, expected[:3] + expected[4:])
             assert not one.degraded
 
