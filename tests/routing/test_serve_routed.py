@@ -22,7 +22,8 @@ from tests.routing.serving import serving, wait_for
 from tests.support import save_tiny, tiny_tokenizer
 from tokalign.cli import serve
 from tokalign.generation.protocol import SamplingParams
-from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.schedule import RoutedBatch
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 from tokalign.routing.serve.start import load_backend, server_settings
 from tokalign.stage.hashes import weights_hash

@@ -99,6 +99,43 @@ def test_a_row_can_be_given_the_start_of_another(make):
         torch.testing.assert_close(logits[row], whole(model, sequence)[0], atol=5e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("make", [llama, gemma2])
+def test_the_last_tokens_of_each_row_are_given_and_can_be_forgotten(make):
+    model = make().eval()
+    cached = CachedModel(model)
+    texts = [[7, 9, 20, 31], [8, 44], [12, 13, 14] * 100]
+    with torch.inference_mode():
+        for _ in texts:
+            cached.add()
+        drafts = [[21], [22, 23, 24], [25, 26]]
+        logits, _ = cached.extend([0, 1, 2], [a + b for a, b in zip(texts, drafts, strict=True)], keep=3)
+        assert logits.shape == (3, 3, 60)
+        for row, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
+            for back in range(3):
+                expected = whole(model, (text + draft)[: len(text + draft) - back])[0]
+                torch.testing.assert_close(logits[row, -1 - back], expected, atol=5e-4, rtol=1e-4)
+            cached.truncate(row, len(text))  # the draft is dropped, another text follows
+        assert cached.lengths == [4, 2, 300]
+        cached.truncate(0, 10)
+        assert cached.lengths == [4, 2, 300]
+        logits, _ = cached.extend([0, 1, 2], [[30, 31], [32], [33]])
+    for row, new in enumerate([[30, 31], [32], [33]]):
+        torch.testing.assert_close(logits[row], whole(model, texts[row] + new)[0], atol=5e-4, rtol=1e-4)
+
+
+def test_what_rows_hold_is_told_before_they_grow():
+    cached = CachedModel(tiny_model(60))
+    with torch.inference_mode():
+        for length in (3, 300, 70):
+            before, cost = cached.held, cached.cost(len(cached.lengths), length)
+            cached.add()
+            cached.extend([len(cached.lengths) - 1], [[7] * length])
+            assert cached.held == before + cost >= sum(cached.lengths)
+        assert cached.cost(0, 1) == 0 and cached.cost(1, 500) >= 436
+    cached.drop(1)
+    assert cached.held < 300
+
+
 def test_a_full_batch_is_read_in_place_and_an_empty_one_holds_no_memory():
     cached = CachedModel(tiny_model(60))
     with torch.inference_mode():

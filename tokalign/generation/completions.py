@@ -24,12 +24,6 @@ from tokalign.internals.openai import http
 ROUNDING = 1e-3  # how far above 0 a log-prob may lie that a server computed in a short type
 LONGEST_LINE = 1 << 24  # bytes of a stream without an end of line
 
-# vLLM fills what a request leaves out from the model's generation_config.json, and a repetition penalty there changes
-# even greedy ids. These say "off" in words of vLLM 0.30.
-NEUTRAL_SAMPLING = {
-    "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-}  # fmt: skip
-
 
 # ------------------------------------------------------------------------------------------------------- ids on the way
 

@@ -27,7 +27,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokalign.generation.arguments import EngineArguments
 from tokalign.generation.completions import (
-    NEUTRAL_SAMPLING,
     BrokenAnswer,
     Server,
     ServerFailure,
@@ -156,7 +155,7 @@ class OpenAIEngine:
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            **NEUTRAL_SAMPLING,
+            **params.vllm_options,
         }
         if params.json_schema is not None:
             fields["structured_outputs"] = {"json": params.json_schema}

@@ -24,7 +24,7 @@ def full_cost(stats: RoutedStats, p_slm: float, p_llm: float, p_router: float = 
 
     (positions_slm·P_slm + positions_llm·P_llm + decisions·P_router) / n_out. Positions include both prompts, the SLM's
     on routed tokens and those that the LLM only reads to catch up. The router decides once for every token that the
-    SLM keeps and once for every hand-off.
+    SLM keeps (where the LLM verifies: that it drafts) and once for every hand-off.
 
     Args:
         p_slm, p_llm, p_router: parameters, in one unit; the result has the same.
@@ -32,7 +32,7 @@ def full_cost(stats: RoutedStats, p_slm: float, p_llm: float, p_router: float = 
     Raises:
         ValueError: no token was written.
     """
-    decisions = stats.slm_tokens + stats.handoffs
+    decisions = (stats.drafted or stats.slm_tokens) + stats.handoffs
     work = stats.slm_positions * p_slm + stats.llm_positions * p_llm + decisions * p_router
     return work / _tokens(stats)
 

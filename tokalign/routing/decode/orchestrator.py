@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.completions import EncodedIds
 from tokalign.generation.protocol import Ids, SamplingParams, check_prompts
-from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken, check_threshold
+from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken, RowFailed, check_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,11 @@ class Orchestrator:
             raise ValueError(
                 "Routed decoding takes no banned_token_ids and no json_schema: leave them out, or use one model."
             )
+        if params.penalized:
+            raise ValueError(
+                "repetition_penalty, presence_penalty and frequency_penalty need both models in one process, because "
+                "each of two engines would take what the other has written for a part of the prompt: leave them out."
+            )
         check_prompts([prompt_ids], self.shared_vocab, self.max_length, [params])
         self._requests += 1
         request = _Completion(EncodedIds(prompt_ids), params, sample, self._requests)
@@ -250,7 +255,7 @@ class Orchestrator:
                     # An engine that routes nothing stops only where its model has no word, as after an overflow. The
                     # LLM writes there otherwise; who may not ask it has nothing to write.
                     if not routes and told == self._told:
-                        raise ValueError(
+                        raise RowFailed(
                             "The SLM gave logits that are not finite numbers, and no LLM may be asked: look for what "
                             "is in the prompt, or load the SLM in a wider type."
                         )

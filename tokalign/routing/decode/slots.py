@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from tokalign.internals.transformers import Cache, DynamicLayer, DynamicSlidingWindowLayer, attention_of
@@ -129,9 +130,19 @@ class CachedModel:
         self.windows = check_model(model)
         self.lengths: list[int] = []
         self._layout = Layout()
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._layers = [SlotLayer(self._layout) for _ in DynamicCache(config=model.config).layers]
         self._cache = Cache(layers=list(self._layers))
+
+    @property
+    def held(self) -> int:
+        """Slots that the rows take now."""
+        return sum(map(slots_for, self.lengths))
+
+    def cost(self, row: int, more: int) -> int:
+        """Slots that `more` further tokens of a row would add to `held`; a row that is not there yet holds nothing."""
+        length = self.lengths[row] if row < len(self.lengths) else 0
+        return slots_for(length + more) - slots_for(length)
 
     def add(self) -> None:
         """One row more, which has read nothing."""
@@ -153,6 +164,19 @@ class CachedModel:
         elif math.prod(self._layout.capacity) > SPARE * math.prod(self._needed()):
             self._fit(self._needed())
 
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what follows a row's first `length` tokens; does nothing where it has read no more than that."""
+        # A slot past the length is never shown before it is written again, so nothing needs to be cleared.
+        self.lengths[row] = min(self.lengths[row], length)
+
+    @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Zero what a row holds that may be NaN: what is masked is multiplied by 0, and 0 times NaN is NaN."""
+        for layer in self._layers:
+            if layer.is_initialized:
+                layer.keys[row : row + 1] = 0
+                layer.values[row : row + 1] = 0
+
     @torch.inference_mode()
     def share(self, source: int, targets: list[int], length: int) -> None:
         """Give rows that have read nothing the first `length` tokens of another row."""
@@ -163,7 +187,7 @@ class CachedModel:
 
     @torch.inference_mode()
     def extend(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], *, hidden: bool = False
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], *, hidden: bool = False, keep: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Read the next tokens of some rows.
 
@@ -171,20 +195,23 @@ class CachedModel:
             rows: ascending.
             tokens: at least one a row.
             hidden: whether to give the states too.
+            keep: logits of how many tokens a row to give.
 
         Returns:
-            Logits (R, V) after each row's last token and, if asked, the states (R, d) that the LM head got there.
+            Logits (R, V) after each row's last token, or (R, keep, V) after its last `keep` tokens where that is more
+            than 1, aligned on the right (what stands before a row's first new token means nothing); if asked, the
+            states (R, d) that the LM head got at the last token.
         """
         counts = [len(each) for each in tokens]
         # Nearly every step: one token a row needs no padding, so there is nothing to cut into passes.
         if max(counts) == 1 or len(rows) == 1:
-            return self._forward(rows, tokens, counts, hidden)
+            return self._forward(rows, tokens, counts, hidden, keep)
         order, results = [], []
         for part in forward_parts(counts):
             part.sort()
             order += part
             chosen = ([rows[i] for i in part], [tokens[i] for i in part], [counts[i] for i in part])
-            results.append(self._forward(*chosen, hidden))
+            results.append(self._forward(*chosen, hidden, keep))
         if len(results) == 1:
             return results[0]
         back = torch.tensor(order, device=self.device).argsort()
@@ -192,7 +219,7 @@ class CachedModel:
         return torch.cat(logits)[back], torch.cat(states)[back] if hidden else None
 
     def _forward(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int], hidden: bool
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int], hidden: bool, keep: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Tokens are aligned on the right, so that column -1 is the last token of every row. A row with fewer new tokens
         # than the widest has padding before them, whose positions may even be negative.
@@ -240,7 +267,7 @@ class CachedModel:
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
-                **self._keep,
+                **({"logits_to_keep": keep} if self._keeps else {}),
             )
         finally:
             if handle is not None:
@@ -248,7 +275,9 @@ class CachedModel:
         for row, count in zip(rows, counts, strict=True):
             lengths[row] += count
         # Of a model that is spread over devices, the last one gives the logits.
-        return output.logits[:, -1].to(self.device), caught[0].to(self.device) if hidden else None
+        logits = output.logits[:, -keep:].to(self.device)
+        logits = logits[:, -1] if keep == 1 else pad(logits, (0, 0, keep - logits.shape[1], 0))
+        return logits, caught[0].to(self.device) if hidden else None
 
     def _masks(self, positions: torch.Tensor) -> Any:
         """Which slots each new token sees, (R, 1, T, L); by kind of layer where the model has two kinds."""
@@ -289,6 +318,11 @@ class CachedModel:
     def _copy(self, source: int, targets: int | list[int], length: int) -> None:
         for layer in self._layers:
             layer.copy(source, targets, length)
+
+
+def slots_for(length: int) -> int:
+    """Slots that a row of this many tokens takes."""
+    return math.ceil(length / ROOM) * ROOM
 
 
 def check_model(model: PreTrainedModel) -> dict[str, int | None]:

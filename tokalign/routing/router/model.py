@@ -265,10 +265,15 @@ class TokenRouter(PreTrainedModel):
         return RouterOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
-    def scores(self, hidden: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    def scores(
+        self, hidden: torch.Tensor | None, logits: torch.Tensor, *, predicted: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores (N,) float32 in [0, 1] of N next tokens, from the SLM's `hidden` (N, d) and `logits` (N, V).
 
         Call it on a router in `eval()` mode, with the embedding attached if it reads the predicted token.
+
+        Args:
+            predicted: (N,) ids to score instead of the likeliest, for a router that reads the token.
         """
         features = row_features(
             hidden,
@@ -278,7 +283,8 @@ class TokenRouter(PreTrainedModel):
             needs=self.config.inputs,
         )
         if "predicted" in features:
-            features["token_embedding"] = self.token_embedding(features.pop("predicted"))
+            likeliest = features.pop("predicted")
+            features["token_embedding"] = self.token_embedding(likeliest if predicted is None else predicted)
         return cast(torch.Tensor, self(**features).logits).float().sigmoid()
 
     # ------------------------------------------------------------------------------------------- the SLM's embedding

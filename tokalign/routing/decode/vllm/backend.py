@@ -265,6 +265,7 @@ class EngineTurns:
         return VLLMParams(
             temperature=self.params.temperature,
             top_p=self.params.top_p,
+            **self.params.vllm_options,
             max_tokens=most,
             seed=seed,
             stop_token_ids=[self.slm.route_token_id, *self.params.stop_token_ids],

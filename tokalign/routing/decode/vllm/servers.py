@@ -14,7 +14,6 @@ from contextlib import aclosing
 from typing import Any
 
 from tokalign.generation.completions import (
-    NEUTRAL_SAMPLING,
     AsyncServer,
     BrokenAnswer,
     EncodedIds,
@@ -307,7 +306,7 @@ async def _stream_completion(
         "return_token_ids": True,
         "skip_special_tokens": False,
         "stop_token_ids": stop_token_ids,
-        **NEUTRAL_SAMPLING,
+        **params.vllm_options,
     }
     if bias:
         fields["logit_bias"] = bias
