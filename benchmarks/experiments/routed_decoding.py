@@ -14,6 +14,7 @@ Writes results.json to `output_dir`; speed.py judges it.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,6 @@ from benchmarks.render import Tables, save
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, NextTokens, ReplayPolicy
-from tokalign.routing.decode.slots import forward_parts
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
 QWEN25 = {"tie_word_embeddings": True, "num_key_value_heads": 2}
@@ -186,8 +186,8 @@ def ideal_seconds(steps: list[set[int]], slm: Forwards, llm: Forwards, arguments
         total += slm.seconds(batch, arguments.prompt_length if t == 0 else 1)
         routed = [row for row in range(batch) if t in steps[row]]
         unseen = [length - seen[row] for row in routed]
-        for part in forward_parts(unseen):  # the engine's own cut: a long prompt drags no short hand-off along
-            total += llm.seconds(len(part), max(unseen[i] for i in part))
+        if routed:  # one pass without padding: a long prompt drags no short hand-off along
+            total += llm.seconds(len(routed), math.ceil(sum(unseen) / len(routed)))
         for row in routed:
             seen[row] = length
     return total

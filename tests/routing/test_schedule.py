@@ -150,7 +150,7 @@ def test_a_long_prompt_is_read_in_pieces_beside_the_rows_that_write():
         steps += not any(key in got for key in long)
     handle.remove()
     assert steps >= 220 // 16 and min(got[key] for key in writers) > steps // 2  # each has its tokens meanwhile
-    assert max(width for _, width in widths) <= 16
+    assert max(width for _, width in widths) <= 16 + len(writers)  # side by side
     for name in ("slm_positions", "llm_positions"):  # the second row copies what the first one has read
         assert 220 <= sum(getattr(stats, name) for stats in work.values()) < 220 + 20
 

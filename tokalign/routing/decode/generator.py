@@ -18,7 +18,7 @@ from tokalign.generation.vocabulary import check_pair, end_ids
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.schedule import RoutedBatch
-from tokalign.routing.decode.slots import check_model
+from tokalign.routing.decode.slots import check_model, layer_kinds
 from tokalign.routing.decode.verify import VerifiedBatch
 from tokalign.stage.processes import model_device
 
@@ -108,8 +108,8 @@ class RoutedGenerator:
         self.max_length: int | None = min((limit for limit in limits if limit is not None), default=None)
         # Each model ends a completion by its own end tokens, as it does alone.
         self.end_ids = [end_ids(model.generation_config, tokenizer) for model in (slm, llm)]
-        check_model(slm)
-        check_model(llm)
+        for model, used in zip((slm, llm), self._used(), strict=True):
+            (check_model if used else layer_kinds)(model)
         policy.attach(slm, tokenizer)
 
     @property
