@@ -14,6 +14,8 @@ from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM
 from tokalign.routing.decode.slots import check_model
+from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
+from tokalign.stage.hashes import weights_hash
 
 TOKENIZER = tiny_tokenizer()
 SIZES = dict(
@@ -83,6 +85,34 @@ def test_a_model_with_an_adapter_in_memory_is_run_with_it():
     got = generator.generate([[7, 8, 9], [20] * 5], SamplingParams(temperature=0, max_tokens=12))
     written = [completion.token_ids for (completion,) in got]
     assert written == [alone(model, [7, 8, 9], 12), alone(model, [20] * 5, 12)] != plain
+
+
+def test_an_adapter_folder_is_a_model_of_a_pair(tmp_path):
+    slm, llm = (str(tmp_path / name) for name in ("slm", "llm"))
+    for seed, folder in enumerate((slm, llm)):
+        tiny_model(len(TOKENIZER), seed=seed).save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    adapters = []
+    for folder in (slm, llm):
+        base = hf.AutoModelForCausalLM.from_pretrained(folder)
+        adapted = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])).eval()
+        adapted.save_pretrained(f"{folder}_adapter")
+        adapters.append(adapted)
+    given = [f"{folder}_adapter" for folder in (slm, llm)]
+    router = TokenRouter(
+        TokenRouterConfig(
+            hidden_size=32, embedding_size=32, shared_vocab=len(TOKENIZER), top_k=8, width=16, num_blocks=1,
+            threshold=0.0, slm={"name": given[0], "weights_hash": weights_hash(given[0])},
+        )
+    )  # fmt: skip
+    router.save_pretrained(tmp_path / "router")
+    pair = RoutedGenerator.from_pretrained(*given, str(tmp_path / "router"))
+    pair.end_ids = [set(), set()]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    adapters[1].generation_config.eos_token_id = None
+    assert pair.generate([[7, 8, 9]], params)[0][0].token_ids == alone(adapters[1], [7, 8, 9], 8)
+    with pytest.raises(ValueError, match="was trained on another SLM"):
+        RoutedGenerator.from_pretrained(slm, given[1], str(tmp_path / "router"))
 
 
 def test_what_a_family_takes_from_elsewhere_is_noticed_when_the_model_is_loaded(monkeypatch):

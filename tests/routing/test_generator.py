@@ -209,7 +209,7 @@ def test_vocabularies_padded_differently_use_the_ids_they_share(pads):
 def test_a_request_is_independent_of_its_batch():
     prompts = make_prompts(12)
     each = [SamplingParams(n=1 + i % 2, seed=i, max_tokens=5 + i) for i in range(12)]
-    generator = RoutedGenerator(SLM, LLM, TOKENIZER, Toy(), token_budget=200)
+    generator = RoutedGenerator(SLM, LLM, TOKENIZER, Toy(), token_budget=800)
     together = generator.generate(prompts, each)
     for prompt, params, expected in zip(prompts, each, together, strict=True):
         (alone,) = generator.generate([prompt], params)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.support import tiny_model, tiny_tokenizer
 from tokalign.generation.sampling import uniforms
 from tokalign.routing.decode.backend import RoutedStats
-from tokalign.routing.decode.costs import activated_parameters, full_cost
+from tokalign.routing.decode.costs import activated_parameters, full_cost, weight_reads
 from tokalign.routing.decode.policies import (
     AlwaysLLM,
     CallPolicy,
@@ -233,9 +233,13 @@ def test_costs_by_hand():
     assert activated_parameters(stats, 1.5, 32.0) == pytest.approx((8 * 1.5 + 2 * 32) / 10)
     assert full_cost(stats, 1.5, 32.0, 0.05) == pytest.approx((14 * 1.5 + 8 * 32 + 10 * 0.05) / 10)
     assert (stats.tokens, stats.llm_rate) == (10, 0.2)
+    assert weight_reads(stats, 1.5, 32.0, 0.05) == pytest.approx((10 * 1.55 + 2 * 32) / 10)
+    # Verified: 6 tokens drafted, 4 of them kept; 3 looks of the LLM gave 3 tokens more.
+    verified = RoutedStats(4, 3, handoffs=3, slm_positions=13, llm_positions=14, drafted=6)
+    assert weight_reads(verified, 1.5, 32.0) == pytest.approx((9 * 1.5 + 3 * 32) / 7)
     stats += RoutedStats(1, 2, 3, 4, 5)
     assert stats == RoutedStats(9, 4, 5, 18, 13)
     assert RoutedStats().llm_rate == 0.0
-    for cost in (activated_parameters, full_cost):
+    for cost in (activated_parameters, full_cost, weight_reads):
         with pytest.raises(ValueError, match="No token was written"):
             cost(RoutedStats(), 1.0, 2.0)

@@ -274,3 +274,23 @@ def test_models_whose_cache_cannot_be_extended_row_by_row_are_refused():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='flash_attention_2', which takes no mask"):
         CachedModel(model)
+
+
+def test_a_row_that_is_not_finite_leaves_nothing_where_it_has_been(monkeypatch):
+    monkeypatch.setattr(slots_module, "SMALLEST", 16)
+    sick = tiny_model(60, seed=0)
+    with torch.no_grad():
+        sick.get_input_embeddings().weight[5] = torch.inf
+    model = CachedModel(sick)
+    for _ in range(3):
+        model.add()
+    model.extend([0, 1], [[5] + [7] * 9, [7, 8, 9]])
+    model.extend([0], [[7] * 10])  # moves to a larger class; the next row takes its place
+    model.extend([2], [[9] * 12])
+    logits, _ = model.extend([1, 2], [[7], [8]])  # of unequal length, so that the shorter one's free slots are masked
+    assert logits.isfinite().all()
+    model.wipe(0)
+    model.drop(0)
+    model.add()
+    model.extend([2], [[7] * 17])
+    assert model.extend([0, 1, 2], [[7], [7], [7]])[0].isfinite().all()

@@ -12,7 +12,7 @@ from tests.routing.test_generator import GREEDY, LLM, SAMPLED, SLM, TOKENIZER, T
 from tests.routing.test_schedule import poisoned
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
-from tokalign.routing.decode import schedule
+from tokalign.routing.decode import schedule, slots
 from tokalign.routing.decode.backend import RoutedStats, RowFailed
 from tokalign.routing.decode.costs import full_cost
 from tokalign.routing.decode.generator import RoutedGenerator
@@ -157,7 +157,7 @@ def test_a_stream_gives_nothing_that_is_not_verified_and_cancelling_leaves_the_r
         if not batch:
             break
     assert [written[key] for key in keys[1:]] == expected[1:] and not written[keys[0]]
-    assert [m.lengths for m in batch._models] == [[], []]
+    assert [m.lengths for m in batch._models] == [[], []] and not batch._drafts
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,7 @@ def test_refusals(options, sentence):
 
 @pytest.mark.parametrize("options", [{"llm_wait": 0}, {"llm_wait": 3}, {"prefill_chunk": 4}, {"token_budget": 150}])
 def test_the_schedule_changes_no_verified_token(options, monkeypatch):
+    monkeypatch.setattr(slots, "SMALLEST", 8)
     monkeypatch.setattr(schedule, "ROOM", 8)  # so that the small budget lets several rows in, and sends some away
     prompts = make_prompts(8)
     each = [SamplingParams(seed=i, max_tokens=30, temperature=0.7 * (i % 2)) for i in range(8)]
@@ -195,3 +196,23 @@ def test_a_row_without_finite_logits_fails_alone(policy):
     assert [type(token) for token in given[bad]] == [RowFailed]
     expected = generator.generate(prompts, GREEDY)
     assert [[token.id for token in given[key]] for key in keys] == [c.token_ids for (c,) in expected]
+
+
+def test_penalties_and_narrow_sampling_are_the_llms_too():
+    prompts = make_prompts(6)
+    each = [
+        SamplingParams(
+            seed=i,
+            max_tokens=24,
+            temperature=0.8 * (i % 2),
+            repetition_penalty=(1.0, 1.3)[i % 3 > 0],
+            presence_penalty=0.4 * (i % 3 == 2),
+            frequency_penalty=0.5 * (i % 3 == 1),
+            top_k=(0, 9)[i > 3],
+        )
+        for i in range(6)
+    ]
+    alone = RoutedGenerator(SLM, LLM, TOKENIZER, AlwaysLLM()).generate(prompts, each)
+    results = pair(EntropyPolicy(99.0), most_draft=6).generate(prompts, each)
+    same(results, alone)
+    assert any(not all(c.written_by) for (c,) in results[1:3])  # drafts of rows with penalties are kept too

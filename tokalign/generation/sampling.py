@@ -76,18 +76,18 @@ class Penalties:
         self, prompt: torch.Tensor, vocab: int, *, repetition: float, presence: float, frequency: float
     ) -> None:
         self._repetition, self._presence, self._frequency = repetition, presence, frequency
-        self._seen = torch.zeros(vocab, dtype=torch.bool, device=prompt.device)
-        self._seen[prompt[prompt < vocab]] = True
+        self._asked = torch.zeros(vocab, dtype=torch.bool, device=prompt.device)
+        self._asked[prompt[prompt < vocab]] = True
         self._counts = torch.zeros(vocab, dtype=torch.float32, device=prompt.device)
 
-    def add(self, token: int) -> None:
-        """The row has written `token`."""
-        self._seen[token] = True
-        self._counts[token] += 1
+    def add(self, token: int, times: int = 1) -> None:
+        """The row has written `token`; −1 takes it back."""
+        self._counts[token] += times
 
     def apply_(self, logits: torch.Tensor) -> None:
         """Change the row's `logits` (V,) float32 in place."""
-        seen, counts = self._seen.to(logits.device), self._counts.to(logits.device)
+        counts = self._counts.to(logits.device)
+        seen = self._asked.to(logits.device) | (counts > 0)
         scaled = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
         logits.copy_(torch.where(seen, scaled, logits))
         logits.sub_(counts, alpha=self._frequency).sub_((counts > 0).float(), alpha=self._presence)

@@ -6,9 +6,11 @@ Held by tests/contracts/test_transformers.py.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -26,6 +28,7 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "attention_of",
     "attention_set",
+    "base_of",
     "bytes_to_unicode",
     "configs_of",
     "file_or_none",
@@ -78,6 +81,12 @@ def attention_set(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
 def file_or_none(model: str, name: str) -> str | None:
     """Local path of a model's file, by folder or hub id; None where the model has no such file."""
     return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+
+
+def base_of(model: str) -> str:
+    """The model that an adapter sits on, by folder or hub id; a model that is no adapter is its own."""
+    file = file_or_none(model, "adapter_config.json")
+    return model if file is None else str(json.loads(Path(file).read_text("utf-8"))["base_model_name_or_path"])
 
 
 def let_old_code_load() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_prompts, params_of_each
 from tokalign.generation.vocabulary import check_pair, end_ids
+from tokalign.internals.transformers import base_of, file_or_none
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
 from tokalign.routing.decode.schedule import RoutedBatch
@@ -58,8 +59,9 @@ class RoutedGenerator:
             except where the last bits of half-precision logits depend on the rows of a pass: a number repeats them.
         prefill_chunk: most tokens of long prompts that a step reads beside the rows that write. Some hundred cost a GPU
             little more than one, since all weights are read for either; many more would be felt as a pause.
-        token_budget: most tokens, prompts and what is written so far, in flight; bounds both KV caches. Rows that
-            outgrow it wait, the youngest first, and are read anew.
+        token_budget: most slots for prompts and what is written so far (see `slots.slots_for`: at least 256 a row, and
+            at most half too many); bounds both KV caches. Rows that outgrow it wait, the youngest first, and are read
+            anew.
         max_rows: most rows in flight.
         llm_tokenizer: the LLM's, to be compared; None if it is known to be the same.
 
@@ -134,7 +136,7 @@ class RoutedGenerator:
         trust_remote_code: bool = False,
         **options: Any,
     ) -> RoutedGenerator:
-        """Load a pair and a router, each by hub id or folder.
+        """Load a pair and a router, each by hub id or folder; a model may be a LoRA adapter's folder.
 
         Args:
             router: a trained `TokenRouter`; or give a `policy`.
@@ -153,7 +155,9 @@ class RoutedGenerator:
             name = "score" if threshold is None else "threshold"
             raise ValueError(f"{name} belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
         device = model_device()
-        tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in (slm, llm)]
+        # An adapter's folder need not have the tokenizer.
+        holders = [p if file_or_none(p, "tokenizer_config.json") else base_of(p) for p in (slm, llm)]
+        tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in holders]
         models = []
         for path, place in ((slm, device_map), (llm, device_map if llm_device_map is None else llm_device_map)):
             model = AutoModelForCausalLM.from_pretrained(
@@ -227,11 +231,6 @@ class RoutedGenerator:
         """Refuse, naming the row, what the pair cannot continue: see `generate`."""
         check_prompts(prompts, self.shared_vocab, self.max_length, each)
         for row, params in enumerate(each):
-            if self.verify and params.penalized:
-                raise ValueError(
-                    f"Prompt {row} has a penalty, which would count drafts before they are verified: leave out "
-                    "repetition_penalty, presence_penalty and frequency_penalty, or decode without verify."
-                )
             for name in ("json_schema", "banned_token_ids"):
                 if getattr(params, name):
                     raise ValueError(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from tokalign.generation.protocol import Completion, Ids, SamplingParams
 from tokalign.generation.rollouts import sampler, without_unknown_ids
 from tokalign.routing.decode.backend import RoutedStats
-from tokalign.routing.decode.costs import activated_parameters, full_cost
+from tokalign.routing.decode.costs import activated_parameters, full_cost, weight_reads
 from tokalign.routing.decode.generator import RoutedCompletion, RoutedGenerator
 from tokalign.routing.decode.policies import RouterPolicy, ValuePolicy
 from tokalign.stage.hashes import known_ids
@@ -96,8 +96,8 @@ def routing_summary(folder: str | Path, manifest: dict[str, Any], parameters: di
         parameters: see `pair_parameters`.
 
     Returns:
-        The sums of `RoutedStats`, and if anything was written `llm_rate`, `activated_parameters` and `full_cost`
-        (parameters a token, see `tokalign.routing.decode.costs`) and `tokens_per_second` of one process.
+        The sums of `RoutedStats`, and if anything was written `llm_rate`, `activated_parameters`, `full_cost` and
+        `weight_reads` (parameters a token, see `tokalign.routing.decode.costs`) and `tokens_per_second` of one process.
     """
     stats = RoutedStats()
     for index in range(manifest["shards"]):
@@ -112,5 +112,6 @@ def routing_summary(folder: str | Path, manifest: dict[str, Any], parameters: di
         report["llm_rate"] = stats.llm_rate
         report["activated_parameters"] = activated_parameters(stats, parameters["slm"], parameters["llm"])
         report["full_cost"] = full_cost(stats, parameters["slm"], parameters["llm"], parameters["router"])
+        report["weight_reads"] = weight_reads(stats, parameters["slm"], parameters["llm"], parameters["router"])
         report["tokens_per_second"] = stats.tokens / max(manifest["seconds"], 1e-3)
     return report

@@ -10,9 +10,9 @@ have).
 still. So routed rows wait while the others go on, until `llm_wait` of them wait, until no other row can go on, or until
 one has waited `LONGEST_WAIT` steps (delayed batching, as in TokenRouter, arXiv 2610.12242). See `pace.Pace` for "auto".
 
-**Who is in flight.** Rows join in the order of arrival while what is really held leaves room: prompt and tokens so far
-of every row, not what it may grow to. When rows outgrow the budget, the youngest gives its slots back and waits at the
-head of the queue; when it joins again both models read it anew.
+**Who is in flight.** Rows join in the order of arrival while what is really held leaves room: the slots of prompt and
+tokens so far of every row, not of what it may grow to. When rows outgrow the budget, the youngest gives its slots back
+and waits at the head of the queue; when it joins again both models read it anew.
 
 **Long prompts** are read in pieces, at most `prefill_chunk` tokens a step beside the rows that write.
 
@@ -39,7 +39,7 @@ from tokalign.generation.sampling import Penalties, sample, uniforms, wide_dtype
 from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
 from tokalign.routing.decode.pace import Pace
 from tokalign.routing.decode.policies import NextTokens, RoutingPolicy
-from tokalign.routing.decode.slots import ROOM, CachedModel
+from tokalign.routing.decode.slots import ROOM, CachedModel, slots_for
 
 LONGEST_WAIT = 32  # steps that a routed row waits at most for others: its reader sees a pause of so many tokens
 LOOK_AHEAD = 8  # rows at the head of the queue that are too large for now and may be overtaken by smaller ones
@@ -95,7 +95,7 @@ class RoutedRow:
     @property
     def slots(self) -> int:
         """Slots that it will hold when it has written `ROOM` tokens more, or all it may."""
-        return min(len(self.tokens) + ROOM, self.width)
+        return slots_for(min(len(self.tokens) + ROOM, self.width))
 
 
 class RoutedBatch:
@@ -110,7 +110,9 @@ class RoutedBatch:
         self._columns: dict[str, torch.Tensor] = {}
         self._changed = True  # rows have come or gone since the columns were made
         self._pace = Pace()
-        self._steady = False  # whether the last `_read` was of rows that all were well on their way
+        self._few = max(1, generator.prefill_chunk // 8)  # tokens that a row may always read in a step
+        # Of the last `_read`: how much, and whether no row had much to read, so that its time is that of a common step
+        self._tokens_read, self._steady = 0, False
         self._next_key = 0
 
     def __bool__(self) -> bool:
@@ -214,7 +216,7 @@ class RoutedBatch:
             written[r] = (int(each[0]), each[1])
             rows[r].span = 0 if more and each[2] else max(0, rows[r].span - 1)
         if self._steady:
-            self._pace.llm(len(ready), time.perf_counter() - start)
+            self._pace.llm(len(ready), self._tokens_read, time.perf_counter() - start)
         return set(ready)
 
     def _due(self, routed: list[int], others: int) -> list[int]:
@@ -237,11 +239,11 @@ class RoutedBatch:
         There is always at least one row, however long.
         """
         rows, budget = self.rows, self.generator.token_budget
-        held = sum(len(row.tokens) for row in rows)
+        held = sum(slots_for(len(row.tokens)) for row in rows)
         while held > budget and len(rows) > 1:
             place = max(range(len(rows)), key=lambda r: rows[r].key)
             row = rows[place]
-            held -= len(row.tokens)
+            held -= slots_for(len(row.tokens))
             self._free(place, wipe=True)
             self.waiting.appendleft(row)  # the youngest first, so the oldest of them is the head
         # A row joins where all have room for some tokens more: one that must go again at once was read for nothing. A
@@ -343,7 +345,7 @@ class RoutedBatch:
         left = [len(self.rows[p].tokens) - model.lengths[p] for p in places]
         counts = self._pieces(places, left, room, keep)
         reading = [(p, n, n == whole) for p, n, whole in zip(places, counts, left, strict=True) if n]
-        self._steady = not fresh and len(reading) == len(places) and all(ends for *_, ends in reading)
+        self._steady, self._tokens_read = max(left, default=0) <= self._few, sum(counts)
         if not reading:
             return [], torch.empty(0), None
         now = [p for p, *_ in reading]
@@ -364,10 +366,9 @@ class RoutedBatch:
         """
         if sum(left) <= room:
             return left
-        few = max(1, self.generator.prefill_chunk // 8)
-        counts = [n if n <= few else 0 for n in left]
+        counts = [n if n <= self._few else 0 for n in left]
         for i in sorted(range(len(places)), key=lambda i: self.rows[places[i]].key):
-            if left[i] > few and room > 0:
+            if left[i] > self._few and room > 0:
                 counts[i] = min(left[i], room)
                 room -= counts[i]
                 if 0 < left[i] - counts[i] < keep:  # the last piece has all tokens whose logits are wanted
@@ -396,7 +397,7 @@ class RoutedBatch:
             source = next((p for p in read if 0 < length <= read[p]), None)
             if source is not None:
                 model.share(source, same, length)
-            elif length and any(p in places for p in read):
+            elif length and read:
                 held_up.update(same)
             elif length and len(same) > 1:
                 leaders.append(same[0])

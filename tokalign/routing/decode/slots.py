@@ -133,10 +133,7 @@ class CachedModel:
     @torch.inference_mode()
     def wipe(self, row: int) -> None:
         """Zero what a row holds that may be NaN: what is masked is multiplied by 0, and 0 times NaN is NaN."""
-        state = self._rows[row]
-        for layer in self._layers:
-            for buffer in layer.buffers.get(state.size, ()):
-                buffer[state.place] = 0
+        self._clear(self._rows[row])
 
     @torch.inference_mode()
     def share(self, source: int, targets: list[int], length: int) -> None:
@@ -334,6 +331,7 @@ class CachedModel:
             if old.size:
                 length = self.lengths[row] if self._window is None else state.written
                 self._copy(old, [(size, state.place)], length, self.lengths[row])
+                self._clear(old)
                 self._vacate(old)
                 left.add(old.size)
         for size in left:
@@ -348,7 +346,14 @@ class CachedModel:
         if row.place < len(members):
             moved = self._rows[last]
             self._copy(moved, [(row.size, row.place)], moved.written, moved.written)
+            self._clear(moved)
             moved.place, members[row.place] = row.place, last
+
+    def _clear(self, row: Row) -> None:
+        """Zero a place. Whoever moves leaves zeros, since it is not known yet whether what it held are numbers."""
+        for layer in self._layers:
+            for buffer in layer.buffers.get(row.size, ()):
+                buffer[row.place] = 0
 
     def _shrink(self, size: int) -> None:
         """Give back places that a class has too many of."""

@@ -18,6 +18,7 @@ Nothing is given out before it is verified. With each token goes whether the SLM
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -78,6 +79,10 @@ class VerifiedBatch(RoutedBatch):
             self._leave(place, wipe=ended[place])
         return given
 
+    def cancel(self, key: int) -> None:
+        super().cancel(key)
+        self._drafts.pop(key, None)  # of a row that had given way and waits
+
     def _draft_of(self, row: RoutedRow) -> Draft:
         return self._drafts.setdefault(row.key, Draft())
 
@@ -107,6 +112,8 @@ class VerifiedBatch(RoutedBatch):
                 continue
             # A draft stands in the row's tokens like anything written, so both models read it by the same code.
             row.tokens.append(token)
+            if row.penalties is not None:
+                row.penalties.add(token)
             draft.length += 1
             for stats in (row.stats, self.stats):
                 stats.drafted += 1
@@ -139,26 +146,65 @@ class VerifiedBatch(RoutedBatch):
             row.waited = 0
             for stats in (row.stats, self.stats):
                 stats.handoffs += 1
-        # The LLM draws at each position of each draft, and behind it: one list of positions for all rows.
-        now = self._of_rows(self._current_columns(), places, logits.device)
-        row_of = torch.repeat_interleave(torch.tensor(counts, device=logits.device))
-        back = torch.tensor([n - 1 - j for n in counts for j in range(n)], device=logits.device)
-        columns = {name: column[row_of] for name, column in now.items()}
-        columns["step"] = columns["step"] - back
+        # The LLM draws at each position of each draft, and behind it: at once for all rows, but of a row whose draws
+        # depend on what stands before them (penalties) one after the other.
         at = logits[:, None] if logits.ndim == 2 else logits
-        own = self._draw(at[row_of, -1 - back], columns, [places[i] for i in row_of.tolist()])
-        drawn = iter(as_lists(*own))
+        together = [(i, j) for i, n in enumerate(counts) if rows[i].penalties is None for j in range(n)]
+        drawn = iter(self._draws(places, at, counts, together))
         given, ended = [], {}
-        for place, row, draft, count in zip(places, rows, drafts, counts, strict=True):
-            new = self._keep(place, row, draft, [next(drawn) for _ in range(count)])
+        for i, (place, row, draft, count) in enumerate(zip(places, rows, drafts, counts, strict=True)):
+            if row.penalties is None:
+                own = [next(drawn) for _ in range(count)]
+            else:
+                own = self._draws_in_turn(row, draft, lambda j, i=i: self._draws(places, at, counts, [(i, j)])[0])
+            new = self._keep(place, row, draft, own)
             given += new
             last = new[-1][1]
             if isinstance(last, RowFailed) or last.finish_reason is not None:
                 ended[place] = isinstance(last, RowFailed)
         self._changed = True
         if self._steady:
-            self._pace.llm(len(places), time.perf_counter() - start)
+            self._pace.llm(len(places), self._tokens_read, time.perf_counter() - start)
         return given, ended
+
+    def _draws(
+        self, places: list[int], logits: torch.Tensor, counts: list[int], positions: list[tuple[int, int]]
+    ) -> list[list[float]]:
+        """What the LLM draws at some positions of some drafts: ids and log-probabilities.
+
+        Args:
+            places: of the rows.
+            logits: (R, keep, V) of these rows, aligned on the right.
+            counts: of each row, how many positions there are: the draft's and the one behind it.
+            positions: (index of the row, position).
+        """
+        if not positions:
+            return []
+        now = self._of_rows(self._current_columns(), places, logits.device)
+        row_of, back = (
+            torch.tensor(each, device=logits.device)
+            for each in zip(*((i, counts[i] - 1 - j) for i, j in positions), strict=True)
+        )
+        columns = {name: column[row_of] for name, column in now.items()}
+        columns["step"] = columns["step"] - back
+        return as_lists(*self._draw(logits[row_of, -1 - back], columns, [places[i] for i, _ in positions]))
+
+    @staticmethod
+    def _draws_in_turn(row: RoutedRow, draft: Draft, draw: Callable[[int], list[float]]) -> list[list[float]]:
+        """The LLM's draws up to the first that is not the draft's, each with the penalties of what stands before it."""
+        assert row.penalties is not None
+        tokens = row.tokens[len(row.tokens) - draft.length :]
+        for token in tokens:
+            row.penalties.add(token, -1)
+        own: list[list[float]] = []
+        for j in range(len(tokens) + 1):
+            own.append(draw(j))
+            if j == len(tokens) or own[-1][0] != tokens[j]:
+                break
+            row.penalties.add(tokens[j])
+        for token in tokens[: len(own) - 1]:  # they are counted when they are written
+            row.penalties.add(token, -1)
+        return own
 
     def _keep(
         self, place: int, row: RoutedRow, draft: Draft, own: list[list[float]]
