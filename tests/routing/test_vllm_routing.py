@@ -270,8 +270,8 @@ def test_routed_decoding_on_vllm(world):
     assert len(choice.token_ids) == len(wanted) > 5 and wanted.std() > 0.1
     assert read_probe(choice, reserved) == pytest.approx(wanted.tolist(), abs=1e-3)
 
-    # Where the SLM has no word, the LLM writes. Nothing is asked of this SLM afterwards: vLLM 0.30 on the CPU gives such
-    # numbers to whoever gets the blocks of the cache that held them.
+    # Where the SLM has no word, the LLM writes. Nothing that counts is asked of this SLM afterwards: vLLM 0.30 on the
+    # CPU gives such numbers to whoever gets the blocks of the cache that held them.
     (lost,) = run(collect(served, GREEDY, prompts=[UNREADABLE]))
     assert all(token.by_llm for token in lost) and lost[-1].finish_reason and not served.degraded
 
