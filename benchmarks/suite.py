@@ -88,7 +88,7 @@ class Experiment:
 FEW = "--seeds 2 --problems 200 --validation_problems 100 --test_problems 100 --samples 1 --learning_rates 3e-4"
 FEW_REAL = (
     "--model {model} --seeds 1 --few_rows 8 --sft_rows 32 --epochs 1 --longer_epochs 2 --more_rows 48 --steps 1"
-    " --completions 32 --sft_rates 3e-4 --learning_rates 1.5e-4 --validation_rows 16 --test_rows 32"
+    " --completions 16 --sft_rates 3e-4 --learning_rates 1.5e-4 --validation_rows 8 --test_rows 8"
 )
 EXPERIMENTS = (
     Experiment("critical_dpo_ledger", f"{FEW} --base {{base}} --rollouts 8 --estimate_rows 4 --continuations 16"),
@@ -107,6 +107,11 @@ EXPERIMENTS = (
         " --rates 0.08 0.2 --clock_rate 0.2 --clock_problems 16 --repeats 2",
     ),
     Experiment(
+        "routing_policies",
+        "--slm {early} --llm {base} --seeds 1 --train_problems 200 --validation_problems 30 --test_problems 40"
+        " --rates 0.08 0.2",
+    ),
+    Experiment(
         "compositions",
         f"{FEW} --base {{base}} --eval_model {{base}} --llm {{early}} --rollouts 4 --pairs 32 --continuations 4",
     ),
@@ -123,7 +128,7 @@ EXPERIMENTS = (
     Experiment(
         "real_reasoning",
         "--model {model} --seeds 1 --warm_svamp 100 --warm_gsm8k 20 --problems_svamp 32 --problems_gsm8k 8 --rollouts 8"
-        " --learning_rates 3e-4 --test 24 8 --samples 1 --estimate_rows 2 --continuations 4",
+        " --learning_rates 3e-4 --test 8 4 --samples 1 --estimate_rows 2 --continuations 4",
         "--model {model}",
         processes=2,
         data=True,

@@ -42,6 +42,73 @@ def test_documented_command_is_read_by_its_script(words: list[str]) -> None:
     command(words).read()
 
 
+def assumption(name: str) -> float:
+    """A value of the table that the page ends with."""
+    (value,) = re.findall(rf"^\| `{name}` \| ([\d.,]+) \|", PAGE.read_text(), re.MULTILINE)
+    return float(value.replace(",", ""))
+
+
+def labelling_hours(slm: float, llm: float, tokens: float, differ: float) -> dict[str, float]:
+    """GPU-hours of routing labels by the page's formula: 2 operations a weight and token, at a share of the peak.
+
+    Args:
+        slm, llm: parameters.
+        tokens: of the LLM's answers.
+        differ: share of them where the SLM's choice is another.
+    """
+
+    def hours(parameters: float, *, read: float = 0.0, written: float = 0.0) -> float:
+        passes = read / assumption("prefill") + written / assumption("decode")
+        return 2 * parameters * passes / (assumption("peak_tflops") * 1e12) / 3600
+
+    problems = tokens * assumption("prompt_tokens") / assumption("answer_tokens")  # tokens of their prompts
+    asked = differ * tokens * assumption("judge_orders")
+    prompts, replies = asked * assumption("judge_prompt"), asked * assumption("judge_reply")
+    return {
+        "answers": hours(llm, read=problems, written=tokens),
+        "prefill": hours(slm, read=problems + tokens),
+        "branches": hours(llm, written=differ * tokens * assumption("branch_tokens")),
+        "verdicts": hours(1e9 * assumption("judge_billions"), read=prompts, written=replies),
+    }
+
+
+def test_the_pages_hours_of_routing_labels_follow_its_formula() -> None:
+    ours = labelling_hours(1_543_714_304, 32_763_876_352, 1e6, assumption("differ"))
+    stages = {
+        "answers": "answers: ",
+        "prefill": "prefill: ",
+        "branches": "branches by sentences",
+        "verdicts": "verdicts: ",
+    }
+    for stage, row in stages.items():
+        (stated,) = re.findall(rf"^\| {row}[^|]*\| ([\d.]+) \|", PAGE.read_text(), re.MULTILINE)
+        assert float(stated) == pytest.approx(ours[stage], rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "slm", "llm"),
+    [
+        ("deepseek-r1-distill-qwen-1.5b-32b", 1.54e9, 32.76e9),
+        ("qwen3-0.6b-8b", 0.6e9, 8.19e9),
+        ("qwen3-1.7b-32b", 1.72e9, 32.76e9),
+    ],
+)
+def test_a_recipes_hours_are_those_of_the_page(recipe: str, slm: float, llm: float) -> None:
+    """On its eight GPUs, for the tokens and the share of differences that it states; so in the table of recipes."""
+    text = " ".join((ROOT / "recipes" / recipe / "label_routing.yaml").read_text().replace("#", " ").split())
+    tokens = float(re.search(r"\(([\d.]+) M tokens\)", text)[1]) * 1e6
+    differ = float(re.search(r"(\d+) % differ", text)[1]) / 100
+    hours = {stage: gpus / 8 for stage, gpus in labelling_hours(slm, llm, tokens, differ).items()}
+    for stage, ours in hours.items():
+        assert abs(float(re.search(rf"{stage} ([\d.]+)", text)[1]) - ours) < max(0.1, 0.01 * ours), stage
+    table = re.search(
+        rf"\| `{recipe}`.* (\d+) hours, (\d+) of them the judge", (ROOT / "recipes" / "README.md").read_text()
+    )
+    stated = (float(re.search(r"Time: (\d+) hours", text)[1]), hours["verdicts"])
+    assert [float(number) for number in table.groups()] == pytest.approx(stated, abs=1)
+    assert stated[0] == pytest.approx(sum(hours.values()), abs=1)
+
+
 SRUN = """#!/bin/bash
 # Runs the command once a machine, as srun does, and fails if one fails.
 [[ $1 == --kill-on-bad-exit=1 ]] && shift

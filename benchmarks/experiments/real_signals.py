@@ -547,7 +547,7 @@ def cross_fit(features: np.ndarray, wrong: np.ndarray, compared: np.ndarray, gro
         # rank by the distance of the two kinds' means in units of the spread: steps of all folds are one scale
         separate = [
             (row[train & ~wrong].mean() - row[train & wrong].mean()) / row[train].std()
-            if (train & wrong).any()
+            if (train & wrong).any() and (train & ~wrong).any()
             else 0.0
             for row in inner
         ]
@@ -558,7 +558,12 @@ def cross_fit(features: np.ndarray, wrong: np.ndarray, compared: np.ndarray, gro
 
 
 def ridge(features: np.ndarray, wrong: np.ndarray, train: np.ndarray, asked: np.ndarray, penalty: float) -> np.ndarray:
-    """Scores (those `asked`,) of a ridge regression of right on features of the steps in `train`."""
+    """Scores (those `asked`,) of a ridge regression of right on features of the steps in `train`.
+
+    NaN where these are all right or all wrong (short runs): such steps teach nothing.
+    """
+    if wrong[train].all() or not wrong[train].any():
+        return np.full(asked.sum(), np.nan)
     centre, scale = features[train].mean(0), features[train].std(0) + 1e-6
     x = (features[train] - centre) / scale
     y = np.where(wrong[train], -1.0, 1.0)

@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from benchmarks.experiments.common import GRID, SMOLLM2, best_and_worst, grid_table, held, kept
+from benchmarks.experiments.common import GRID, SMOLLM2, best_and_worst, fast_products, grid_table, held, kept
 from benchmarks.experiments.dishonest import CATEGORIES, DATA
 from benchmarks.ledger_stages import LedgerStages, flags
 from benchmarks.render import FAILS, HOLDS, OPEN, Table, Tables, error_bars, number, percent, save, verdict
@@ -583,4 +583,5 @@ def figures(results: dict[str, Any]) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RealStructuredArguments,)).parse_args_and_config())
+    with fast_products():
+        main(*TrlParser((RealStructuredArguments,)).parse_args_and_config())

@@ -5,15 +5,21 @@ r"""Speed of routed decoding at the shapes of real pairs: random weights, decisi
     python -m benchmarks.experiments.routed_decoding --pair 1.5b 8b --device cuda --batch_sizes 1 16 64
 
 What is decided does not matter to speed, so the decisions are drawn once (12 % of the positions) and replayed, and the
-real router is run and its answer thrown away. SLM-only, LLM-only and routed decoding run on the same engine in the
-same process, in turns. `ideal` is what the same forward passes would take if nothing else cost anything: stock
-transformers forwards of each model with a filled cache, timed alone, times how often routed decoding needs them (a
-hand-off feeds the LLM everything since the last one in one forward). Beside it: the router's share of an SLM step.
-Writes results.json to `output_dir`; speed.py judges it.
+real router is run and its answer thrown away. The weights are random, but each model's head makes one token follow
+another: the LLM writes v + 1 behind v, and so does the SLM but at the replayed positions. So the pair agrees on 88 % of
+the tokens, and lossless decoding can be timed beside routing: `verified` (the policy looks where the models differ, as
+a perfect router would), `drafts of 16` (it never does) and, at batch 1, transformers' assisted generation. All of them
+write the LLM's text.
+
+All ways run in the same process, in turns. `ideal` is what the forward passes of routed decoding would take if nothing
+else cost anything: stock transformers forwards of each model with a filled cache, timed alone, times how often routed
+decoding needs them (a hand-off feeds the LLM everything since the last one in one forward). Beside it: the router's
+share of an SLM step. Writes results.json to `output_dir`; speed.py judges it.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -25,13 +31,12 @@ from transformers import DynamicCache, HfArgumentParser, Qwen2Config, Qwen2ForCa
 
 from benchmarks.experiments.measure import timed, word_tokenizer
 from benchmarks.render import Tables, save
-from tokalign.generation.protocol import SamplingParams
+from tokalign.generation.protocol import Completion, SamplingParams
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, NextTokens, ReplayPolicy
-from tokalign.routing.decode.slots import forward_parts
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
-QWEN25 = {"tie_word_embeddings": True, "num_key_value_heads": 2}
+QWEN25 = {"num_key_value_heads": 2}
 # Hidden size, MLP size, layers, heads and the rest of the published configurations; `tiny` is none, for short runs
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     name: (
@@ -44,11 +49,12 @@ SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         ("0.5b", 896, 4864, 24, 14, QWEN25),
         ("1.5b", 1536, 8960, 28, 12, QWEN25),
         ("3b", 2048, 11008, 36, 16, QWEN25),
-        ("7b", 3584, 18944, 28, 28, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
-        ("8b", 4096, 12288, 36, 32, {"tie_word_embeddings": False, "head_dim": 128}),
+        ("7b", 3584, 18944, 28, 28, {"num_key_value_heads": 4}),
+        ("8b", 4096, 12288, 36, 32, {"head_dim": 128}),
     )
 }
 WARM_UP = 3
+ASSISTED = "assisted generation"  # of transformers
 GRID = (1, 2, 4, 8, 16, 32, 64, 128)  # widths at which forwards are timed
 
 
@@ -83,6 +89,9 @@ def random_model(shape: str, arguments: Arguments) -> Any:
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=None,
+        # A head of its own, also where the published model shares it: the head says which token follows. A step reads
+        # as many weights either way.
+        tie_word_embeddings=False,
         dtype=arguments.dtype,
         **({"num_key_value_heads": 8} | extra),
     )
@@ -97,14 +106,29 @@ def random_model(shape: str, arguments: Arguments) -> Any:
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight.data.fill_(1.0)
+            elif "embed_tokens" in name:
+                weight.data.uniform_(-1.0, 1.0, generator=generator)
             else:
-                weight.data.uniform_(-0.03, 0.03, generator=generator)
+                # What a layer adds stays far below a token's own embedding, which so reaches the head.
+                last = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weight.data.uniform_(-0.03, 0.03, generator=generator).mul_(0.01 if last else 1)
         rotary = model.model.rotary_emb  # its buffers are computed, not loaded
         model.model.rotary_emb = type(rotary)(config).to(arguments.device)
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def teach(model: Any, others: list[int]) -> None:
+    """Let v + 1 follow every token v, but behind `others` the successor of another of them.
+
+    The head's row of a token is the embedding of the one before it, so that token has the largest logit by far.
+    """
+    embedding, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
+    head.copy_(embedding.roll(1, dims=0))
+    before = torch.tensor(others, dtype=torch.int64, device=head.device)
+    head[(before + 1) % len(head)] = embedding[before.roll(1)]
 
 
 def random_router(slm: Any, arguments: Arguments) -> TokenRouter:
@@ -186,8 +210,8 @@ def ideal_seconds(steps: list[set[int]], slm: Forwards, llm: Forwards, arguments
         total += slm.seconds(batch, arguments.prompt_length if t == 0 else 1)
         routed = [row for row in range(batch) if t in steps[row]]
         unseen = [length - seen[row] for row in routed]
-        for part in forward_parts(unseen):  # the engine's own cut: a long prompt drags no short hand-off along
-            total += llm.seconds(len(part), max(unseen[i] for i in part))
+        if routed:  # one pass without padding: a long prompt drags no short hand-off along
+            total += llm.seconds(len(routed), math.ceil(sum(unseen) / len(routed)))
         for row in routed:
             seen[row] = length
     return total
@@ -196,25 +220,41 @@ def ideal_seconds(steps: list[set[int]], slm: Forwards, llm: Forwards, arguments
 def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Arguments) -> dict[str, Any]:
     """The three ways in turns, and the ideal, for one batch size."""
     draw = random.Random(arguments.seed + 1)
-    prompts = [[draw.randrange(1000) for _ in range(arguments.prompt_length)] for _ in range(batch)]
+    prompts = [[draw.randrange(1000) for _ in range(arguments.prompt_length - 1)] for _ in range(batch)]
+    # A row counts up from its own number, and meets no other row's and none of the tokenizer's special tokens
+    starts = [1000 + row * (arguments.new_tokens + 1) for row in range(batch)]
+    prompts = [[*prompt, start] for prompt, start in zip(prompts, starts, strict=True)]
     # ReplayPolicy finds a row's decisions by its seed
     params = [SamplingParams(temperature=0, max_tokens=arguments.new_tokens, seed=row) for row in range(batch)]
     steps = decisions(batch, arguments)
     tokenizer = word_tokenizer(arguments.vocab_size)
-    policies = {"SLM only": NeverLLM(), "routed": RoutedReplay(steps, router), "LLM only": AlwaysLLM()}
+    teach(llm, [])
+    teach(slm, [start + step for start, row in zip(starts, steps, strict=True) for step in row])
+    routed = RoutedReplay(steps, router)
+    policies = {"SLM only": NeverLLM(), "routed": routed, "LLM only": AlwaysLLM()}
     engines = {name: RoutedGenerator(slm, llm, tokenizer, policy) for name, policy in policies.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    written = 0
+    for name, policy in (("verified", routed), ("drafts of 16", NeverLLM())):
+        engines[name] = RoutedGenerator(slm, llm, tokenizer, policy, verify=True)
+    ways = {name: lambda e=engine: e.generate(prompts, params) for name, engine in engines.items()}
+    if batch == 1:  # it takes one sequence at a time
+        ways[ASSISTED] = lambda: assisted(slm, llm, prompts[0], arguments)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    written, looks = 0, {}
     for turn in track(range(arguments.repeats + 1), description=f"batch {batch}"):
-        for name, engine in engines.items():
+        for name, way in ways.items():
             results: list[Any] = []
-            taken = timed(lambda e=engine, r=results: r.extend(e.generate(prompts, params)), arguments.device)
-            if any(len(c.token_ids) != arguments.new_tokens for (c,) in results):
-                raise RuntimeError(f"{name} stopped early: a random model must not end a completion here.")
+            taken = timed(lambda w=way, r=results: r.extend(w()), arguments.device)
+            wrong = [
+                c for c, start in zip(results, starts, strict=True) if not counts_up(c[0].token_ids, start, arguments)
+            ]
+            if wrong and name != "SLM only":
+                raise RuntimeError(f"{name} does not write the LLM's text: a random model must go on as it was taught.")
             if turn:  # the first is to warm up
                 seconds[name].append(taken)
             if name == "routed":
                 written = sum(sum(c.written_by) for (c,) in results)
+            if name != ASSISTED:
+                looks[name] = sum(c.stats.handoffs for (c,) in results)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     past = arguments.prompt_length + arguments.new_tokens // 2
     forwards = {"slm": Forwards(slm, past, arguments), "llm": Forwards(llm, past, arguments)}
@@ -225,6 +265,7 @@ def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Argu
         "llm_rate": written / tokens,
         "seconds": seconds,
         "tokens_per_second": {name: tokens / s for name, s in medians.items()},
+        "tokens_per_llm_pass": {name: tokens / looks[name] for name in ("routed", "verified", "drafts of 16")},
         "step_ratio": forwards["llm"].seconds(batch, 1) / forwards["slm"].seconds(batch, 1),
         "ideal_seconds": ideal,
         "share_of_ideal": ideal / medians["routed"],
@@ -234,6 +275,24 @@ def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Argu
         },
         "router": router_share(batch, slm, router, forwards["slm"].seconds(batch, 1), arguments),
     }
+
+
+def counts_up(ids: list[int], start: int, arguments: Arguments) -> bool:
+    """Whether a completion is the LLM's: the numbers behind the prompt's last one, none missing."""
+    return ids == list(range(start + 1, start + 1 + arguments.new_tokens))
+
+
+def assisted(slm: Any, llm: Any, prompt: list[int], arguments: Arguments) -> list[list[Completion]]:
+    """transformers' assisted generation, greedy: the SLM drafts, the LLM verifies."""
+    ids = torch.tensor([prompt], device=arguments.device)
+    written = llm.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        assistant_model=slm,
+        do_sample=False,
+        max_new_tokens=arguments.new_tokens,
+    )
+    return [[Completion(written[0, len(prompt) :].tolist(), [], "length")]]
 
 
 @torch.inference_mode()
@@ -248,22 +307,22 @@ def router_share(batch: int, slm: Any, router: TokenRouter, step: float, argumen
 
 
 def tables(results: dict[str, Any]) -> Tables:
-    """The three ways beside the ideal, or the router's time beside a step of the SLM, by batch size."""
+    """The ways beside the ideal, or the router's time beside a step of the SLM, by batch size."""
     rows = []
+    ways = list(dict.fromkeys(way for r in results["results"] for way in r.get("tokens_per_second", ())))
     for r in results["results"]:
         if results["arguments"]["router_only"]:
             times = (f"{1e3 * r[key]:.1f}" for key in ("slm_step_seconds", "seconds"))
             rows.append([str(r["batch"]), *times, f"{100 * r['share_of_slm_step']:.1f} %"])
             continue
-        speeds = (f"{speed:.2f}" for speed in r["tokens_per_second"].values())
+        speeds = (f"{r['tokens_per_second'][way]:.2f}" if way in r["tokens_per_second"] else "–" for way in ways)
         ratios = (f"{r[key]:.2f}" for key in ("step_ratio", "speedup_over_llm_only", "share_of_ideal"))
         share = f"{100 * r['router']['share_of_slm_step']:.1f} %"
         rows.append([str(r["batch"]), f"{100 * r['llm_rate']:.1f} %", *speeds, *ratios, share])
     if results["arguments"]["router_only"]:
         return {"router": (("batch", "SLM step, ms", "router, ms", "share"), rows)}
-    ways = (f"{way}, tokens/s" for way in results["results"][0]["tokens_per_second"])
     ratio_names = ("LLM step / SLM step", "routed / LLM only", "share of ideal", "router / step")
-    return {"routed decoding": (("batch", "LLM rate", *ways, *ratio_names), rows)}
+    return {"routed decoding": (("batch", "LLM rate", *(f"{way}, tokens/s" for way in ways), *ratio_names), rows)}
 
 
 def router_alone(slm: Any, router: TokenRouter, arguments: Arguments) -> list[dict[str, float]]:

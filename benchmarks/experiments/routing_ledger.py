@@ -8,8 +8,8 @@ paper's, a linear one, one on the entropy alone), validation problems on which e
 *serves* an LLM rate, and test problems, which are read once; random and query-level routing are the other baselines.
 Accuracies are compared at exactly equal LLM rates, between the rates that were served.
 
-The clock (`--clock false` leaves it out) times SLM only, LLM only and routed on the same engine in turns, and
-transformers' assisted generation with the same pair. It is timed anew whenever it is asked for; everything else is
+The clock (`--clock false` leaves it out) times SLM only, LLM only, routed and lossless decoding on one engine in turns,
+and transformers' assisted generation with the same pair. It is timed anew whenever it is asked for; everything else is
 kept, and a killed run goes on where it stopped. Writes results.json; docs/results/routing.md shows it.
 """
 
@@ -45,7 +45,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "entropy": {"architecture": "linear", "inputs": "entropy", "learning_rate": 1e-1},
 }
 POLICIES = (*ROUTERS, "random", "query-level")
-SLM, LLM, ROUTED = "SLM only", "LLM only", "routed"
+SLM, LLM, ROUTED, LOSSLESS = "SLM only", "LLM only", "routed", "lossless (drafts verified)"
 ASSISTED, PLAIN = "assisted generation (transformers)", "LLM only (transformers generate)"
 MEASURES = ("accuracy", "llm_rate", "activated_parameters", "full_cost")
 GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
@@ -231,13 +231,15 @@ def clock(run: RoutingSeed, args: RoutingLedgerArguments) -> list[dict[str, Any]
         SLM: NeverLLM(),
         LLM: AlwaysLLM(),
         ROUTED: RouterPolicy(router, run.thresholds(NEURAL)[rate]),
+        LOSSLESS: RouterPolicy(router, run.thresholds(NEURAL)[rate]),
     }
     results = []
     for batch in args.batch_sizes:
         count = args.clock_problems if batch > 1 else max(1, args.clock_problems // 4)
         ways: dict[str, Callable[[], int]] = {}
         for name, policy in policies.items():
-            generator = RoutedGenerator.from_pretrained(run.slm, run.llm, policy=policy, max_rows=batch)
+            options = {"max_rows": batch, "verify": name == LOSSLESS}
+            generator = RoutedGenerator.from_pretrained(run.slm, run.llm, policy=policy, **options)
             prompts = prompts_of(run.world / "test", generator)[:count]
             ways[name] = lambda g=generator, p=prompts: sum(len(c.token_ids) for (c,) in g.generate(p, GREEDY))
         if batch == 1:  # assisted generation takes one sequence at a time

@@ -88,6 +88,13 @@ def test_a_kill_loses_the_cell_in_work_alone(tmp_path):
 def test_the_faster_products_end_with_their_context() -> None:
     kernels = torch.backends.mkldnn.matmul
     before = kernels.fp32_precision
+    layer, x = torch.nn.Linear(512, 256), torch.randn(3, 5, 512)
+    usual = torch.nn.Linear.forward
     with fast_products():
         assert kernels.fp32_precision == "bf16"
-    assert kernels.fp32_precision == before
+        for _ in range(2):  # it follows the weights, which training changes in place
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), usual(layer, x), atol=1e-5, rtol=1e-5)
+            layer(x).square().sum().backward()
+            torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    assert kernels.fp32_precision == before and torch.nn.Linear.forward is usual

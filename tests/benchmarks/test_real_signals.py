@@ -92,6 +92,12 @@ def test_the_probe_is_fitted_on_other_questions() -> None:
     assert abs(auroc(cross_fit(names, labels, np.ones(480, dtype=bool), groups), labels) - 0.5) < 0.15
 
 
+def test_a_probe_of_right_steps_alone_says_nothing():
+    features, groups = np.random.default_rng(0).normal(size=(40, 4)), np.arange(40) % 10
+    scores = cross_fit(features, np.zeros(40, dtype=bool), np.ones(40, dtype=bool), groups)
+    assert np.isnan(scores).all()
+
+
 def test_a_token_is_of_the_first_class_whose_characters_it_holds() -> None:
     tokenizer = tiny_tokenizer()
     text = "a 2 + b = 2."

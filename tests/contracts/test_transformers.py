@@ -19,7 +19,7 @@ from tokalign.internals.transformers import (
     file_or_none,
     init,
 )
-from tokalign.routing.decode.slots import SlotLayer
+from tokalign.routing.decode.row_attention import SlotLayer
 from tokalign.routing.router.model import TokenRouter
 from tokalign.routing.router.trainer import RouterTrainer
 
@@ -39,7 +39,7 @@ def test_overridden_methods_of_the_trainer_keep_their_arguments(name) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "name"),
-    [(SlotLayer, "get_seq_length"), (SlotLayer, "get_mask_sizes"), (RoomyLayer, "reorder_cache")],
+    [(SlotLayer, "get_seq_length"), (RoomyLayer, "reorder_cache")],
 )
 def test_layers_of_the_cache_keep_their_arguments(layer, name) -> None:
     theirs = list(inspect.signature(getattr(DynamicLayer, name)).parameters)

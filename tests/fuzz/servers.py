@@ -13,14 +13,13 @@ from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
 
-import httpx
-import openai
-
 from tests.fuzz.properties import check_sentence, is_number, refusals
 from tests.routing.serving import FakeBackend
 from tests.support import tiny_tokenizer
 from tokalign.generation import EngineArguments, SamplingParams
+from tokalign.generation.completions import EncodedIds
 from tokalign.generation.openai_engine import OpenAIEngine
+from tokalign.internals.openai import http
 from tokalign.routing.decode.vllm.servers import ServedLLM, ServedSLM
 from tokalign.routing.serve.server import ServerSettings, create_app
 
@@ -104,16 +103,16 @@ async def exchange(
 MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "o"}]}
 
 
-def transport(kind: str, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> httpx.MockTransport:
+def transport(kind: str, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> Any:
     """Servers that answer `kind` of request with these bytes and all others as they should."""
 
-    def answer(asked: httpx.Request) -> httpx.Response:
+    def answer(asked: Any) -> Any:
         where = "models" if asked.url.path.endswith("/models") else "completions"
         if where != kind and where == "models":
-            return httpx.Response(200, json=MODELS)
-        return httpx.Response(status, headers=headers, content=body)
+            return http.Response(200, json=MODELS)
+        return http.Response(status, headers=headers, content=body)
 
-    return httpx.MockTransport(answer)
+    return http.MockTransport(answer)
 
 
 @lru_cache
@@ -135,9 +134,8 @@ def answer(data: bytes) -> None:
     servers = transport(kind, status, headers, body)
     vocab = len(application().state.server.backend.tokenizer)
     with (
-        httpx.Client(transport=servers) as client,
-        mock.patch.object(openai, "OpenAI", partial(_Client, http_client=client)),
-        mock.patch.object(openai, "AsyncOpenAI", partial(openai.AsyncOpenAI, http_client=fresh(servers))),
+        mock.patch.object(http, "Client", partial(http.Client, transport=servers)),
+        mock.patch.object(http, "AsyncClient", partial(http.AsyncClient, transport=servers)),
     ):
         with refusals(*REFUSED):
             arguments = EngineArguments(
@@ -158,22 +156,10 @@ def answer(data: bytes) -> None:
             ServedSLM("http://s/v1", ROUTE, vocab, 0.5, api_key="none", timeout=5.0)
 
 
-class _Client(openai.OpenAI):
-    """One of several clients over one transport."""
-
-    def close(self) -> None:
-        """The transport is closed by who made it."""
-
-
-def fresh(servers: httpx.MockTransport) -> httpx.AsyncClient:
-    """A client that holds nothing to be closed."""
-    return httpx.AsyncClient(transport=servers)
-
-
 async def write_llm(llm: ServedLLM, most: int) -> None:
     """Ids beyond the vocabulary, and more tokens than were asked for, are the orchestrator's to judge."""
     params = SamplingParams(max_tokens=most)
-    async with aclosing(llm.write([7, 8], params, most, 1, place=0, unseen=2)) as pieces:
+    async with aclosing(llm.write(EncodedIds([7, 8]), params, most, 1, place=0, unseen=2)) as pieces:
         async for piece in pieces:
             check_piece(piece.ids, piece.logprobs)
             assert piece.end in (None, "stop", "length", "routed")

@@ -106,6 +106,13 @@ def test_engines_agree(engines):
     assert not {i for (c,) in always for i in c.token_ids} & set(banned)
     check_equal(engines, SamplingParams(temperature=0, max_tokens=20, banned_token_ids=banned, banned_steps=1))
 
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
+    penalized = check_equal(engines, SamplingParams(temperature=0, max_tokens=20, **penalties))
+    assert [c[0].token_ids for c in greedy] != [c[0].token_ids for c in penalized]
+    for option in ({"top_k": 1}, {"min_p": 1.0}):  # nothing else is left to be drawn
+        narrow = check_equal(engines, SamplingParams(seed=5, max_tokens=20, **option))
+        assert [c[0].token_ids for c in narrow] == [c[0].token_ids for c in greedy]
+
     tokenizer = engines["transformers"][0].tokenizer
     stop = tokenizer.decode(greedy[0][0].token_ids[3:5])
     stopped = check_equal(engines, SamplingParams(temperature=0, max_tokens=20, stop=(stop,)))

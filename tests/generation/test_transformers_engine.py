@@ -292,3 +292,33 @@ def test_a_model_in_training_stays_in_training(tiny_path):
         [[7]], SamplingParams(max_tokens=2, seed=0)
     )
     assert model.training
+
+
+@torch.no_grad()
+def test_penalties_choose_the_greedy_token_of_the_penalized_logits(engine):
+    """Against a plain loop over full forwards, beside rows without penalties, whose ids do not change."""
+    prompts = make_prompts(6, seed=5)
+    asks = SamplingParams(
+        temperature=0, max_tokens=16, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2
+    )
+    plain = SamplingParams(temperature=0, max_tokens=16)
+    results = engine.generate(prompts, [asks, plain] * 3)
+    assert ids_of(results)[1::2] == ids_of(engine.generate(prompts[1::2], plain))
+    for prompt, (completion,) in list(zip(prompts, results, strict=True))[::2]:
+        written: list[int] = []
+        while len(written) < 16 and (not written or written[-1] not in engine.end_ids):
+            logits = engine.model(torch.tensor([[*prompt, *written]])).logits[0, -1].tolist()
+            for v in {*prompt, *written}:
+                logits[v] = logits[v] / 1.4 if logits[v] > 0 else logits[v] * 1.4
+            for v in set(written):
+                logits[v] -= 0.3 + 0.2 * written.count(v)
+            written.append(max(range(len(logits)), key=logits.__getitem__))
+        assert completion.token_ids == written
+        assert completion.logprobs == pytest.approx(plain_logprobs(engine.model, prompt, written), abs=2e-5)
+
+
+def test_top_k_of_one_and_min_p_of_one_are_greedy(engine):
+    prompts = make_prompts(8, seed=6)
+    greedy = ids_of(engine.generate(prompts, SamplingParams(temperature=0, max_tokens=8)))
+    for option in ({"top_k": 1}, {"min_p": 1.0}):
+        assert ids_of(engine.generate(prompts, SamplingParams(seed=3, max_tokens=8, **option))) == greedy

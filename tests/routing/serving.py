@@ -22,16 +22,19 @@ class FakeBackend:
         script: ids that every completion consists of, instead of letters.
         pause: seconds a token.
         dies_at: the LLM cannot be reached from this token on.
-        fails_at: something unforeseen happens there.
+        fails_at: something unforeseen, or `failure`, happens there.
         gate: completions wait for it before their first token, if set.
     """
 
     max_length = 512
 
-    def __init__(self, tokenizer=None, *, script=None, pause=0.0, dies_at=None, fails_at=None, degraded=False):
+    def __init__(
+        self, tokenizer=None, *, script=None, pause=0.0, dies_at=None, fails_at=None, failure=None, degraded=False
+    ):
         self.tokenizer = tokenizer or tiny_tokenizer()
         self.script, self.pause, self.dies_at, self.fails_at = script, pause, dies_at, fails_at
-        self.degraded, self.healthy = degraded, True
+        self.failure = failure or RuntimeError("secret detail")
+        self.degraded, self.healthy, self.dead = degraded, True, None
         self.threshold = 0.5
         self.stats = RoutedStats()
         self.gate = None
@@ -54,7 +57,7 @@ class FakeBackend:
                 if step == self.dies_at:
                     raise LLMUnavailable("http://llm:8000 does not answer")
                 if step == self.fails_at:
-                    raise RuntimeError("secret detail")
+                    raise self.failure
                 by_llm = step % 4 == 3 and not self.degraded
                 ids.append(self._next(prompt_ids, params, sample, step))
                 text = self.tokenizer.decode(ids)

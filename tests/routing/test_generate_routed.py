@@ -10,6 +10,7 @@ from tests.support import save_tiny
 from tokalign.cli.main import main
 from tokalign.routing.decode.backend import RoutedStats
 from tokalign.routing.decode.costs import activated_parameters, full_cost
+from tokalign.routing.decode.policies.value import ValueHead
 from tokalign.stage.errors import JobError
 from tokalign.stage.loading import load_stage
 from tokalign.stage.manifest import read_manifest
@@ -79,6 +80,37 @@ def test_the_models_alone(pair, tmp_path, policy, writer):
     assert manifest["routing"]["llm_rate"] == writer
     sizes = manifest["routing"]["parameters"]
     assert manifest["routing"]["activated_parameters"] == sizes["llm" if writer else "slm"]
+
+
+@pytest.mark.parametrize("slm", ["slm", "llm"])
+def test_verified_rows_are_the_llms_and_say_what_the_slm_had_drawn(pair, tmp_path, slm):
+    options = {**pair, "num_problems": 3, "num_rollouts": 2, "temperature": 0.9}
+    generate(**options, output_dir=tmp_path / "alone", policy="always")
+    options |= {"slm": pair[slm], "policy": "entropy", "threshold": 3.2, "verify": True, "most_draft": 3}
+    manifest = generate(**options, output_dir=tmp_path / "verified")
+    alone, rows = (load_stage(tmp_path / name, stage="rollouts").to_list() for name in ("alone", "verified"))
+    assert [row["completion_ids"] for row in rows] == [row["completion_ids"] for row in alone]
+    seen = {pair for row in rows for pair in zip(row["written_by"], row["agreed"], strict=True)}
+    if slm == "llm":  # it agrees with itself, and the LLM writes where the policy looks and behind a full draft
+        assert {(0, True), (1, True)} <= seen <= {(0, True), (1, True), (1, None)}
+    else:
+        assert (1, False) in seen and (0, False) not in seen
+    assert manifest["routing"]["drafted"] == sum(row["drafted"] for row in rows) > 0
+    assert manifest["parameters"]["verify"] and manifest["parameters"]["most_draft"] == 3
+
+
+def test_published_policies_by_their_options(pair, tmp_path):
+    head = ValueHead([32, 8])
+    head.save(tmp_path / "head.safetensors")
+    for name, options in (
+        ("hysteresis", {"threshold": 0.8, "back": 0.6, "most": 4}),
+        ("value", {"value_head": tmp_path / "head.safetensors", "threshold": 0.5}),
+        ("call", {"calls": "a=3", "threshold": 0.03}),
+    ):
+        manifest = generate(**pair, output_dir=tmp_path / name, policy=name, num_problems=3, **options)
+        assert manifest["parameters"]["policy"] == name and manifest["rows"] == 3
+        assert manifest["routing"]["parameters"]["router"] == (32 * 8 + 8 + 8 + 1 if name == "value" else 0)
+    assert len(read_manifest(tmp_path / "value")["parameters"]["value_head"]) == 64  # what the file holds
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,20 @@ from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
 from tokalign.generation.transformers_engine import TransformersEngine
 from tokalign.routing.decode.backend import RoutedStats
-from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import (
     AlwaysLLM,
+    CallPolicy,
     EntropyPolicy,
+    HysteresisPolicy,
     NeverLLM,
     NextTokens,
     RandomPolicy,
     ReplayPolicy,
     RouterPolicy,
+    RoutingPolicy,
 )
+from tokalign.routing.decode.schedule import RoutedBatch
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 from tokalign.stage.hashes import weights_hash
 
@@ -50,7 +54,7 @@ def qwen2(vocab: int, seed: int) -> Qwen2ForCausalLM:
 
 
 @dataclass
-class Toy:
+class Toy(RoutingPolicy):
     """A policy that looks at everything a router looks at: states, and which token the SLM predicts."""
 
     threshold: float = 0.5
@@ -68,22 +72,34 @@ class Toy:
 def plain(generator: RoutedGenerator, prompt: list[int], params: SamplingParams, number: int, span: int):
     """One completion by the definition: both models read the whole prefix anew at every token."""
     policy, shared = generator.policy, generator.shared_vocab
+    repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        text, changed = tokens[len(prompt) :], logits[0].tolist()
+        for v in {*tokens}:
+            changed[v] = changed[v] / repetition if changed[v] > 0 else changed[v] * repetition
+            changed[v] -= frequency * text.count(v) + presence * (v in text)
+        return sample(torch.tensor([changed]), *how)
+
     tokens, written_by, scores, logprobs, left = list(prompt), [], [], [], 0
     while True:
         at = [torch.tensor([x]) for x in (params.seed, number, len(tokens) - len(prompt))]
         ids = torch.tensor([tokens])
+        how = uniforms(*at), torch.tensor([params.temperature]), torch.tensor([params.top_p], dtype=torch.float64)
+        how += torch.tensor([params.top_k]), torch.tensor([params.min_p])
         score = None
         if not left:
             hidden = generator.slm.base_model(ids).last_hidden_state[:, -1]
             logits = generator.slm(ids).logits[:, -1, :shared]
-            score = policy.scores(NextTokens(hidden, logits, *at)).item()
-            left = span if score >= policy.threshold else 0
+            seen = NextTokens(hidden, logits, *at, drawn(logits))
+            score, longest = policy.scores(seen).item(), policy.spans(seen)
+            left = 0 if score < policy.threshold else span if longest is None else longest.item()
         by_llm = left > 0
         if by_llm:
             logits = generator.llm(ids).logits[:, -1, :shared]
-            left -= 1
-        temperature, top_p = torch.tensor([params.temperature]), torch.tensor([params.top_p], dtype=torch.float64)
-        token = sample(logits, uniforms(*at), temperature, top_p).item()
+            stop = policy.stop(NextTokens(None, logits, *at, drawn(logits)))
+            left = 0 if stop is not None and stop.item() else left - 1
+        token = drawn(logits).item()
         logprobs.append(logits.log_softmax(-1)[0, token].item())
         tokens.append(token)
         written_by.append(by_llm)
@@ -120,7 +136,12 @@ def same(results, expected) -> None:
 SAMPLED = SamplingParams(n=3, seed=5, temperature=0.8, top_p=0.9, max_tokens=24)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+PENALIZED = SamplingParams(
+    seed=5, max_tokens=24, top_k=9, min_p=0.05, repetition_penalty=1.2, presence_penalty=-0.4, frequency_penalty=0.3
+)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALIZED])
 @pytest.mark.parametrize(
     ("policy", "alone", "by_llm"),
     [(Toy(1.1), SLM, False), (NeverLLM(), SLM, False), (Toy(0.0), LLM, True), (AlwaysLLM(), LLM, True)],
@@ -143,6 +164,8 @@ def test_equal_to_a_loop_without_caches(span, llm):
         )
         for i in range(9)
     ]
+    options = [{"top_k": 5, "min_p": 0.02}, {}, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}]
+    each = [replace(params, **options[i // 3]) for i, params in enumerate(each)]
     completions = check_against_plain(generator, make_prompts(9), each)
     rate = sum(map(sum, (c.written_by for c in completions))) / sum(len(c.token_ids) for c in completions)
     assert 0.1 < rate < 0.9  # both models write
@@ -150,7 +173,17 @@ def test_equal_to_a_loop_without_caches(span, llm):
         assert any(s is None for c in completions for s in c.scores)
 
 
-@pytest.mark.parametrize("policy", [RandomPolicy(0.3), EntropyPolicy(3.3), ReplayPolicy([[0, 1, 5], [2]])])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RandomPolicy(0.3),
+        EntropyPolicy(3.3),
+        ReplayPolicy([[0, 1, 5], [2]]),
+        HysteresisPolicy(0.8, back=0.6),
+        HysteresisPolicy(0.8, back=0.3, most=3),
+        CallPolicy({7: 2, "h": 3}, threshold=0.04),
+    ],
+)
 def test_the_other_policies_equal_the_loop(policy):
     generator = RoutedGenerator(SLM, LLM, TOKENIZER, policy, max_rows=4)
     each = [SamplingParams(n=2, seed=i, max_tokens=12) for i in range(5)]
@@ -176,7 +209,7 @@ def test_vocabularies_padded_differently_use_the_ids_they_share(pads):
 def test_a_request_is_independent_of_its_batch():
     prompts = make_prompts(12)
     each = [SamplingParams(n=1 + i % 2, seed=i, max_tokens=5 + i) for i in range(12)]
-    generator = RoutedGenerator(SLM, LLM, TOKENIZER, Toy(), token_budget=200)
+    generator = RoutedGenerator(SLM, LLM, TOKENIZER, Toy(), token_budget=800)
     together = generator.generate(prompts, each)
     for prompt, params, expected in zip(prompts, each, together, strict=True):
         (alone,) = generator.generate([prompt], params)
@@ -243,14 +276,13 @@ def test_always_and_never_leave_one_model_idle(policy, idle):
 def test_draws_of_one_prompt_share_its_prefill_in_both_models():
     prompts = [p for p in make_prompts(3, seed=1) if len(p) > 2]
     small, large = [], []
+    generator = RoutedGenerator(SLM, LLM, TOKENIZER, RandomPolicy(0.4))
     handles = [count_forwards(SLM, small), count_forwards(LLM, large)]
-    results = RoutedGenerator(SLM, LLM, TOKENIZER, RandomPolicy(0.4)).generate(
-        prompts, SamplingParams(n=8, seed=0, max_tokens=6)
-    )
+    results = generator.generate(prompts, SamplingParams(n=8, seed=0, max_tokens=6))
     for handle in handles:
         handle.remove()
-    longest = max(map(len, prompts)) - 1
-    assert small[0] == (len(prompts), longest) and small[1] == (8 * len(prompts), 1)
+    # Rows stand side by side, without padding
+    assert small[:2] == [(1, sum(len(prompt) - 1 for prompt in prompts)), (1, 8 * len(prompts))]
     stats = RoutedStats()
     for completions in results:
         for c in completions:
@@ -283,20 +315,6 @@ def test_cancelling_frees_the_row_and_the_rest_goes_on():
     assert written[keys[0]] == expected[0][:3] and not written[keys[2]]
     assert [m.lengths for m in batch._models] == [[], []]
     assert batch.stats.tokens == sum(map(len, written.values()))
-
-
-def test_the_budget_bounds_rows_times_width_and_max_rows_the_rows():
-    rows = []
-    for options in ({"token_budget": 300}, {"max_rows": 3}):
-        batch = RoutedBatch(RoutedGenerator(SLM, LLM, TOKENIZER, NeverLLM(), **options))
-        for prompt in make_prompts(20, longest=20):
-            batch.add(prompt, SamplingParams(max_tokens=30, seed=0))
-        while batch:
-            batch.step()
-            rows.append(len(batch.rows) * max((row.width for row in batch.rows), default=0))
-            assert len(batch.rows) <= (3 if "max_rows" in options else 300 // 30)
-            assert "max_rows" in options or rows[-1] <= 300
-    assert max(rows) > 60
 
 
 def test_completions_end_where_the_shorter_context_ends():
@@ -347,6 +365,18 @@ def test_a_router_decides_as_it_does_without_caches(inputs):
     assert {by for c in completions for by in c.written_by} == {False, True}
 
 
+def test_a_router_that_scores_the_drawn_token_is_the_same_when_greedy_and_another_when_sampling():
+    router, prompts = tiny_router(), make_prompts(4)
+    argmax, drawn = (
+        RoutedGenerator(SLM, LLM, TOKENIZER, RouterPolicy(router, 0.5, score=s)) for s in ("argmax", "drawn")
+    )
+    same(drawn.generate(prompts, GREEDY), argmax.generate(prompts, GREEDY))
+    each = [replace(SAMPLED, seed=i) for i in range(4)]
+    completions = check_against_plain(drawn, prompts, each)
+    others = [c for completions in argmax.generate(prompts, each) for c in completions]
+    assert [c.token_ids for c in completions] != [c.token_ids for c in others]
+
+
 def test_a_router_is_loaded_with_its_threshold_and_only_for_its_own_slm(folders, tmp_path):
     slm, llm = folders
     router = tiny_router(threshold=0.4, slm={"name": slm, "weights_hash": weights_hash(slm)})
@@ -391,6 +421,8 @@ def test_the_pair_loads_from_folders(folders):
     [
         ({"llm_span": 0}, "llm_span is 0"),
         ({"max_rows": 0}, "max_rows is 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"llm_wait": "soon"}, "llm_wait is 'soon'"),
         ({"llm_tokenizer": tiny_tokenizer(ALPHABET[::-1])}, "is not the LLM's"),
     ],
 )

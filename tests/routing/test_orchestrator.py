@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import tiny_tokenizer
 from tokalign.generation import SamplingParams
-from tokalign.routing.decode.backend import LLMUnavailable
+from tokalign.routing.decode.backend import LLMUnavailable, RowFailed
 from tokalign.routing.decode.orchestrator import NEVER, Orchestrator, Piece
 from tokalign.routing.decode.vllm import servers as vllm_servers
 from tokalign.routing.decode.vllm.servers import ServedLLM, ServedSLM, cut_piece
@@ -35,6 +35,7 @@ class FakeSLM:
     """Scores by `score`, writes `size` tokens a piece, and counts who is in it."""
 
     vocab_size, max_length = VOCAB, 64
+    breaks = staticmethod(lambda prefix: False)  # whether its logits are not finite there
 
     def __init__(self, threshold, size=1, end_at=None):
         self.threshold, self.size, self.end_at = threshold, size, end_at
@@ -62,7 +63,7 @@ class FakeTurns:
         while True:
             await asyncio.sleep(0)
             read = 1 if out else 0
-            if score(ids) >= self.slm.threshold:
+            if score(ids) >= self.slm.threshold or self.slm.breaks(ids):
                 yield Piece(out, None, read, "routed")
                 return
             token = END if self.slm.end_at == len(ids) else following(ids, 3, seed)
@@ -280,6 +281,63 @@ def test_the_probe_outlives_an_slm_that_takes_no_threshold():
     asyncio.run(run())
 
 
+def test_where_the_slm_has_no_word_the_llm_writes_or_that_request_fails_alone():
+    def breaks(ids):
+        return ids[0] == 20 and len(ids) >= 6
+
+    async def run(backend):
+        backend.slm.breaks = breaks
+        poisoned, sound = [20, 7, 8], [21, 7, 8]
+        return await asyncio.gather(*[collect(backend, p) for p in (poisoned, sound)], return_exceptions=True)
+
+    _, _, backend = pair(0.9)
+    poisoned, sound = asyncio.run(run(backend))
+    assert [(t.id, t.by_llm) for t in sound] == by_hand([21, 7, 8], 0.9, 12)
+    assert all(t.by_llm for t in poisoned[3:]) and len(poisoned) == 12
+
+    slm, _, backend = pair(1.5)  # the LLM is not to be asked
+    failed, sound = asyncio.run(run(backend))
+    assert isinstance(failed, RowFailed) and "The SLM gave logits that are not finite numbers" in str(failed)
+    assert [(t.id, t.by_llm) for t in sound] == by_hand([21, 7, 8], 1.5, 12) and slm.inside == 0
+
+    async def outage():
+        _, llm, backend = pair(0.9, probe_seconds=60)
+        llm.up = False
+        try:
+            return await run(backend)
+        finally:
+            await backend.close()
+
+    failed, sound = asyncio.run(outage())
+    assert isinstance(failed, RowFailed) and [t.by_llm for t in sound] == [False] * 12
+
+
+def test_a_threshold_that_falls_meanwhile_is_no_failure():
+    """The engine routes by the new one before `set_threshold` has returned."""
+
+    async def run():
+        slm, _, backend = pair(1.5)
+        told = asyncio.Event()
+
+        async def tell(value):
+            slm.threshold = value
+            await told.wait()
+
+        slm.set_threshold = tell
+        first = asyncio.create_task(collect(backend))
+        await asyncio.sleep(0)
+        move = asyncio.create_task(backend.set_threshold(0.3))
+        for _ in range(30):
+            await asyncio.sleep(0)
+        second = await collect(backend)
+        told.set()
+        await move
+        return await first, second
+
+    for tokens in asyncio.run(run()):
+        assert len(tokens) == 12 and any(t.by_llm for t in tokens)
+
+
 def test_an_outage_in_the_middle_of_an_llm_only_completion():
     async def run():
         slm, llm, backend = pair(0.0, probe_seconds=60)
@@ -335,6 +393,9 @@ def test_bad_requests_are_refused():
     for params in (SamplingParams(banned_token_ids=(7,)), SamplingParams(json_schema='{"type": "object"}')):
         with pytest.raises(ValueError, match="takes no banned_token_ids and no json_schema: leave them out"):
             asyncio.run(collect(backend, params=params))
+    for penalty in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        with pytest.raises(ValueError, match="each of two engines would take what the other has written"):
+            asyncio.run(collect(backend, params=SamplingParams(**{penalty: 1.5})))
     with pytest.raises(ValueError, match=f"Prompt 0 has token id {VOCAB} but the model's vocabulary has {VOCAB}"):
         asyncio.run(collect(backend, [VOCAB]))
 
@@ -472,6 +533,34 @@ def test_bad_answers_of_the_llm(server, answer, error, message):
     server.answers = [answer]
     with pytest.raises(error, match=message):
         asyncio.run(pieces(large(server.url)))
+
+
+@pytest.mark.parametrize("failure", [(500, {}), (200, {"choices": []})])
+def test_a_text_that_the_llm_fails_at_is_no_outage(server, failure):
+    """The server answers others: this request fails, and nobody else loses the LLM."""
+    server.answers = [failure, failure, WELL]
+
+    async def run():
+        slm = FakeSLM(0.0)
+        backend = Orchestrator(slm, large(server.url, max_retries=1), TOKENIZER, threshold=0.5, shared_vocab=VOCAB)
+        try:
+            await collect(backend, [10, 10, 10])
+        finally:
+            assert not backend.degraded and slm.inside == 0
+            await backend.close()
+
+    with pytest.raises(ConnectionError, match="fail at this request and answer others") as error:
+        asyncio.run(run())
+    assert not isinstance(error.value, LLMUnavailable)
+    assert not server.answers and server.seen[-1][1]["max_tokens"] == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_llm_is_out_of_reach(server, status):
+    server.answers = [(status, {})]
+    with pytest.raises(LLMUnavailable):
+        asyncio.run(pieces(large(server.url)))
+    assert len(server.seen) == 1
 
 
 def test_a_failed_request_is_repeated(server):

@@ -19,11 +19,13 @@ import torch
 from trl import TrlParser
 
 from tests.routing.serving import serving, wait_for
-from tests.support import save_tiny, tiny_tokenizer
+from tests.support import save_tiny, tiny_model, tiny_tokenizer
 from tokalign.cli import serve
 from tokalign.generation.protocol import SamplingParams
-from tokalign.routing.decode.generator import RoutedBatch, RoutedGenerator
+from tokalign.routing.decode.generator import RoutedGenerator
+from tokalign.routing.decode.schedule import RoutedBatch
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
+from tokalign.routing.serve import start
 from tokalign.routing.serve.start import load_backend, server_settings
 from tokalign.stage.hashes import weights_hash
 
@@ -127,6 +129,9 @@ def test_names_keys_and_limits_come_from_the_arguments(pair, monkeypatch):
         ({"max_tokens": 0}, r"^max_tokens is 0"),
         ({"llm_urls": ["http://localhost:1/v1"]}, r"^--llm_urls belongs to --engine vllm"),
         ({"engine": "vllm"}, r"^llm_urls is empty"),
+        ({"engine": "vllm", "verify": True}, r"^--verify needs --engine transformers"),
+        ({"engine": "vllm", "score": "drawn"}, r"^--score drawn needs --engine transformers"),
+        ({"verify": True, "llm_span": 4}, r"^llm_span is 4: with verify the LLM writes 1 token"),
         ({"engine": "vllm", "llm_urls": ["http://127.0.0.1:9/v1"]}, r"127.0.0.1:9"),
     ],
 )
@@ -185,3 +190,45 @@ def test_the_command_serves_until_sigterm(pair, tmp_path):
         process.kill()
     assert "Serving on 0.0.0.0 without an API key" in log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+def test_default_chats_of_a_long_context_run_side_by_side(tmp_path):
+    """Each may fill 40,960 positions. A server that kept them free for it would answer one chat after the other."""
+    paths = {}
+    for seed, name in enumerate(("slm", "llm")):
+        model, paths[name] = tiny_model(len(tiny_tokenizer()), seed=seed), str(tmp_path / name)
+        model.config.max_position_embeddings = 40960
+        with torch.no_grad():
+            model.lm_head.weight[1] = 0  # hardly ends by itself
+        model.save_pretrained(paths[name])
+        tiny_tokenizer().save_pretrained(paths[name])
+    torch.manual_seed(0)
+    config = TokenRouterConfig(
+        hidden_size=32, shared_vocab=len(tiny_tokenizer()), top_k=10, width=16, num_blocks=1, threshold=0.5
+    )
+    config.slm = {"name": "slm", "weights_hash": weights_hash(paths["slm"]), "tokenizer_hash": None}
+    TokenRouter(config).save_pretrained(tmp_path / "router")
+    own, engine, names, limits = arguments(**paths, router=str(tmp_path / "router"), dtype="float32")
+    settings = dataclasses.asdict(server_settings(own, engine, names, limits))
+    with serving(load_backend(own, engine, limits), **settings) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30)
+        ask = {"model": settings["model"], "messages": [{"role": "user", "content": "Hello"}]}
+        chats = [client.chat.completions.create(**ask, seed=seed, stream=True) for seed in range(12)]
+        # An answer's head comes with its first token, so all twelve have one.
+        short = client.completions.create(model=settings["model"], prompt="abc", max_tokens=5)
+        assert short.usage.completion_tokens <= 5
+        running = httpx.get(f"{server.url}/health").json()["running"]
+        for chat in chats:
+            chat.close()
+        wait_for(lambda: httpx.get(f"{server.url}/health").json()["running"] == 0)
+    assert running >= 10  # a few may have ended
+
+
+def test_a_backend_that_has_died_is_a_failed_command(pair, monkeypatch):
+    async def dies(*groups):
+        raise start.BackendDied("The backend has died (RuntimeError: no device): start the server again.")
+
+    monkeypatch.setattr(start, "serve", dies)
+    with pytest.raises(SystemExit, match="The backend has died") as stopped:  # a sentence is exit status 1
+        serve.main(*arguments(**pair))
+    assert isinstance(stopped.value.code, str)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,10 +15,10 @@ from tests.routing.serving import FakeBackend, serving, wait_for
 from tests.routing.test_detokenize import byte_level
 from tests.support import tiny_tokenizer
 from tokalign.generation import EngineArguments, SamplingParams, load_engine
-from tokalign.routing.decode.backend import RoutedToken
+from tokalign.routing.decode.backend import RoutedToken, RowFailed
 from tokalign.routing.serve.api import MOST_STOP_CHARACTERS, MOST_STOP_IDS, MOST_STOPS
 from tokalign.routing.serve.budget import BudgetController
-from tokalign.routing.serve.server import ServerSettings, exposure_warning
+from tokalign.routing.serve.server import BackendDied, GracefulServer, ServerSettings, create_app, exposure_warning
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -267,7 +268,6 @@ BAD = [
     (OK | {"temperature": "hot"}, "`temperature` is not valid"),
     (OK | {"top_p": 0}, "top_p is 0"),
     (OK | {"top_p": 1.1}, "top_p is 1.1"),
-    (OK | {"seed": -1}, "seed is -1"),
     (OK | {"seed": 2**63}, "seed is 9223372036854775808"),
     (OK | {"stop": [""]}, "stop is"),
     (OK | {"stop": ["a"] * (MOST_STOPS + 1)}, f"`stop` has {MOST_STOPS + 1} strings: give at most {MOST_STOPS}"),
@@ -278,14 +278,19 @@ BAD = [
     (OK | {"stop_token_ids": [10**6]}, "`stop_token_ids` has token id 1000000"),
     (OK | {"logprobs": 1}, "Only the written tokens' own log-probs are known"),
     (OK | {"stream": "yes"}, "`stream` is not valid"),
-    (OK | {"stream_options": {"nonsense": 1}}, "`nonsense` \\(at stream_options.nonsense\\) is not a field"),
-    (OK | {"nonsense": 1}, "`nonsense` is not a field that this server knows"),
-    (OK | {"messages": HELLO}, "`messages` is not a field"),
+    (OK | {"seed": -(2**63) - 1}, "seed is -9223372036854775809"),
+    (OK | {"top_k": -2}, "top_k is -2: keep at least 1 token"),
+    (OK | {"top_k": 1.5}, "`top_k` is not valid"),
+    (OK | {"min_p": 1.5}, "min_p is 1.5"),
+    (OK | {"repetition_penalty": 0}, "repetition_penalty is 0"),
+    (OK | {"presence_penalty": 2.5}, "presence_penalty is 2.5"),
+    (OK | {"frequency_penalty": -2.5}, "frequency_penalty is -2.5"),
+    (OK | {"stream_options": 1}, "`stream_options` is not valid"),
     (OK | {"echo": True}, "`echo` is not supported by this server"),
     (OK | {"best_of": 4}, "`best_of` is not supported"),
     (OK | {"logit_bias": {"5": 1}}, "`logit_bias` is not supported"),
     (OK | {"suffix": "x"}, "`suffix` is not supported"),
-    (OK | {"frequency_penalty": 0.5}, "`frequency_penalty` is not supported"),
+    (OK | {"guided_json": {}}, "`guided_json` is not supported"),
     (OK | {"model": "other"}, "There is no model 'other' here: use 'pair'"),
 ]
 BAD_CHATS = [
@@ -300,9 +305,10 @@ BAD_CHATS = [
     ),
     (
         CHAT | {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-        "`tool_calls` .* is not a field",
+        "`tool_calls` in a message is not supported",
     ),
-    (CHAT | {"max_completion_tokens": 4}, "`max_tokens` and `max_completion_tokens` are one thing"),
+    (CHAT | {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "Content of type 'text' is not supported"),
+    (CHAT | {"max_completion_tokens": 510}, "`max_tokens` is 510, but the models hold 512"),
     (CHAT | {"top_logprobs": 5, "logprobs": True}, "Only the written tokens' own log-probs"),
     (CHAT | {"tools": [{"type": "function"}]}, "`tools` is not supported"),
     (CHAT | {"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
@@ -333,6 +339,75 @@ def test_the_longest_stops_are_taken(pair):
     assert post(pair, "/v1/completions", OK | longest).status_code == 200
 
 
+def test_what_public_clients_send_is_read_as_vllm_reads_it(pair):
+    client = client_of(pair)
+    options = {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+    client.completions.create(
+        model="pair", prompt="abc", max_tokens=2, presence_penalty=0.5, frequency_penalty=-0.5, extra_body=options
+    )
+    params = pair.backend.calls[-1][1]
+    assert params.vllm_options == {**options, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    for seed, expected in [(-1, None), (-5, 2**63 - 5), (5, 5)]:
+        client.completions.create(model="pair", prompt="abc", max_tokens=2, seed=seed, extra_body={"top_k": -1})
+        assert pair.backend.calls[-1][1].seed == expected
+    # The later name of the limit wins, whatever the other asks for.
+    answer = client.chat.completions.create(model="pair", messages=HELLO, max_tokens=10**6, max_completion_tokens=3)
+    assert answer.usage.completion_tokens == 3
+    stream = client.chat.completions.create(
+        model="pair", messages=HELLO, max_tokens=2, stream=True, stream_options={"include_obfuscation": False}
+    )
+    assert len(list(stream)) == 2
+    post(pair, "/v1/completions", OK | {"stream": True, "stream_options": {"include_usage": None}})
+
+
+def test_messages_reach_the_template_as_vllm_hands_them_over():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}{{ m.name or '' }}>{{ m.content }}"
+        "{{ '(' + m.reasoning_content + m.reasoning + ')' if m.reasoning else '' }}{% endfor %}"
+        "{{ reasoning_effort or '' }}{{ enable_thinking if enable_thinking is defined else '' }}"
+    )
+    backend = FakeBackend(tokenizer)
+    backend.max_length = 1000
+
+    def rendered(server, messages, **options):
+        answer = post(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 2, **options})
+        assert answer.status_code == 200, answer.text
+        return tokenizer.decode(backend.calls[-1][0]), answer.headers.get("x-routing-ignored")
+
+    def part(kind, text):
+        return {"type": kind, {"refusal": "refusal", "thinking": "thinking"}.get(kind, "text"): text}
+
+    kinds = ("text", "input_text", "output_text", "refusal", "thinking")
+    talk = [
+        {"role": "developer", "content": "a"},
+        {"role": "user", "name": "bo", "content": [part(kind, f"{k}") for k, kind in enumerate(kinds)] + ["x"]},
+        {"role": "assistant", "content": None, "reasoning_content": "t"},
+    ]
+    with serving(backend) as server:
+        text = "<userbo>0\n1\n2\n3\n4\nx<assistant>(tt)"
+        assert rendered(server, talk) == (f"<system>a{text}", None)  # the template knows no developer
+        assert rendered(server, talk[:1], reasoning_effort="none")[0] == "<system>anoneFalse"
+        own = {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}
+        assert rendered(server, talk[:1], **own)[0] == "<system>alowFalse"
+        tokenizer.chat_template += "{# developer #}"
+        assert rendered(server, talk) == (f"<developer>a{text}", None)
+
+
+def test_unknown_fields_are_ignored_and_named(pair, caplog):
+    fields = {"nonsense": 1, "limit": 2, "a\r\nb": 3, "stream_options": {"deep": 1}} | {f"z{k}": 0 for k in range(30)}
+    with caplog.at_level(logging.WARNING):
+        for stream in (False, True):
+            answer = post(pair, "/v1/completions", OK | fields | {"stream": stream})
+            named = answer.headers["x-routing-ignored"].split(", ")
+            assert answer.status_code == 200 and named[:4] == ["a??b", "deep", "limit", "nonsense"] and len(named) == 16
+    assert caplog.text.count("nonsense") == 1  # once a field, whoever sends it
+    message = {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}], "task": "y"}
+    answer = post(pair, "/v1/chat/completions", CHAT | {"messages": [message]})
+    assert answer.headers["x-routing-ignored"] == "cache_control, task"
+    assert "x-routing-ignored" not in post(pair, "/v1/completions", OK).headers
+
+
 def test_fields_that_ask_for_nothing_are_taken(pair):
     nothing = {"user": "me", "logit_bias": {}, "best_of": 1, "echo": False, "presence_penalty": 0, "suffix": None}
     assert post(pair, "/v1/completions", OK | nothing | {"stop": None, "logprobs": None}).status_code == 200
@@ -353,6 +428,10 @@ def test_other_paths_methods_and_types(pair):
     answer = post(pair, "/v1/completions", OK, headers={"Content-Type": "text/plain"})
     assert answer.status_code == 415 and "Content-Type: application/json" in answer.json()["error"]["message"]
     assert [model.id for model in client_of(pair).models.list()] == ["pair"]
+    assert client_of(pair).models.retrieve("pair").max_model_len == pair.backend.max_length
+    with pytest.raises(openai.NotFoundError, match="There is no model 'a/b'"):
+        client_of(pair).models.retrieve("a/b")
+    assert httpx.head(f"{pair.url}/health").status_code == 200
 
 
 def test_a_model_without_chat_template():
@@ -396,6 +475,9 @@ def test_the_api_key():
         assert httpx.get(f"{server.url}/metrics").status_code == 401
         assert httpx.get(f"{server.url}/health").status_code == 200
         client_of(server, "s3cret").completions.create(model="pair", prompt="a")
+        for scheme, status in [("bearer", 200), ("BEARER", 200), ("Basic", 401)]:
+            answer = post(server, "/v1/completions", OK, headers={"Authorization": f"{scheme} s3cret"})
+            assert answer.status_code == status
     assert "s3cret" not in repr(ServerSettings("pair", api_key="s3cret"))
 
 
@@ -421,6 +503,7 @@ def test_limits_of_one_request():
         ({"max_running": 0}, "max_running is 0: allow at least 1"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_queue": -1}, "max_queue is -1"),
+        ({"header_timeout": -1}, "header_timeout is -1"),
         ({"max_choices": 64, "max_running": 8, "max_queue": 8}, "could never be admitted"),
     ],
 )
@@ -544,6 +627,15 @@ def test_the_llm_dies_mid_stream():
         assert metrics_of(server)['tokalign_routing_broken_streams_total{reason="llm_unavailable"}'] == 2
 
 
+def test_a_completion_that_fails_alone_says_why():
+    backend = FakeBackend(fails_at=2, failure=RowFailed("The SLM gave logits that are not finite: load it in float32."))
+    with serving(backend) as server:
+        answer = post(server, "/v1/completions", OK)
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "completion_failed"
+        assert "not finite: load it in float32" in answer.json()["error"]["message"]
+        assert "not finite: load it in float32" in post(server, "/v1/completions", OK | {"stream": True}).text
+
+
 class Refused(FakeBackend):
     """Its engine's server says no, after `good` tokens."""
 
@@ -612,6 +704,44 @@ def test_what_is_not_foreseen_is_logged_and_not_shown(caplog):
         stream = post(server, "/v1/completions", OK | {"stream": True})
         assert stream.status_code == 200 and '"type": "server_error"' in stream.text and "secret" not in stream.text
     assert "secret detail" in caplog.text
+
+
+def test_a_dead_backend_ends_the_server_with_an_error():
+    backend = FakeBackend()
+    server = GracefulServer(create_app(backend, ServerSettings(model="pair")), port=0)
+
+    async def main():
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        assert (await server.shared.health())[0] == 200
+        backend.dead = RuntimeError("out of memory")
+        assert (await server.shared.health())[0] == 503
+        await asyncio.wait_for(serving, 10)
+
+    with pytest.raises(BackendDied, match="RuntimeError: out of memory"):
+        asyncio.run(main())
+    assert backend.closed
+
+
+def test_sockets_that_send_no_headers_are_closed():
+    with serving(FakeBackend(pause=0.05), header_timeout=0.3) as server:
+        address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        silent, slow, reused = (socket.create_connection(address, timeout=5) for _ in range(3))
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-")
+        # A second request on a connection has as long as the first, and an answer may take longer than that.
+        body = json.dumps(OK | {"max_tokens": 12}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        reused.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert b"200 OK" in reused.recv(1 << 16)
+        reused.sendall(b"GET /hea")
+        for connection in (silent, slow, reused):
+            while connection.recv(1 << 16):
+                pass  # until the server closes it
+            connection.close()
+        assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_sigterm_lets_running_requests_finish():

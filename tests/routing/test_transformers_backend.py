@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from tests.routing.test_generator import LLM, SLM, TOKENIZER, VOCAB, Toy, make_prompts
+from tests.routing.test_schedule import poisoned
 from tests.support import tiny_model
 from tokalign.generation.protocol import SamplingParams
+from tokalign.routing.decode.backend import RowFailed
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import NeverLLM
-from tokalign.routing.decode.transformers_backend import TransformersBackend
+from tokalign.routing.decode.slots import CachedModel
+from tokalign.routing.decode.transformers_backend import MOST_FAILURES, TransformersBackend
 
 FOREVER = SamplingParams(max_tokens=400, seed=3, temperature=0.7)
 
@@ -41,16 +44,17 @@ def never_ending(monkeypatch) -> None:
     monkeypatch.setattr(RoutedGenerator, "__init__", init)
 
 
-def test_concurrent_requests_get_what_generate_gives():
+@pytest.mark.parametrize("verify", [False, True])
+def test_concurrent_requests_get_what_generate_gives(verify):
     prompts = make_prompts(10)
     params = [SamplingParams(n=2, seed=i, max_tokens=12) for i in range(10)]
-    expected = RoutedGenerator(SLM, LLM, TOKENIZER, Toy()).generate(prompts, params)
+    expected = RoutedGenerator(SLM, LLM, TOKENIZER, Toy(), verify=verify).generate(prompts, params)
 
     async def one(server, prompt, p, k):
         return [token async for token in server.generate(prompt, p, sample=k)]
 
     async def main():
-        server = backend(max_rows=6)
+        server = backend(max_rows=6, verify=verify)
         assert (server.threshold, server.max_length, server.degraded) == (0.5, 512, False)
         assert await server.llm_healthy()
         jobs = [(one(server, prompt, p, k)) for prompt, p in zip(prompts, params, strict=True) for k in range(2)]
@@ -142,11 +146,81 @@ def test_bad_requests_are_refused_at_once_and_a_broken_model_reaches_every_reque
             broken.lm_head.weight.fill_(torch.nan)
         calls = [anext(server.generate(prompt, FOREVER)) for prompt in ([7], [8, 9])]
         for error in await asyncio.gather(*calls, return_exceptions=True):
-            assert isinstance(error, ValueError) and "not finite" in str(error)
+            assert isinstance(error, RowFailed) and "not finite" in str(error)
         with torch.no_grad():
             broken.lm_head.weight.copy_(weight)
         tokens = [t async for t in server.generate([7, 8], replace(FOREVER, max_tokens=3))]  # and it goes on
         assert tokens[-1].finish_reason is not None
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_a_poison_prompt_ends_alone():
+    async def all_of(server, prompt, params):
+        return [token.id async for token in server.generate(prompt, params)]
+
+    async def main():
+        server = TransformersBackend(poisoned())
+        params = replace(FOREVER, max_tokens=60, top_p=0.5)
+        expected = await all_of(server, [7, 8, 9], params)
+        neighbour = asyncio.create_task(all_of(server, [7, 8, 9], params))
+        with pytest.raises(RowFailed, match="not finite"):
+            await all_of(server, [7, 5, 8], params)
+        assert await neighbour == expected and server.dead is None
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_an_error_while_cancelling_ends_the_requests_in_flight_and_the_next_is_served(monkeypatch):
+    never_ending(monkeypatch)
+    drop = CachedModel.drop
+    faults = [torch.OutOfMemoryError("injected")]
+
+    def faulty(self, row):  # giving back a row's memory may need memory
+        if faults:
+            raise faults.pop()
+        drop(self, row)
+
+    async def main():
+        server = backend()
+        await anext(leaving := server.generate([7, 8], FOREVER))
+        await anext(staying := server.generate([9], FOREVER))
+        monkeypatch.setattr(CachedModel, "drop", faulty)
+        await leaving.aclose()
+        with pytest.raises(RuntimeError, match=r"failed \(OutOfMemoryError: injected\): send it again"):
+            async for _ in staying:
+                pass
+        short = replace(FOREVER, max_tokens=3)
+        assert len([token async for token in server.generate([7, 8], short)]) == 3
+        assert await server.llm_healthy() and server.dead is None
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_a_backend_whose_steps_all_fail_says_that_it_is_dead(monkeypatch):
+    async def ask(server):
+        return [token.id async for token in server.generate([7, 8], FOREVER)]
+
+    def broken(self, rows, tokens, **options):
+        raise ZeroDivisionError("no device")
+
+    async def main():
+        server = backend()
+        with monkeypatch.context() as patch:
+            patch.setattr(CachedModel, "extend", broken)
+            for number in range(MOST_FAILURES):
+                assert server.dead is None and await server.llm_healthy()
+                reason = "has ended" if number == MOST_FAILURES - 1 else "send it again"
+                with pytest.raises(RuntimeError, match=reason):
+                    await ask(server)
+        await until(lambda: not server._worker.is_alive())
+        assert isinstance(server.dead, ZeroDivisionError) and not await server.llm_healthy()
+        assert not server._batch and not server._in_flight
+        with pytest.raises(RuntimeError, match=r"has ended \(ZeroDivisionError: no device\): start another one"):
+            await ask(server)  # at once, and not when a time limit strikes
         await server.close()
 
     asyncio.run(main())

@@ -12,15 +12,24 @@ from transformers import AutoConfig, LlamaConfig
 
 from tests.support import tiny_tokenizer
 from tokalign.cli.main import main
+from tokalign.routing.decode.orchestrator import Orchestrator
 from tokalign.routing.decode.vllm import plugin as vllm_plugin
+from tokalign.routing.decode.vllm.architectures import ARCHITECTURES
 from tokalign.routing.decode.vllm.plugin import (
-    ARCHITECTURES,
     RouterWorkerExtension,
     check_vllm_version,
     choose_route_token,
     routed_engine_options,
     routed_overrides,
     routed_server_options,
+)
+from tokalign.routing.decode.vllm.probe import (
+    make_probe,
+    probe_fields,
+    probe_overrides,
+    probe_sampling,
+    probe_server_options,
+    read_probe,
 )
 
 TOKENIZER = tiny_tokenizer()
@@ -72,7 +81,7 @@ def test_overrides_say_the_same_to_an_engine_and_to_a_server():
 
 
 def test_an_architecture_without_a_routed_class():
-    with pytest.raises(ValueError, match="architecture is GPT2LMHeadModel but routed decoding on vLLM knows Llama"):
+    with pytest.raises(ValueError, match="architecture is GPT2LMHeadModel but the plug-in for vLLM knows Llama"):
         routed_overrides(AutoConfig.for_model("gpt2", architectures=["GPT2LMHeadModel"]), "router", 1)
 
 
@@ -207,12 +216,30 @@ def test_a_handback_that_the_engine_does_not_have(handback, message):
         EngineSLM("model", {}, {"async_scheduling": True}, handback=handback)
 
 
+@pytest.mark.parametrize("errored", [False, True])
+def test_an_engine_that_has_ended_says_so(errored):
+    pytest.importorskip("vllm")
+    from tokalign.routing.decode.vllm.backend import EngineSLM
+
+    slm, end = EngineSLM.__new__(EngineSLM), RuntimeError("gone")
+    slm.engine, slm.max_length = SimpleNamespace(errored=errored, dead_error=end), 9
+    backend = Orchestrator(slm, SimpleNamespace(max_length=9), TOKENIZER, threshold=0.5, shared_vocab=VOCAB)
+    assert backend.dead is (end if errored else None)
+
+
 # The head on a made-up model
 
 
 class Head:
+    logit = None  # of the last id in the second row, if it is to be another
+
     def compute_logits(self, hidden_states):
-        return self.table and hidden_states @ self.table[0] if hidden_states is not None else None
+        if hidden_states is None:
+            return None
+        logits = hidden_states @ self.table[0]
+        if self.logit is not None:
+            logits[1, -1] = self.logit
+        return logits
 
 
 class Scores:
@@ -223,7 +250,7 @@ class Scores:
 
     def scores(self, hidden, logits):
         self.calls += 1
-        assert torch.isfinite(logits).all()  # scored before anything is written into them
+        assert torch.isfinite(logits[:, :-1]).all()  # scored before anything is written into them
         return hidden[:, 0].float()
 
 
@@ -250,7 +277,7 @@ def test_routed_rows_can_only_draw_the_route_token(dtype):
     logits = model.compute_logits(hidden)
     assert logits.dtype == dtype
     for row in range(6):
-        routed = float(hidden[row, 0]) >= 0.5
+        routed = float(hidden[row, 0]) >= 0.5 or row == 2
         for token in range(12):
             value = float(logits[row, token])
             if routed:
@@ -258,7 +285,7 @@ def test_routed_rows_can_only_draw_the_route_token(dtype):
             elif token >= 9:  # the route token, and ids that the pair does not share
                 assert value == -torch.inf
             else:
-                assert value == float(plain[row, token]) or row == 2
+                assert value == float(plain[row, token])
     assert float(hidden[0, 0]) == 0.5  # hidden states are what the prefix cache is made of
 
 
@@ -266,6 +293,19 @@ def test_a_threshold_above_one_does_not_run_the_router():
     model = head(1.5)
     logits = model.compute_logits(torch.rand(3, 4))
     assert model._router[0].calls == 0 and torch.isfinite(logits[:, :9]).all() and (logits[:, 9:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.5])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_is_routed_whatever_the_threshold(value, threshold):
+    model = head(threshold)
+    hidden = torch.rand(3, 4) * 0.4  # below both thresholds
+    want = model.compute_logits(hidden)
+    model._router[0].scores = lambda h, logits: torch.full((len(h),), torch.nan) if h.isnan().any() else h[:, 0]
+    model.logit = value
+    logits = model.compute_logits(hidden)
+    assert torch.equal(logits[[0, 2]], want[[0, 2]])
+    assert float(logits[1, 9]) == 0 and (logits[1, :9] == -torch.inf).all()
 
 
 def test_ranks_without_logits_and_steps_without_rows():
@@ -285,6 +325,7 @@ def test_every_architecture_has_a_class():
 
     for name in ARCHITECTURES:
         assert issubclass(getattr(vllm_models, f"Routed{name}"), vllm_models.RoutedHead)
+        assert issubclass(getattr(vllm_models, f"Probed{name}"), vllm_models.ProbedHead)
 
 
 # A session, on an engine that says what it is told to
@@ -357,3 +398,71 @@ def test_a_session_begins_anew_where_there_is_nothing_new():
         assert engine.fed == [([2, 3], 8), ([2, 3, 5], 7)] and engine.closed == 2
 
     asyncio.run(run())
+
+
+# A probe on a made-up model
+
+
+def probed(probe, dtype=torch.float32):
+    pytest.importorskip("vllm")
+    from tokalign.routing.decode.vllm.models import ProbedHead
+
+    class Probed(ProbedHead, Head): ...
+
+    model = Probed.__new__(Probed)
+    model.table = (torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).to(dtype),)
+    model.probe_token_id, model._probe, model._ready = 9, (probe,), False
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_is_the_log_prob_of_the_reserved_id(dtype):
+    seen = []
+
+    def probe(hidden, logits):
+        seen.append((hidden, logits.clone()))
+        return torch.tensor([0.0, -7.123456, 29.5, 99.0, torch.nan])
+
+    model = probed(probe, dtype)
+    hidden = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits = model.compute_logits(hidden)
+    plain = (hidden @ model.table[0]).float()
+    assert seen[0][0] is hidden and torch.equal(seen[0][1], plain)
+    others = [token for token in range(12) if token != 9]
+    assert logits.dtype == torch.float32 and torch.equal(logits[:, others], plain[:, others])
+    logprobs = logits.log_softmax(-1)
+    assert torch.allclose(logprobs[:, others], plain[:, others].log_softmax(-1), atol=1e-6)
+    choice = {"logprobs": {"top_logprobs": [{"token_id:9": max(float(p), -9999.0)} for p in logprobs[:, 9]]}}
+    *numbers, none = read_probe(choice, 9)
+    assert numbers == pytest.approx([0.0, -7.123456, 29.5, 30.0], abs=2e-5) and none is None
+    in_process = SimpleNamespace(logprobs=[{9: SimpleNamespace(logprob=float(p))} for p in logprobs[:, 9]])
+    assert read_probe(in_process, 9) == read_probe(choice, 9)
+
+
+def test_a_probe_gives_one_number_a_row():
+    with pytest.raises(ValueError, match=r"The probe gave \(5, 1\) for 5 rows: return one number for each row"):
+        probed(lambda hidden, logits: hidden[:, :1]).compute_logits(torch.rand(5, 4))
+    assert probed(None).compute_logits(None) is None
+
+
+def test_what_asks_for_a_probe_and_what_makes_it():
+    config = LlamaConfig(vocab_size=100, architectures=["LlamaForCausalLM"])
+    overrides = probe_overrides(config, "torch.nn:Linear", 99, arguments={"in_features": 3, "out_features": 2})
+    assert overrides["architectures"] == ["ProbedLlamaForCausalLM"]
+    assert json.loads(probe_server_options(overrides)[1]) == overrides
+    assert make_probe(overrides["token_probe"]).weight.shape == (2, 3)
+    assert probe_fields(99)["logprob_token_ids"] == probe_sampling(99)["logprob_token_ids"] == [99]
+    for probe in ("torch.nn", "torch.nn:Linear()", ":f"):
+        with pytest.raises(ValueError, match="name a class or function as"):
+            probe_overrides(config, probe, 99)
+    with pytest.raises(ValueError, match="token_id is 100 but the model's vocabulary has 100"):
+        probe_overrides(config, "torch.nn:Linear", 100)
+    for probe in ("no_such:thing", "torch:Nothing"):
+        with pytest.raises(ValueError, match=rf"The probe {probe} cannot be imported .*PYTHONPATH"):
+            make_probe({"probe": probe, "arguments": {}})
+
+
+@pytest.mark.parametrize("choice", [{"logprobs": {"top_logprobs": [{"token_id:8": -1.0}]}}, {"logprobs": None}])
+def test_an_answer_without_a_probes_numbers(choice):
+    with pytest.raises(ValueError, match="send the fields of probe_fields"):
+        read_probe(choice, 9)

@@ -13,15 +13,18 @@ import urllib.request
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.routing.probes import Weighed
 from tests.support import tiny_model, tiny_tokenizer
 from tokalign.generation import SamplingParams
-from tokalign.routing.decode.backend import LLMUnavailable
+from tokalign.routing.decode.backend import LLMUnavailable, RowFailed
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, RouterPolicy
+from tokalign.routing.decode.vllm.probe import probe_fields, probe_overrides, probe_server_options, read_probe
 
 vllm = pytest.importorskip("vllm")
 
@@ -32,15 +35,20 @@ DRAW = random.Random(0)
 PROMPTS = [[DRAW.randrange(6, 60) for _ in range(DRAW.randrange(3, 60))] for _ in range(8)]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 LONG = SamplingParams(temperature=0, max_tokens=200)  # whatever happens to it happens before its end
+POISON = 3  # an id that the SLM cannot read; neither model writes it
+UNREADABLE = [*PROMPTS[3], POISON]
 
 
 def save_model(path: Path, padding: int, **options) -> str:
-    """A tiny model whose vocabulary is padded by ids that it never writes."""
+    """A tiny model whose vocabulary is padded by ids that it never writes; the SLM cannot read `POISON`."""
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(path)
     model = tiny_model(len(tokenizer) + padding, hidden_size=128, **options)  # vLLM's CPU kernels want heads of 32
     with torch.no_grad():
         model.lm_head.weight[len(tokenizer) :] = 0
+        model.lm_head.weight[POISON] = 0
+        if path.name == "slm":
+            model.get_input_embeddings().weight[POISON] = torch.nan
     model.save_pretrained(path)
     return str(path)
 
@@ -81,7 +89,7 @@ def serving(model: str, log: Path, *options: str):
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+            env=os.environ | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
             start_new_session=True,  # so that its engine and workers, which outlive a killed server, can be killed too
         )
 
@@ -148,8 +156,12 @@ def world(tmp_path_factory):
     route = choose_route_token(pair.tokenizer, config.vocab_size)
     # Started with another threshold than the backend's, which it must be told.
     overrides = routed_overrides(config, pair.router, route, threshold=2.0, shared_vocab=config.vocab_size)
+    # The LLM has a probe, which changes nothing that it writes
+    reserved = pair.models[1].config.vocab_size - 1
+    probed = probe_overrides(pair.models[1].config, "tests.routing.probes:Weighed", reserved, arguments={"scale": 3.0})
+    llm_options = ["--enable-prompt-tokens-details", *probe_server_options(probed)]
     with (
-        serving(llm, folder / "llm.log", "--enable-prompt-tokens-details") as (llm_url, llm_server, wait_llm),
+        serving(llm, folder / "llm.log", *llm_options) as (llm_url, llm_server, wait_llm),
         serving(slm, folder / "slm.log", *routed_server_options(overrides)) as (slm_url, _, wait_slm),
         asyncio.Runner() as runner,
     ):
@@ -243,6 +255,26 @@ def test_routed_decoding_on_vllm(world):
 
     assert run(cancel()) == 0
 
+    # A probe's numbers come back for every token: those of transformers' hidden states and logits.
+    reserved = pair.models[1].config.vocab_size - 1
+    with openai.OpenAI(base_url=backend.llm.urls[0], api_key="none") as client:
+        answer = client.completions.create(
+            model="served", prompt=PROMPTS[0], max_tokens=20, temperature=1.5, seed=3,
+            extra_body=probe_fields(reserved) | {"return_token_ids": True},
+        )  # fmt: skip
+    (choice,) = answer.choices
+    text = torch.tensor([PROMPTS[0] + choice.token_ids[:-1]])
+    with torch.no_grad():
+        passed = pair.models[1](text, output_hidden_states=True)
+        wanted = Weighed(3.0)(passed.hidden_states[-1], passed.logits)[0, len(PROMPTS[0]) - 1 :]
+    assert len(choice.token_ids) == len(wanted) > 5 and wanted.std() > 0.1
+    assert read_probe(choice, reserved) == pytest.approx(wanted.tolist(), abs=1e-3)
+
+    # Where the SLM has no word, the LLM writes. Nothing that counts is asked of this SLM afterwards: vLLM 0.30 on the
+    # CPU gives such numbers to whoever gets the blocks of the cache that held them.
+    (lost,) = run(collect(served, GREEDY, prompts=[UNREADABLE]))
+    assert all(token.by_llm for token in lost) and lost[-1].finish_reason and not served.degraded
+
     # The LLM's server dies mid-stream: with "slm" every completion goes on without it, with "error" it ends.
     async def kill():
         served.on_llm_outage = "error"
@@ -261,3 +293,7 @@ def test_routed_decoding_on_vllm(world):
     assert all(tokens[-1].finish_reason for tokens in survived)
     assert isinstance(ended, LLMUnavailable) and "check that its servers run" in str(ended)
     check_equal(run(collect(backend, GREEDY)), pair.expected(NeverLLM(), GREEDY))
+
+    # Without the LLM there is nobody to write where the SLM has no word.
+    with pytest.raises(RowFailed, match="The SLM gave logits that are not finite numbers"):
+        run(collect(backend, GREEDY, prompts=[UNREADABLE]))

@@ -182,11 +182,12 @@ def test_contrast_weighs_wrong_completions_alone(models, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_implicit_reward_is_primes_advantage(models, tmp_path, kind) -> None:
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_implicit_reward_is_primes_advantage(models, tmp_path, kind, form) -> None:
     paths = {"credit_model": models["positive"]}
     if kind == "model":
         paths = {"credit_model": models["other"], "credit_negative": models["policy"]}
-    credit = ImplicitRewardCredit(beta=0.3, gamma=0.9)
+    credit = ImplicitRewardCredit(beta=0.3, gamma=0.9, form=form)
     _, batch, said = trained(models["policy"], tmp_path, credit, rollouts=Turns, **paths)
     dpo = load(models["policy"], models["positive"]) if kind == "adapter" else load(models["other"])
     own, reference = logps_of(dpo, batch), logps_of(load(models["policy"]), batch)
@@ -197,10 +198,14 @@ def test_implicit_reward_is_primes_advantage(models, tmp_path, kind) -> None:
     rewards = [{t: 0.3 * (own[i][t] - reference[i][t]) for t in ts} for i, ts in enumerate(mine)]
     for i, reward in enumerate(rewards):
         group = range(i - i % GROUP, i - i % GROUP + GROUP)
-        others = [sum(rewards[j].values()) / len(rewards[j]) for j in group if j != i]
-        baseline = sum(others) / len(others)
+        means = {j: sum(rewards[j].values()) / len(rewards[j]) for j in group}
+        if form == "paper":
+            baseline = sum(mean for j, mean in means.items() if j != i) / (GROUP - 1)
+            left = {t: reward[t] - baseline for t in mine[i]}
+        else:
+            left = {t: reward[t] * GROUP / (GROUP - 1) - sum(means.values()) / (GROUP - 1) for t in mine[i]}
         for t in mine[i]:
-            expected = sum(0.9 ** (s - t) * (reward[s] - baseline) for s in mine[i] if s >= t)
+            expected = sum(0.9 ** (s - t) * left[s] for s in mine[i] if s >= t)
             assert abs(float(said[i, t]) - expected) < 1e-4
 
 

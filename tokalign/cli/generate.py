@@ -13,14 +13,16 @@ On several GPUs `tokalign generate … --accelerate_config ddp`, or `accelerate 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from tokalign.prompts import recorded_beside, rendering_of
 from tokalign.rewards import answers_match, extract_answer
 from tokalign.routing.decode.arguments import PairArguments, RoutedSamplingArguments
 from tokalign.routing.decode.generator import RoutedGenerator
-from tokalign.routing.decode.policies import named_policy
+from tokalign.routing.decode.policies.named import PolicyName, named_policy
 from tokalign.routing.decode.rollouts import pair_parameters, routed_sampler, routing_summary
 from tokalign.stage.hashes import model_identity
 from tokalign.stage.jobs import run_job
@@ -35,10 +37,18 @@ class GenerateArguments:
 
     dataset: str = field(metadata={"help": "Problems stage: folder or hub id."})
     output_dir: str = field(metadata={"help": "Folder of the stage that is written."})
-    policy: Literal["router", "entropy", "random", "always", "never"] = field(
+    policy: PolicyName = field(
         default="router", metadata={"help": "Who decides; `always` and `never` are the two models alone."}
     )
     rate: float | None = field(default=None, metadata={"help": "policy=random: share of the tokens for the LLM."})
+    back: float | None = field(
+        default=None, metadata={"help": "policy=hysteresis: the LLM stops at this doubt of its own; unset: threshold."}
+    )
+    most: int | None = field(default=None, metadata={"help": "policy=hysteresis: most LLM tokens in a row."})
+    value_head: str | None = field(default=None, metadata={"help": "policy=value: safetensors file of the head."})
+    calls: list[str] | None = field(
+        default=None, metadata={"help": "policy=call: TOKEN=NUMBER, how many tokens the LLM writes at a call."}
+    )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     num_problems: int | None = field(default=None, metadata={"help": "Take the first problems only."})
     shard_size: int = field(default=64, metadata={"help": "Problems a shard: one batch, and what a kill loses."})
@@ -47,7 +57,10 @@ class GenerateArguments:
 
 def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: GenerateArguments) -> dict[str, Any]:
     state = process_state()
-    policy = named_policy(arguments.policy, router=pair.router, threshold=pair.threshold, rate=arguments.rate)
+    options = {name: getattr(arguments, name) for name in ("rate", "back", "most", "value_head", "calls")}
+    policy = named_policy(arguments.policy, router=pair.router, threshold=pair.threshold, **options)
+    if arguments.value_head is not None:
+        options["value_head"] = hashlib.sha256(Path(arguments.value_head).read_bytes()).hexdigest()
     problems = load_stage(arguments.dataset, split=arguments.split, stage="problems")
     if arguments.num_problems is not None:
         problems = problems.select(range(min(arguments.num_problems, len(problems))))
@@ -79,6 +92,9 @@ def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: Gene
         parameters={
             **sampling.parameters(rendering),
             **{name: getattr(arguments, name) for name in ("policy", "rate", "split")},
+            **{name: value for name, value in options.items() if value is not None},
+            **({} if pair.score == "argmax" else {"score": pair.score}),
+            **({"verify": True, "most_draft": pair.most_draft} if pair.verify else {}),
             "llm_span": pair.llm_span,
             "dtype": pair.dtype,
             "threshold": generator.policy.threshold,

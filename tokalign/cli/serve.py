@@ -4,11 +4,13 @@ Both models in this process, on transformers:
 
     tokalign serve --slm Qwen/Qwen3-0.6B --llm Qwen/Qwen3-8B --router runs/router
 
-The small model in this process on stock vLLM, the large one in stock vLLM servers:
+The small model in this process on stock vLLM (`tokalign[serve,vllm]`), the large one in stock vLLM servers, each on
+a GPU of its own:
 
-    python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen3-8B --port 8001 --enable-prompt-tokens-details
-    tokalign serve --slm Qwen/Qwen3-0.6B --llm Qwen/Qwen3-8B --router runs/router \
-        --engine vllm --llm_urls http://localhost:8001/v1 --target_rate 0.12
+    CUDA_VISIBLE_DEVICES=0 python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen3-8B --port 8001 \
+        --enable-prompt-tokens-details
+    CUDA_VISIBLE_DEVICES=1 tokalign serve --slm Qwen/Qwen3-0.6B --llm Qwen/Qwen3-8B --router runs/router \
+        --engine vllm --llm_urls http://localhost:8001/v1 --target_rate 0.15
 
 Then `curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [{"role": "user",
 "content": "Hello"}]}'`. docs/routed_serving.md has the options, limits, metrics and what happens without the LLM.
@@ -32,5 +34,5 @@ def main(pair: PairArguments, engine: PairEngineArguments, server: ServerArgumen
     start.logger.setLevel(logging.INFO)
     try:
         asyncio.run(start.serve(pair, engine, server, limits))
-    except (ValueError, ConnectionError, ImportError) as error:  # what is wrong with the pair, in one sentence
+    except (ValueError, ConnectionError, ImportError, start.BackendDied) as error:  # in one sentence
         raise SystemExit(str(error)) from error

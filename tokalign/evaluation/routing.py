@@ -67,7 +67,15 @@ def run_summary(folder: str | Path, llm_run: str | Path | None = None) -> dict[s
         **accuracy([bool(c) for c in rows["correct"]]),
         **{
             name: routing.get(name)
-            for name in ("llm_rate", "activated_parameters", "full_cost", "tokens_per_second", "handoffs", "parameters")
+            for name in (
+                "llm_rate",
+                "activated_parameters",
+                "full_cost",
+                "weight_reads",
+                "tokens_per_second",
+                "handoffs",
+                "parameters",
+            )
         },
     }
     if llm_run is not None:

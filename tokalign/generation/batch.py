@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from tokalign.generation.constrained import Grammars, Matcher
 from tokalign.generation.protocol import Completion, Ids, SamplingParams
-from tokalign.generation.sampling import sample, uniforms, wide_dtype
+from tokalign.generation.sampling import Penalties, sample, uniforms, wide_dtype
 
 # Logits looked at together while sampling; bounds its float64 temporaries to a few hundred MB at any vocabulary.
 SAMPLED_LOGITS = 2**24
@@ -36,6 +36,7 @@ class SampledRow:
     limit: int  # most new tokens: max_tokens, or what the model's positions leave
     completion: Completion | None = None
     matcher: Matcher | None = None  # where it is in the document of its schema
+    penalties: Penalties | None = None  # what it has written, if that counts
 
     @property
     def width(self) -> int:
@@ -64,6 +65,8 @@ class Plan:
     plain: bool
     decode: Callable[[list[list[int]]], list[str]]
     grammars: Grammars | None  # None: no row has a schema
+    penalties: bool  # some row's next token depends on how often it has been written
+    narrowed: bool  # some row has top-k or min-p
 
 
 class Batch:
@@ -94,6 +97,8 @@ class Batch:
             "sample": column([row.sample for row in rows]),
             "temperature": column([row.params.temperature for row in rows], torch.float32),
             "top_p": column([row.params.top_p for row in rows], wide),
+            "top_k": column([row.params.top_k for row in rows]),
+            "min_p": column([row.params.min_p for row in rows], torch.float32),
             "stop_ids": column([ids + [-1] * (plan.most_stops - len(ids)) for ids in stops]),
             # One slot more than needed: a finished row that still waits to leave writes there.
             "ids": torch.zeros(size, plan.longest + 1, dtype=torch.long, device=device),
@@ -103,6 +108,8 @@ class Batch:
             for row in rows:
                 if row.params.json_schema is not None:
                     row.matcher = plan.grammars.matcher(row.params.json_schema, row.request)
+        for row in rows:
+            row.penalties = row.params.penalties(row.prompt, self.logits.shape[1], device)
         if plan.bans:
             banned = torch.zeros(size, self.logits.shape[1], dtype=torch.bool, device=device)
             for k, row in enumerate(rows):
@@ -139,8 +146,14 @@ class Batch:
                 rows = self.rows[part]
                 matchers = [None if d else row.matcher for row, d in zip(rows, done[part], strict=True)]
                 grammars.mask_(allowed, matchers, [row.request for row in rows])
-            # Bans and grammars change what is drawn. The log-probability is that of the model itself, before both.
-            ids = sample(allowed, u[part], c["temperature"][part], c["top_p"][part])[:, None]
+            if self.plan.penalties:
+                allowed = logits.clone() if allowed is logits else allowed
+                for row, its_logits in zip(self.rows[part], allowed, strict=True):
+                    if row.penalties is not None:
+                        row.penalties.apply_(its_logits)
+            # All of this changes what is drawn. The log-probability is that of the model itself, before it.
+            narrow = [c[name][part] if self.plan.narrowed else None for name in ("top_k", "min_p")]
+            ids = sample(allowed, u[part], c["temperature"][part], c["top_p"][part], *narrow)[:, None]
             drawn.append((ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)))
         self.last = torch.cat([ids for ids, _ in drawn])
         # Rows that have finished stay until enough have: cutting the cache at each end would cost more than their
@@ -152,6 +165,10 @@ class Batch:
             for row, was_done, token in zip(self.rows, done, self.last.flatten().tolist(), strict=True):
                 if row.matcher is not None and not was_done:
                     row.matcher.accept(token)
+        if self.plan.penalties:
+            for row, token in zip(self.rows, self.last.flatten().tolist(), strict=True):
+                if row.penalties is not None:
+                    row.penalties.add(token)
         # An end token counts as drawn, so ages rise first; what ended before does not end twice.
         going = ~c["done"]
         c["age"] += going

@@ -18,16 +18,22 @@ from __future__ import annotations
 import os
 import random
 import secrets
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokalign.generation.arguments import EngineArguments
+from tokalign.generation.completions import (
+    BrokenAnswer,
+    Server,
+    ServerFailure,
+    choices_of,
+    completion_body,
+    read_choice,
+)
 from tokalign.generation.constrained import needs_leading_space
 from tokalign.generation.protocol import (
     Completion,
@@ -40,18 +46,7 @@ from tokalign.generation.protocol import (
 )
 from tokalign.stage.hashes import known_ids
 
-ROUNDING = 1e-3  # how far above 0 a log-prob may lie that a server computed in a short type
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
-
-# vLLM fills what a request leaves out from the model's generation_config.json, and a repetition penalty there changes
-# even greedy ids. These say "off" in words of vLLM 0.30.
-NEUTRAL_SAMPLING = {
-    "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-}  # fmt: skip
-
-
-class BrokenAnswer(Exception):
-    """The server answered, but not with completions of the protocol; another attempt may do better."""
 
 
 class OpenAIEngine:
@@ -66,10 +61,8 @@ class OpenAIEngine:
             raise ValueError(f"concurrency is {arguments.concurrency}: allow at least 1 request in flight.")
         self.arguments = arguments
         self.urls = list(arguments.base_urls)
-        key = os.environ.get(arguments.api_key_env) or "none"  # the client insists on some key
-        self._clients = [
-            openai.OpenAI(base_url=url, api_key=key, timeout=arguments.timeout, max_retries=0) for url in self.urls
-        ]
+        key = os.environ.get(arguments.api_key_env) or "none"
+        self._servers = [Server(url, key=key, timeout=arguments.timeout) for url in self.urls]
         self.tokenizer = AutoTokenizer.from_pretrained(
             arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
         )
@@ -102,8 +95,8 @@ class OpenAIEngine:
 
     def close(self) -> None:
         """Close the connections."""
-        for client in self._clients:
-            client.close()
+        for server in self._servers:
+            server.close()
 
     def _run(self, prompts: Sequence[Ids], each: Sequence[SamplingParams], model: str) -> list[list[Completion]]:
         stop = threading.Event()  # ends the pauses of the other requests once one has failed for good
@@ -133,16 +126,14 @@ class OpenAIEngine:
                 break
             at = (row + attempt) % count
             try:
-                return self._ask(self._clients[at], prompt, params, model)
-            except (openai.APIConnectionError, openai.APIResponseValidationError, BrokenAnswer) as error:
-                problem = f"{self.urls[at]}: {error}"
-            except openai.APIStatusError as error:
-                if error.status_code not in (408, 409, 429) and error.status_code < 500:
+                return self._ask(self._servers[at], prompt, params, model)
+            except ServerFailure as error:
+                if not error.passing:
                     raise ValueError(
-                        f"Prompt {row} was refused by {self.urls[at]}: {_one_line(error)} Check the served model's "
+                        f"Prompt {row} was refused by {self.urls[at]}: {error} Check the served model's "
                         f"name ({model}) and its longest context."
                     ) from error
-                problem = f"{self.urls[at]}: {_one_line(error)}"
+                problem = f"{self.urls[at]}: {error}"
             except _NoTokenIds as error:
                 raise ValueError(
                     f"{self.urls[at]} answered prompt {row} without token ids: serve the model with vLLM, or another "
@@ -153,35 +144,30 @@ class OpenAIEngine:
             "check that the servers run, then start again."
         )
 
-    def _ask(self, client: openai.OpenAI, prompt: Ids, params: SamplingParams, model: str) -> list[Completion]:
-        extra: dict[str, Any] = {"return_token_ids": True, "skip_special_tokens": False, **NEUTRAL_SAMPLING}
+    def _ask(self, server: Server, prompt: Ids, params: SamplingParams, model: str) -> list[Completion]:
+        fields: dict[str, Any] = {
+            "model": model,
+            "n": params.draws,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "max_tokens": params.max_tokens,
+            "seed": secrets.randbits(62) if params.seed is None else params.seed % 2**62,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            **params.vllm_options,
+        }
         if params.json_schema is not None:
-            extra["structured_outputs"] = {"json": params.json_schema}
+            fields["structured_outputs"] = {"json": params.json_schema}
         if params.stop_token_ids:
-            extra["stop_token_ids"] = list(params.stop_token_ids)
-        optional: dict[str, Any] = {}
+            fields["stop_token_ids"] = list(params.stop_token_ids)
         if params.stop:
-            optional["stop"] = list(params.stop)
+            fields["stop"] = list(params.stop)
         if params.banned_token_ids:
-            optional["logit_bias"] = {str(token): -100 for token in params.banned_token_ids}
-        try:
-            answer: Any = client.completions.create(
-                model=model,
-                prompt=list(prompt),
-                n=params.draws,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                max_tokens=params.max_tokens,
-                seed=secrets.randbits(62) if params.seed is None else params.seed % 2**62,
-                logprobs=0,
-                extra_body=extra,
-                **optional,
-            )
-        except (ValueError, RecursionError) as error:  # the client lets json's own errors through
-            raise BrokenAnswer("the answer is not JSON") from error
-        choices = getattr(answer, "choices", None)
-        by_index = {index: choice for choice in _list(choices) if type(index := getattr(choice, "index", None)) is int}
-        if len(_list(choices)) != params.draws or by_index.keys() != set(range(params.draws)):
+            fields["logit_bias"] = {str(token): -100 for token in params.banned_token_ids}
+        choices = choices_of(server.complete(completion_body(prompt, fields)))
+        by_index = {index: choice for choice in choices if type(index := choice.get("index")) is int}
+        if len(choices) != params.draws or by_index.keys() != set(range(params.draws)):
             raise BrokenAnswer(f"the answer does not hold {params.draws} choices")
         return [_completion(by_index[index], params) for index in range(params.draws)]
 
@@ -190,34 +176,7 @@ class _NoTokenIds(Exception):
     """The server speaks the protocol, but in text."""
 
 
-def read_choice(choice: Any) -> tuple[list[int] | None, list[float] | None]:
-    """Ids and log-probs of a choice in a server's answer, None where it has none; the client checks no types.
-
-    Raises:
-        BrokenAnswer: ids that are none, or not one finite log-prob of at most 0 an id.
-    """
-    ids = getattr(choice, "token_ids", None)
-    logprobs = getattr(getattr(choice, "logprobs", None), "token_logprobs", None)
-    if ids is None:
-        return None, None
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        raise BrokenAnswer("the answer's token ids are no list of ids")
-    if logprobs is not None:
-        # compared, since `math.isfinite` fails at an integer that no float holds
-        numbers = [p for p in _list(logprobs) if type(p) in (int, float) and abs(p) <= sys.float_info.max]
-        if numbers != logprobs or len(numbers) != len(ids):
-            raise BrokenAnswer("the answer does not hold one log-prob a token")
-        if any(p > ROUNDING for p in logprobs):
-            raise BrokenAnswer(f"the answer holds the log-prob {max(logprobs):g}, and a probability is at most 1")
-        logprobs = [min(p, 0.0) for p in logprobs]
-    return list(ids), logprobs
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _completion(choice: Any, params: SamplingParams) -> Completion:
+def _completion(choice: dict[str, Any], params: SamplingParams) -> Completion:
     ids, logprobs = read_choice(choice)
     if ids is None:
         raise _NoTokenIds
@@ -225,14 +184,10 @@ def _completion(choice: Any, params: SamplingParams) -> Completion:
         raise BrokenAnswer("the answer does not hold one log-prob a token")
     if len(ids) > params.max_tokens:
         raise BrokenAnswer(f"the completion has {len(ids)} tokens where {params.max_tokens} were asked for")
-    reason = getattr(choice, "finish_reason", None)
+    reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise BrokenAnswer(f"the completion ended by {str(reason)[:40]!r}")
     banned = set(ids).intersection(params.banned_token_ids)
     if banned:
         raise ValueError(f"The server sampled the banned token id {min(banned)}: use engine=transformers or vllm.")
-    return Completion(ids, list(logprobs), reason)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return Completion(ids, logprobs, reason)

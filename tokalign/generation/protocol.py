@@ -12,11 +12,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from tokalign.generation.sampling import GREEDY_BELOW
+from tokalign.generation.sampling import GREEDY_BELOW, Penalties
 
 Ids = Sequence[int]
 
@@ -29,6 +30,12 @@ class SamplingParams:
         n: completions drawn from the prompt.
         temperature: 0 is greedy decoding (then all `n` completions are equal).
         top_p: the smallest set of most probable tokens whose probabilities sum to at least `top_p` is kept.
+        top_k: this many most probable tokens are kept, and those that tie with the last; 0 or −1 is all.
+        min_p: tokens with less than this share of the likeliest one's probability are left out.
+        repetition_penalty: a token of the prompt or the text so far has its logit divided by this, or multiplied where
+            it is negative.
+        presence_penalty: subtracted from the logit of a token that the text so far holds.
+        frequency_penalty: subtracted from the logit once for each time that the text so far holds the token.
         max_tokens: most tokens a completion may have, its end token included.
         seed: fixes the completions of this request alone; None draws a fresh seed.
         stop: a completion ends with the token that completes one of these strings (that token is kept).
@@ -49,6 +56,11 @@ class SamplingParams:
     banned_token_ids: tuple[int, ...] = ()
     banned_steps: int | None = None
     json_schema: str | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -57,6 +69,15 @@ class SamplingParams:
             raise ValueError(f"temperature is {self.temperature}: use 0 (greedy) or a positive number.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: use a number above 0 and at most 1.")
+        if self.top_k < -1:
+            raise ValueError(f"top_k is {self.top_k}: keep at least 1 token, or 0 or -1 for all.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}: use a number from 0 to 1.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: use a positive number; 1 is off.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a number from -2 to 2; 0 is off.")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}: allow at least 1 token.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
@@ -77,6 +98,33 @@ class SamplingParams:
     def greedy(self) -> bool:
         """A temperature under 1e-5 is greedy, as in vLLM: logits divided by it would overflow."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalized(self) -> bool:
+        """Whether a token's probability depends on how often it has been written."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def penalties(self, prompt: Ids, vocab: int, device: torch.device) -> Penalties | None:
+        """The count of what is written behind `prompt`, among `vocab` ids; None where the penalties are off."""
+        if not self.penalized:
+            return None
+        return Penalties(
+            torch.tensor(prompt, device=device),
+            vocab,
+            repetition=self.repetition_penalty,
+            presence=self.presence_penalty,
+            frequency=self.frequency_penalty,
+        )
+
+    @property
+    def vllm_options(self) -> dict[str, Any]:
+        """What vLLM, in a process or behind HTTP, has to be told beside temperature and top-p.
+
+        Its server fills what a request leaves out from the model's generation_config.json, and a repetition penalty
+        there changes even greedy ids: so each is said, also where it is off.
+        """
+        names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def draws(self) -> int:
@@ -257,8 +305,8 @@ def generate_with_early_bans(
     """`generate` for an engine that can only ban ids for a whole completion, with `banned_steps` obeyed.
 
     A request with `banned_steps` = m is asked for m tokens with the ban, then its unfinished completions for the rest
-    without it. A stop string could straddle the two parts unseen, and a schema's document would start anew in the
-    second, so these options exclude each other here.
+    without it. A stop string could straddle the two parts unseen, a schema's document would start anew in the second,
+    and the second's penalties would take the first for a prompt: these options exclude each other here.
     """
     early = [p.banned_steps is not None and bool(p.banned_token_ids) for p in each]
     for row, params in enumerate(each):
@@ -266,6 +314,11 @@ def generate_with_early_bans(
             raise ValueError(
                 f"Prompt {row} has both banned_steps and stop strings, which only engine=transformers combines: "
                 "use stop_token_ids instead of stop."
+            )
+        if early[row] and params.penalized:
+            raise ValueError(
+                f"Prompt {row} has both banned_steps and a penalty, which only engine=transformers combines: leave one "
+                "of them out."
             )
         if early[row] and params.json_schema is not None:
             raise ValueError(

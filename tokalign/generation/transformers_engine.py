@@ -195,6 +195,8 @@ class TransformersEngine:
             stop_strings=any(row.params.stop for row in rows),
             plain=self._plain,
             grammars=self._grammars if any(row.params.json_schema is not None for row in rows) else None,
+            penalties=any(row.params.penalized for row in rows),
+            narrowed=any(row.params.top_k > 0 or row.params.min_p > 0 for row in rows),
             decode=lambda ids: self.tokenizer.batch_decode(
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             ),

@@ -126,6 +126,7 @@ class VLLMEngine:
                 n=p.draws,
                 temperature=p.temperature,
                 top_p=p.top_p,
+                **p.vllm_options,
                 max_tokens=p.max_tokens,
                 seed=secrets.randbits(62) if p.seed is None else p.seed % 2**62,
                 stop=list(p.stop),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tokalign.stage.hashes import added_tokens, known_ids, other_tokenizer, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 
 def check_pair(
@@ -18,7 +21,8 @@ def check_pair(
     """How many ids a small model (SLM) and a large one (LLM) share: those that both models and the tokenizer have.
 
     Vocabularies are often padded, to different sizes; no decoder may write an id above the smallest one. What changes
-    no id may differ: chat templates, the end token, a padding token that one of them has added.
+    no id may differ: chat templates (which is logged: the SLM's is used), the end token, a padding token that one of
+    them has added.
 
     Args:
         slm_vocab, llm_vocab: rows of the models' LM heads (`config.vocab_size`).
@@ -33,6 +37,13 @@ def check_pair(
                 f"The SLM's tokenizer ({slm_tokenizer.name_or_path}, {len(slm_tokenizer)} tokens) is not the LLM's "
                 f"({llm_tokenizer.name_or_path}, {len(llm_tokenizer)} tokens; {reason}): route between two models of "
                 "one family."
+            )
+        if llm_tokenizer.chat_template not in (None, slm_tokenizer.chat_template):
+            logger.warning(
+                "The chat templates of %s and %s differ: both models read chats as that of the SLM, the first of the "
+                "two, renders them; labelling, decoding and serving do alike.",
+                slm_tokenizer.name_or_path,
+                llm_tokenizer.name_or_path,
             )
     return min(slm_vocab, llm_vocab, len(known_ids(slm_tokenizer)), len(known_ids(llm_tokenizer)))
 

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from tokalign.routing.decode.generator import RoutedGenerator
     from tokalign.routing.decode.policies import (
         AlwaysLLM,
+        CallPolicy,
         EntropyPolicy,
+        HysteresisPolicy,
         NeverLLM,
         NextTokens,
         RandomPolicy,
         ReplayPolicy,
         RouterPolicy,
         RoutingPolicy,
+        ValuePolicy,
     )
     from tokalign.routing.router.calibration import Calibration, calibrate, calibrate_router
     from tokalign.routing.router.features import RouterDataset
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AlwaysLLM",
     "Calibration",
+    "CallPolicy",
     "EntropyPolicy",
+    "HysteresisPolicy",
     "NeverLLM",
     "NextTokens",
     "RandomPolicy",
@@ -41,6 +46,7 @@ __all__ = [
     "RoutingPolicy",
     "TokenRouter",
     "TokenRouterConfig",
+    "ValuePolicy",
     "calibrate",
     "calibrate_router",
 ]
@@ -52,13 +58,16 @@ _HOMES = {
     "router.model": ("TokenRouter", "TokenRouterConfig"),
     "decode.policies": (
         "AlwaysLLM",
+        "CallPolicy",
         "EntropyPolicy",
+        "HysteresisPolicy",
         "NeverLLM",
         "NextTokens",
         "RandomPolicy",
         "ReplayPolicy",
         "RouterPolicy",
         "RoutingPolicy",
+        "ValuePolicy",
     ),
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

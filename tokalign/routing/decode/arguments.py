@@ -22,7 +22,20 @@ class PairArguments:
         default=None,
         metadata={"help": "A token goes to the LLM from this score on: unset is the router's own; entropy: nats."},
     )
-    llm_span: int = field(default=1, metadata={"help": "Most tokens that the LLM writes before it asks the SLM."})
+    score: Literal["argmax", "drawn"] = field(
+        default="argmax",
+        metadata={"help": "transformers, sampling: the router sees the SLM's likeliest token, or the one it drew."},
+    )
+    llm_span: int = field(
+        default=1, metadata={"help": "Most LLM tokens in a row, where the policy does not tell it (hysteresis, call)."}
+    )
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "transformers: every token is the LLM's own choice; the SLM drafts, the LLM reads the drafts."
+        },
+    )
+    most_draft: int = field(default=16, metadata={"help": "With verify: longest draft before the LLM looks."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Weights' type; `auto` is the checkpoint's own."}
     )
@@ -39,9 +52,17 @@ class PairArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the checkpoints. Only for sources you trust."}
     )
+    llm_wait: str = field(
+        default="auto",
+        metadata={"help": "transformers: the LLM runs when so many rows wait for it; `auto` measures, 0 is at once."},
+    )
+    prefill_chunk: int = field(
+        default=512,
+        metadata={"help": "transformers: most tokens of long prompts read a step, beside rows that write."},
+    )
     token_budget: int = field(
         default=65536,
-        metadata={"help": "transformers: most rows x (prompt + max_tokens) in one batch; bounds both KV caches."},
+        metadata={"help": "transformers: most tokens in flight, prompts and what is written; bounds both KV caches."},
     )
 
 

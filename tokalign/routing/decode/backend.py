@@ -25,6 +25,10 @@ def check_threshold(value: float) -> float:
     return float(value)
 
 
+class RowFailed(ValueError):
+    """One completion cannot go on, for a reason of its own that the message tells; the others do."""
+
+
 class LLMUnavailable(ConnectionError):
     """The LLM cannot be reached, and the backend was told not to go on without it."""
 
@@ -38,8 +42,9 @@ class RoutedToken:
         by_llm: whether the LLM wrote it.
         logprob: in nats, under the model that wrote it over the shared ids, at temperature 1 and before top-p.
         score: the policy's, from which it was decided who writes this token; None where the SLM was not asked (later
-            tokens of an LLM span, and policies without an SLM).
+            tokens of an LLM span, policies without an SLM, and the LLM's token behind a draft of full length).
         finish_reason: on the last token of a completion "stop" (end token, stop id or stop string) or "length".
+        agreed: where the LLM verifies, whether the SLM had drawn the same token; None where it was not asked.
     """
 
     id: int
@@ -47,6 +52,7 @@ class RoutedToken:
     logprob: float | None = None
     score: float | None = None
     finish_reason: str | None = None
+    agreed: bool | None = None
 
 
 @dataclass(slots=True)
@@ -56,9 +62,11 @@ class RoutedStats:
     Attributes:
         slm_tokens: tokens that the SLM wrote.
         llm_tokens: tokens that the LLM wrote.
-        handoffs: tokens that the policy took from the SLM. Each costs the LLM one prefill of what it has not seen.
+        handoffs: tokens that the policy took from the SLM, or looks of the LLM at a draft. Each costs the LLM one
+            prefill of what it has not seen.
         slm_positions: tokens that went through the SLM, prompts included.
         llm_positions: tokens that went through the LLM, prompts included.
+        drafted: tokens that the SLM wrote for the LLM to verify; those that it kept are `slm_tokens`.
     """
 
     slm_tokens: int = 0
@@ -66,6 +74,7 @@ class RoutedStats:
     handoffs: int = 0
     slm_positions: int = 0
     llm_positions: int = 0
+    drafted: int = 0
 
     @property
     def tokens(self) -> int:
@@ -83,6 +92,7 @@ class RoutedStats:
         self.handoffs += other.handoffs
         self.slm_positions += other.slm_positions
         self.llm_positions += other.llm_positions
+        self.drafted += other.drafted
         return self
 
 
@@ -93,11 +103,17 @@ class RoutedBackend(Protocol):
         tokenizer: of both models.
         max_length: most tokens, prompt and completion, that both models hold.
         degraded: whether the LLM is out of reach at the moment and the SLM goes on alone.
+        dead: why it can serve no request any more; None while it can.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     degraded: bool
+
+    @property
+    def dead(self) -> BaseException | None:
+        """Read by servers, which end with it."""
+        ...
 
     @property
     def stats(self) -> RoutedStats:

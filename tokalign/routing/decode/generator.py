@@ -1,34 +1,26 @@
-"""Routed decoding on transformers: two models write one completion, in continuous batches (R2R, arXiv 2505.21600).
+"""Routed decoding on transformers: two models write one completion (R2R, arXiv 2505.21600).
 
-One step gives every row one token. The SLM reads what each row has that it has not seen (usually one token), the
-policy scores the rows, and rows that are not routed draw from the SLM. For routed rows the SLM's proposal is dropped:
-the LLM reads everything it has not seen in one forward pass and draws, and the SLM reads that token in the next step.
-Neither cache is ever rolled back. With `llm_span` > 1 the LLM goes on for up to that many tokens before the SLM is
-asked again (an option the paper does not have).
-
-Rows join and leave between steps, and no row's tokens depend on the others: drawing is by a hash of (seed, sample,
-step), the same number whichever model writes.
+`RoutedGenerator` holds the pair and its policy; `RoutedBatch` (schedule.py) decodes on it, in continuous batches.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokalign.generation.batch import SAMPLED_LOGITS
 from tokalign.generation.protocol import Completion, Ids, SamplingParams, check_prompts, params_of_each
-from tokalign.generation.sampling import sample, uniforms, wide_dtype
 from tokalign.generation.vocabulary import check_pair, end_ids
-from tokalign.routing.decode.backend import RoutedStats, RoutedToken
-from tokalign.routing.decode.policies import NeverLLM, NextTokens, RouterPolicy, RoutingPolicy
-from tokalign.routing.decode.slots import CachedModel, check_model
+from tokalign.internals.transformers import base_of, file_or_none
+from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
+from tokalign.routing.decode.policies import NeverLLM, RouterPolicy, RoutingPolicy
+from tokalign.routing.decode.schedule import RoutedBatch
+from tokalign.routing.decode.slots import check_model, layer_kinds
+from tokalign.routing.decode.verify import VerifiedBatch
 from tokalign.stage.processes import model_device
 
 
@@ -39,36 +31,15 @@ class RoutedCompletion(Completion):
     Attributes:
         written_by: for each token whether the LLM wrote it.
         scores: the policy's score for each token; None where the SLM was not asked.
+        agreed: with `verify`, for each token whether the SLM had drawn the same; None where it was not asked.
         stats: the work of both models for this completion. A prompt that several completions share counts once, in
             the first of them.
     """
 
     written_by: list[bool] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)
+    agreed: list[bool | None] = field(default_factory=list)
     stats: RoutedStats = field(default_factory=RoutedStats)
-
-
-@dataclass(eq=False, slots=True)
-class RoutedRow:
-    """One completion in flight."""
-
-    key: int
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    sample: int
-    limit: int  # most new tokens: max_tokens, or what the models' positions leave
-    tokens: list[int]  # prompt and completion so far
-    span: int = 0  # tokens that the LLM may still write before the SLM is asked again
-    stats: RoutedStats = field(default_factory=RoutedStats)
-
-    @property
-    def width(self) -> int:
-        return len(self.prompt) + self.limit
-
-    @property
-    def age(self) -> int:
-        return len(self.tokens) - len(self.prompt)
 
 
 class RoutedGenerator:
@@ -77,9 +48,20 @@ class RoutedGenerator:
     Args:
         slm, llm: models of one tokenizer, on any devices. They are put into evaluation mode.
         tokenizer: the SLM's.
-        policy: see `tokalign.routing.decode.policies`. A router is moved beside the SLM and given its input embedding.
-        llm_span: most tokens that the LLM writes in a row before the SLM is asked again.
-        token_budget: most rows × (prompt + max_tokens) in flight; bounds both KV caches.
+        policy: see `tokalign.routing.decode.policies`. It is attached to the SLM: a router is moved beside it.
+        llm_span: most tokens that the LLM writes in a row before the SLM is asked again, if the policy does not say.
+        verify: every token is the LLM's own choice; the SLM only drafts, as far as the policy lets it (`verify.py`).
+        most_draft: longest draft.
+        on_verified: with `verify`, called when a completion ends: all its ids, prompt included, and for each token of
+            the completion whether the SLM had drawn the same (None: not asked). Labels of text that is served.
+        llm_wait: the LLM runs when so many rows wait for it, or when no other can go on; 0 or 1 is at once. "auto"
+            finds the number from the measured times of both models (see `decode.pace`). It changes no row's tokens,
+            except where the last bits of half-precision logits depend on the rows of a pass: a number repeats them.
+        prefill_chunk: most tokens of long prompts that a step reads beside the rows that write. Some hundred cost a GPU
+            little more than one, since all weights are read for either; many more would be felt as a pause.
+        token_budget: most slots for prompts and what is written so far (see `slots.slots_for`: at least 256 a row, and
+            at most half too many); bounds both KV caches. Rows that outgrow it wait, the youngest first, and are read
+            anew.
         max_rows: most rows in flight.
         llm_tokenizer: the LLM's, to be compared; None if it is known to be the same.
 
@@ -95,16 +77,31 @@ class RoutedGenerator:
         policy: RoutingPolicy,
         *,
         llm_span: int = 1,
+        verify: bool = False,
+        most_draft: int = 16,
+        on_verified: Callable[[list[int], list[bool | None]], None] | None = None,
+        llm_wait: int | str = "auto",
+        prefill_chunk: int = 512,
         token_budget: int = 65536,
         max_rows: int = 256,
         llm_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         if llm_span < 1:
             raise ValueError(f"llm_span is {llm_span}: let the LLM write at least the 1 token that is routed to it.")
-        if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}: allow at least 1 row.")
+        if verify and llm_span > 1:
+            raise ValueError(
+                f"llm_span is {llm_span}: with verify the LLM writes 1 token behind each draft, leave it out."
+            )
+        for name, number in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk), ("most_draft", most_draft)):
+            if number < 1:
+                raise ValueError(f"{name} is {number}: allow at least 1.")
+        if llm_wait != "auto" and not str(llm_wait).isdecimal():
+            raise ValueError(f'llm_wait is {llm_wait!r}: give a number of rows, or "auto".')
+        self.llm_wait = None if llm_wait == "auto" else int(llm_wait)
+        self.prefill_chunk = prefill_chunk
         self.slm, self.llm, self.tokenizer, self.policy = slm.eval(), llm.eval(), tokenizer, policy
         self.llm_span, self.token_budget, self.max_rows = llm_span, token_budget, max_rows
+        self.verify, self.most_draft, self.on_verified = verify, most_draft, on_verified
         configs = [model.config.get_text_config() for model in (slm, llm)]
         self.shared_vocab = check_pair(tokenizer, llm_tokenizer or tokenizer, *[c.vocab_size for c in configs])
         # A model that never runs does not limit the length either.
@@ -113,12 +110,9 @@ class RoutedGenerator:
         self.max_length: int | None = min((limit for limit in limits if limit is not None), default=None)
         # Each model ends a completion by its own end tokens, as it does alone.
         self.end_ids = [end_ids(model.generation_config, tokenizer) for model in (slm, llm)]
-        check_model(slm)
-        check_model(llm)
-        if isinstance(policy, RouterPolicy):
-            embedding = slm.get_input_embeddings().weight
-            policy.router.to(embedding.device)
-            policy.router.attach_embedding(embedding)
+        for model, used in zip((slm, llm), self._used(), strict=True):
+            (check_model if used else layer_kinds)(model)
+        policy.attach(slm, tokenizer)
 
     @property
     def prompts(self) -> dict[str, Any] | None:
@@ -134,6 +128,7 @@ class RoutedGenerator:
         *,
         policy: RoutingPolicy | None = None,
         threshold: float | None = None,
+        score: Literal["argmax", "drawn"] = "argmax",
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         llm_device_map: Any = None,
@@ -141,11 +136,12 @@ class RoutedGenerator:
         trust_remote_code: bool = False,
         **options: Any,
     ) -> RoutedGenerator:
-        """Load a pair and a router, each by hub id or folder.
+        """Load a pair and a router, each by hub id or folder; a model may be a LoRA adapter's folder.
 
         Args:
             router: a trained `TokenRouter`; or give a `policy`.
             threshold: instead of the one that is stored with the router.
+            score: which token the router sees when the SLM samples, see `RouterPolicy`.
             device_map: where the SLM goes, e.g. "cuda:0" or "auto"; None is this process's device.
             llm_device_map: where the LLM goes; None is `device_map`.
             options: of the constructor.
@@ -155,10 +151,13 @@ class RoutedGenerator:
         """
         if (router is None) == (policy is None):
             raise ValueError("Give either a router or a policy: one of them decides who writes a token.")
-        if threshold is not None and router is None:
-            raise ValueError("threshold belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
+        if (threshold is not None or score != "argmax") and router is None:
+            name = "score" if threshold is None else "threshold"
+            raise ValueError(f"{name} belongs to a router: give the policy its own, e.g. EntropyPolicy(1.5).")
         device = model_device()
-        tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in (slm, llm)]
+        # An adapter's folder need not have the tokenizer.
+        holders = [p if file_or_none(p, "tokenizer_config.json") else base_of(p) for p in (slm, llm)]
+        tokenizers = [AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code) for p in holders]
         models = []
         for path, place in ((slm, device_map), (llm, device_map if llm_device_map is None else llm_device_map)):
             model = AutoModelForCausalLM.from_pretrained(
@@ -174,7 +173,7 @@ class RoutedGenerator:
 
             loaded = TokenRouter.from_pretrained(router)
             loaded.check_slm(slm)
-            policy = RouterPolicy(loaded, threshold)
+            policy = RouterPolicy(loaded, threshold, score=score)
         assert policy is not None
         return cls(models[0], models[1], tokenizers[0], policy, llm_tokenizer=tokenizers[1], **options)
 
@@ -194,10 +193,10 @@ class RoutedGenerator:
         """
         each = params_of_each(params, len(prompts))
         self.check(prompts, each)
-        batch = RoutedBatch(self)
+        batch = self.batch()
         place: dict[int, tuple[int, int]] = {}
         seeds = [secrets.randbits(63) if p.seed is None else p.seed for p in each]
-        # Longest first: later rows then never widen the batch that they join.
+        # Longest first: the end of a batch is then of rows that end soon.
         widths = [len(prompt) + p.max_tokens for prompt, p in zip(prompts, each, strict=True)]
         for i in sorted(range(len(prompts)), key=lambda i: (-widths[i], i)):
             for k in range(each[i].draws):
@@ -206,9 +205,11 @@ class RoutedGenerator:
         written: dict[int, list[RoutedToken]] = {key: [] for key in place}
         while batch:
             for key, token, stats in batch.step():
+                i, k = place[key]
+                if isinstance(token, RowFailed):
+                    raise ValueError(f"Prompt {i}: {token}") from token
                 written[key].append(token)
                 if token.finish_reason is not None:
-                    i, k = place[key]
                     results[i][k] = _completion(written.pop(key), stats)
         ordered = [[draws[k] for k in sorted(draws)] for draws in results]
         return [
@@ -218,10 +219,12 @@ class RoutedGenerator:
     def stream(self, prompt: Ids, params: SamplingParams, *, sample: int = 0) -> Iterator[RoutedToken]:
         """One completion token by token: draw number `sample` of the request, the same as from `generate`."""
         self.check([prompt], [params])
-        batch = RoutedBatch(self)
+        batch = self.batch()
         batch.add(prompt, params, sample=sample)
         while batch:
             for _, token, _ in batch.step():
+                if isinstance(token, RowFailed):
+                    raise token
                 yield token
 
     def check(self, prompts: Sequence[Ids], each: Sequence[SamplingParams]) -> None:
@@ -237,249 +240,11 @@ class RoutedGenerator:
 
     def _used(self) -> tuple[bool, bool]:
         """Whether the policy ever runs the SLM and the LLM."""
-        return self.policy.needs_slm, not isinstance(self.policy, NeverLLM)
+        return self.policy.needs_slm, self.verify or not isinstance(self.policy, NeverLLM)
 
-
-class RoutedBatch:
-    """Completions in flight on a generator's pair; true while there are any. Not for use by several threads."""
-
-    def __init__(self, generator: RoutedGenerator):
-        self.generator = generator
-        self.stats = RoutedStats()
-        self.rows: list[RoutedRow] = []  # row r is row r of both caches
-        self.waiting: deque[RoutedRow] = deque()
-        self._models = (CachedModel(generator.slm), CachedModel(generator.llm))
-        self._columns: dict[str, torch.Tensor] = {}
-        self._changed = True  # rows have come or gone since the columns were made
-        self._next_key = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.waiting)
-
-    def add(self, prompt: Ids, params: SamplingParams, *, sample: int = 0) -> int:
-        """Queue one completion that `RoutedGenerator.check` has passed; returns the key that `step` gives with it."""
-        limit, longest = params.max_tokens, self.generator.max_length
-        if longest is not None:
-            limit = min(limit, longest - len(prompt))
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._next_key += 1
-        self.waiting.append(RoutedRow(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt)))
-        return self._next_key
-
-    def cancel(self, key: int) -> None:
-        """Drop a completion and free its slots; does nothing if it has ended."""
-        self.waiting = deque(row for row in self.waiting if row.key != key)
-        for place, row in enumerate(self.rows):
-            if row.key == key:
-                self._leave(place)
-                break
-
-    @torch.inference_mode()
-    def step(self) -> list[tuple[int, RoutedToken, RoutedStats]]:
-        """One token of every row in flight: (key, token, the work for that completion so far).
-
-        Raises:
-            ValueError: a model's logits are not finite numbers.
-        """
-        self._admit()
-        policy, rows, columns = self.generator.policy, self.rows, self._current_columns()
-        written: dict[int, tuple[int, float]] = {}
-        scores: dict[int, float] = {}
-        # 1. The SLM reads every row that it is asked about, and the policy scores them. Its proposal is drawn at once
-        # for all of these rows, because id, log-probability and score then reach the CPU in one transfer; a routed row
-        # drops it.
-        if policy.needs_slm:
-            asked = [r for r, row in enumerate(rows) if not row.span]
-            if asked:
-                logits, hidden = self._read(0, asked, hidden=policy.needs_hidden)
-                own = self._of_rows(columns, asked, logits.device)
-                score = policy.scores(NextTokens(hidden, logits, own["seed"], own["sample"], own["step"]))
-                drawn = self._draw(logits, own, asked, score)
-                written = {r: (int(each[0]), each[1]) for r, each in zip(asked, drawn, strict=True)}
-                scores = {r: each[2] for r, each in zip(asked, drawn, strict=True)}
-                for r, value in scores.items():
-                    if value >= policy.threshold:
-                        rows[r].span = self.generator.llm_span
-                        rows[r].stats.handoffs += 1
-                        self.stats.handoffs += 1
-            by_llm = [r for r, row in enumerate(rows) if row.span]
-        else:
-            by_llm = list(range(len(rows)))
-        # 2. The LLM draws for the routed rows. Its draws overwrite the proposals in `written`.
-        if by_llm:
-            logits, _ = self._read(1, by_llm)
-            drawn = self._draw(logits, self._of_rows(columns, by_llm, logits.device), by_llm)
-            for r, each in zip(by_llm, drawn, strict=True):
-                written[r] = (int(each[0]), each[1])
-                rows[r].span = max(0, rows[r].span - 1)
-        # 3. Each row takes its token and may end. Rows leave from the last place on, because the place of one that
-        # leaves is filled by the last.
-        columns["step"] += 1
-        llm_rows = set(by_llm)
-        texts = self._tails([r for r, row in enumerate(rows) if row.params.stop], written)
-        given = []
-        for r, row in enumerate(rows):
-            token = self._finish(row, written[r], r in llm_rows, scores.get(r), texts.get(r, ""))
-            given.append((row.key, token, row.stats))
-        for place in reversed(range(len(given))):
-            if given[place][1].finish_reason is not None:
-                self._leave(place)
-        return given
-
-    def _admit(self) -> None:
-        """Let waiting rows in while there is room; always at least one row."""
-        generator = self.generator
-        # Every row of a cache has the slots of the longest, so the budget is rows × widest, as it will be when all are
-        # full.
-        width = max((row.width for row in self.rows), default=0)
-        while self.waiting and len(self.rows) < generator.max_rows:
-            width = max(width, self.waiting[0].width)
-            if self.rows and (len(self.rows) + 1) * width > generator.token_budget:
-                break
-            self.rows.append(self.waiting.popleft())
-            for model in self._models:
-                model.add()
-            self._changed = True
-
-    def _leave(self, place: int) -> None:
-        """Free a row; the last one takes its place."""
-        for model in self._models:
-            model.drop(place)
-        last = self.rows.pop()
-        if place < len(self.rows):
-            self.rows[place] = last
-        self._changed = True
-
-    def _current_columns(self) -> dict[str, torch.Tensor]:
-        # Made anew only when rows come or go. A transfer to the device at each step would cost more than the step adds.
-        if self._changed:
-            device, rows = self._models[0].device, self.rows
-            self._columns = {
-                "seed": torch.tensor([row.seed for row in rows], device=device),
-                "sample": torch.tensor([row.sample for row in rows], device=device),
-                "step": torch.tensor([row.age for row in rows], device=device),
-                "temperature": torch.tensor([row.params.temperature for row in rows], device=device),
-                "top_p": torch.tensor([row.params.top_p for row in rows], device=device, dtype=wide_dtype(device)),
-            }
-            self._changed = False
-        return self._columns
-
-    def _of_rows(
-        self, columns: dict[str, torch.Tensor], places: list[int], device: torch.device
-    ) -> dict[str, torch.Tensor]:
-        if len(places) < len(self.rows):
-            index = torch.tensor(places, device=self._models[0].device)
-            columns = {name: column[index] for name, column in columns.items()}
-        return {name: column.to(device) for name, column in columns.items()}
-
-    def _read(self, side: int, places: list[int], *, hidden: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Let a model read all that these rows have and it has not seen: next-token logits (R, shared ids), states.
-
-        Args:
-            side: 0 for the SLM, 1 for the LLM.
-        """
-        model = self._models[side]
-        # A row that this model has not met may share its prompt with others: read it once.
-        fresh = [p for p in places if not model.lengths[p]]
-        if fresh:
-            self._share_prompts(side, fresh)
-        unseen = [self.rows[p].tokens[model.lengths[p] :] for p in places]
-        self._count(side, places, unseen)
-        logits, states = model.extend(places, unseen, hidden=hidden)
-        return logits[:, : self.generator.shared_vocab], states
-
-    def _share_prompts(self, side: int, fresh: list[int]) -> None:
-        """Read a prompt once for all rows that have it, but its last token: that gives each row its own logits.
-
-        The prompt may have been read by a row that is well on its way: its first slots hold the prompt still.
-        """
-        model = self._models[side]
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for place in fresh:
-            alike.setdefault(self.rows[place].prompt, []).append(place)
-        # Three cases: a row in flight holds the prompt already (copy its slots); several new rows have it (one reads
-        # it, the others copy); one row alone has it (it is read with the first step).
-        leaders = []
-        for prompt, places in alike.items():
-            length = len(prompt) - 1
-            source = next(
-                (p for p, row in enumerate(self.rows) if 0 < length <= model.lengths[p] and row.prompt == prompt), None
-            )
-            if source is not None:
-                model.share(source, places, length)
-            elif length and len(places) > 1:
-                leaders.append(places[0])
-        if leaders:
-            prompts = [self.rows[p].prompt[:-1] for p in leaders]
-            self._count(side, leaders, prompts)
-            model.extend(leaders, prompts)
-            for p in leaders:
-                model.share(p, alike[self.rows[p].prompt][1:], model.lengths[p])
-
-    def _count(self, side: int, places: list[int], tokens: Sequence[Sequence[int]]) -> None:
-        for place, each in zip(places, tokens, strict=True):
-            for stats in (self.rows[place].stats, self.stats):
-                if side == 0:
-                    stats.slm_positions += len(each)
-                else:
-                    stats.llm_positions += len(each)
-
-    def _draw(
-        self, logits: torch.Tensor, columns: dict[str, torch.Tensor], places: list[int], *more: torch.Tensor
-    ) -> list[list[float]]:
-        """For each row the drawn id, its log-probability and the values of `more`, in one transfer."""
-        greedy = all(self.rows[p].params.greedy for p in places)
-        chunk = max(1, SAMPLED_LOGITS // logits.shape[1])
-        ids, logprobs = [], []
-        u = None if greedy else uniforms(columns["seed"], columns["sample"], columns["step"])
-        for a in range(0, len(places), chunk):
-            part = slice(a, a + chunk)
-            wide = logits[part].float()
-            if u is None:
-                ids.append(wide.argmax(-1))
-            else:
-                ids.append(sample(wide, u[part], columns["temperature"][part], columns["top_p"][part]))
-            logprobs.append(wide.gather(1, ids[-1][:, None]).squeeze(1) - wide.logsumexp(-1))
-        table = [torch.cat(ids), torch.cat(logprobs), *(each.to(logits.device) for each in more)]
-        return torch.stack([each.to(wide_dtype(logits.device)) for each in table], dim=1).tolist()
-
-    def _tails(self, places: list[int], written: dict[int, tuple[int, float]]) -> dict[int, str]:
-        """Text at the end of rows that have stop strings, long enough to hold one that the newest token completes."""
-        if not places:
-            return {}
-        tails = []
-        for place in places:
-            row = self.rows[place]
-            # Every token of a string but its first spells at least one byte of it; a few more give the decoder context.
-            window = max(len(text.encode()) for text in row.params.stop) + 4
-            start = max(len(row.prompt), len(row.tokens) + 1 - window)
-            tails.append([*row.tokens[start:], written[place][0]])
-        decode = self.generator.tokenizer.batch_decode
-        texts = decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return dict(zip(places, texts, strict=True))
-
-    def _finish(
-        self, row: RoutedRow, written: tuple[int, float], by_llm: bool, score: float | None, tail: str
-    ) -> RoutedToken:
-        """Append a token to its row and see whether it is the last."""
-        token, logprob = written
-        if not math.isfinite(logprob) or (score is not None and math.isnan(score)):
-            raise ValueError(
-                f"The {'LLM' if by_llm else 'SLM'} gave logits that are not finite numbers: check its weights, or load "
-                "it in float32."
-            )
-        row.tokens.append(token)
-        for stats in (row.stats, self.stats):
-            if by_llm:
-                stats.llm_tokens += 1
-            else:
-                stats.slm_tokens += 1
-        stops = token in self.generator.end_ids[by_llm] or token in row.params.stop_token_ids
-        if stops or any(text in tail for text in row.params.stop):
-            reason: str | None = "stop"
-        else:
-            reason = "length" if row.age >= row.limit else None
-        return RoutedToken(token, by_llm, logprob, score, reason)
+    def batch(self) -> RoutedBatch:
+        """An empty batch on this pair."""
+        return VerifiedBatch(self) if self.verify else RoutedBatch(self)
 
 
 def _completion(tokens: list[RoutedToken], stats: RoutedStats) -> RoutedCompletion:
@@ -489,12 +254,13 @@ def _completion(tokens: list[RoutedToken], stats: RoutedStats) -> RoutedCompleti
         finish_reason=tokens[-1].finish_reason or "length",
         written_by=[token.by_llm for token in tokens],
         scores=[token.score for token in tokens],
+        agreed=[token.agreed for token in tokens],
         stats=stats,
     )
 
 
 def _copy(one: RoutedCompletion) -> RoutedCompletion:
     lists: dict[str, Any] = {
-        name: list(getattr(one, name)) for name in ("token_ids", "logprobs", "written_by", "scores")
+        name: list(getattr(one, name)) for name in ("token_ids", "logprobs", "written_by", "scores", "agreed")
     }
     return replace(one, **lists, stats=replace(one.stats))

@@ -24,8 +24,9 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from tokalign.generation.completions import EncodedIds
 from tokalign.generation.protocol import Ids, SamplingParams, check_prompts
-from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken, check_threshold
+from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken, RowFailed, check_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,11 @@ class Piece:
 class Turns(Protocol):
     """One request's place in the SLM, kept over its hand-offs."""
 
-    def write(self, prefix: list[int], most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
+    def write(self, prefix: EncodedIds, most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
         """What follows `prefix`, at most `most` tokens; the last piece has an `end`.
 
-        `prefix` is that of the last call, what was written then, and what the LLM wrote since. Closing the iterator
-        early stops the engine.
+        `prefix` is that of the last call, what was written then, and what the LLM wrote since: the request's own list,
+        which grows by what is given out. Closing the iterator early stops the engine.
         """
         ...
 
@@ -71,6 +72,11 @@ class SmallModel(Protocol):
 
     vocab_size: int
     max_length: int
+
+    @property
+    def dead(self) -> BaseException | None:
+        """Why the engine has ended, if it has for good."""
+        ...
 
     def open(self, params: SamplingParams) -> Turns:
         """A place for one request."""
@@ -87,9 +93,11 @@ class LargeModel(Protocol):
     max_length: int
 
     def write(
-        self, prefix: list[int], params: SamplingParams, most: int, seed: int | None, *, place: int, unseen: int
+        self, prefix: EncodedIds, params: SamplingParams, most: int, seed: int | None, *, place: int, unseen: int
     ) -> AsyncGenerator[Piece, None]:
         """What follows `prefix`, at most `most` tokens; the last piece has an `end`.
+
+        `prefix` is the request's own list, as in `Turns.write`.
 
         Args:
             place: the same number for one request, so that it finds its prefix in one server's cache.
@@ -97,6 +105,7 @@ class LargeModel(Protocol):
 
         Raises:
             LLMUnavailable: no server can be reached, after the retries.
+            ConnectionError: they answer others, but not this request.
         """
         ...
 
@@ -149,6 +158,7 @@ class Orchestrator:
         self.degraded = False
         self._threshold = check_threshold(threshold)
         self._switch = asyncio.Lock()  # one change of the engine's threshold at a time
+        self._told = 0  # how often the engine has been told a threshold
         self._probe: asyncio.Task[None] | None = None
         self._requests = 0
 
@@ -162,12 +172,21 @@ class Orchestrator:
         value = check_threshold(value)
         async with self._switch:
             if not self.degraded:
-                await self.slm.set_threshold(value)
+                await self._tell(value)
             self._threshold = value
+
+    async def _tell(self, value: float) -> None:
+        self._told += 1  # before: the engine may obey at once
+        await self.slm.set_threshold(value)
 
     async def llm_healthy(self) -> bool:
         """Whether the LLM answers now."""
         return await self.llm.healthy()
+
+    @property
+    def dead(self) -> BaseException | None:
+        """Why nothing can be written any more, if so: the SLM's engine has ended."""
+        return self.slm.dead
 
     async def close(self) -> None:
         """Stop both engines' connections and processes."""
@@ -186,9 +205,14 @@ class Orchestrator:
             raise ValueError(
                 "Routed decoding takes no banned_token_ids and no json_schema: leave them out, or use one model."
             )
+        if params.penalized:
+            raise ValueError(
+                "repetition_penalty, presence_penalty and frequency_penalty need both models in one process, because "
+                "each of two engines would take what the other has written for a part of the prompt: leave them out."
+            )
         check_prompts([prompt_ids], self.shared_vocab, self.max_length, [params])
         self._requests += 1
-        request = _Completion(list(prompt_ids), params, sample, self._requests)
+        request = _Completion(EncodedIds(prompt_ids), params, sample, self._requests)
         request.limit = min(params.max_tokens, self.max_length - len(prompt_ids))
         turns = self.slm.open(params)
         try:
@@ -213,16 +237,28 @@ class Orchestrator:
         """Scores are at least 0: with such a threshold the SLM need not run to know what is routed."""
         return self._threshold <= 0 and not self.degraded
 
+    def _routes(self) -> bool:
+        """Whether the engine may be routing; False only where it has been told not to, and has heard."""
+        return self._switch.locked() or not (self.degraded or self._threshold > 1)
+
     async def _by_slm(self, request: _Completion, turns: Turns) -> AsyncGenerator[RoutedToken, None]:
         """The SLM's tokens up to the next routed position or the end."""
         most = request.limit - request.age
-        async with aclosing(turns.write(list(request.ids), most, request.seed("slm"))) as pieces:
+        routes, told = self._routes(), self._told
+        async with aclosing(turns.write(request.ids, most, request.seed("slm"))) as pieces:
             async for piece in pieces:
                 self.stats.slm_positions += piece.read
                 for token in self._tokens(request, piece, by_llm=False):
                     self.stats.slm_tokens += 1
                     yield token
                 if piece.end == "routed":
+                    # An engine that routes nothing stops only where its model has no word, as after an overflow. The
+                    # LLM writes there otherwise; who may not ask it has nothing to write.
+                    if not routes and told == self._told:
+                        raise RowFailed(
+                            "The SLM gave logits that are not finite numbers, and no LLM may be asked: look for what "
+                            "is in the prompt, or load the SLM in a wider type."
+                        )
                     self.stats.handoffs += 1
                 if piece.end or request.finish:
                     return
@@ -234,7 +270,7 @@ class Orchestrator:
         alone = self._llm_alone()
         most = request.limit - request.age
         pieces = self.llm.write(
-            list(request.ids),
+            request.ids,
             request.params,
             most if alone else min(most, self.llm_span),
             request.seed("llm"),
@@ -282,7 +318,7 @@ class Orchestrator:
         async with self._switch:
             if self.degraded:
                 return
-            await self.slm.set_threshold(NEVER)
+            await self._tell(NEVER)
             self.degraded = True
             logger.warning("The SLM goes on alone: %s", error)
             self._probe = asyncio.create_task(self._recover())
@@ -294,7 +330,7 @@ class Orchestrator:
                 if not await self.llm.healthy():
                     continue
                 async with self._switch:
-                    await self.slm.set_threshold(self._threshold)
+                    await self._tell(self._threshold)
                     self.degraded = False
             except Exception:  # such as an SLM's server that is away now; it may take the threshold at the next look
                 logger.exception("The LLM could not be taken up again; the next try is in %g s.", self.probe_seconds)
@@ -306,7 +342,7 @@ class Orchestrator:
 class _Completion:
     """One completion in flight: prompt and text as ids, and how it ends."""
 
-    def __init__(self, prompt: list[int], params: SamplingParams, sample: int, place: int):
+    def __init__(self, prompt: EncodedIds, params: SamplingParams, sample: int, place: int):
         self.ids, self.params, self.place = prompt, params, place
         self.start = len(prompt)
         self.limit = params.max_tokens

@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 from tokalign.generation.protocol import Completion, Ids, SamplingParams
 from tokalign.generation.rollouts import sampler, without_unknown_ids
 from tokalign.routing.decode.backend import RoutedStats
-from tokalign.routing.decode.costs import activated_parameters, full_cost
+from tokalign.routing.decode.costs import activated_parameters, full_cost, weight_reads
 from tokalign.routing.decode.generator import RoutedCompletion, RoutedGenerator
-from tokalign.routing.decode.policies import RouterPolicy
+from tokalign.routing.decode.policies import RouterPolicy, ValuePolicy
 from tokalign.stage.hashes import known_ids
 from tokalign.stage.jobs import Dropped, Kept
 from tokalign.stage.shards import shard_name
 
 WORK = ("handoffs", "slm_positions", "llm_positions")  # columns of `RoutedStats` beside the writers
+VERIFIED = ("drafted",)  # and where the LLM verifies
 
 
 class _Recorder:
@@ -51,7 +52,8 @@ def routed_sampler(
     """`tokalign.generation.rollouts.sampler` of a pair, for a job.
 
     Rows get `written_by` (1 where the LLM wrote the token), `scores` (the policy's; null where the SLM was not asked)
-    and the work of both models (`WORK`).
+    and the work of both models (`WORK`). Where the LLM verifies, also `drafted` and `agreed` (whether the SLM had drawn
+    the same token; null where it was not asked): labels of the LLM's own text.
 
     Args:
         options: of `sampler`, `extract` and `match` among them.
@@ -68,17 +70,21 @@ def routed_sampler(
         for row, completion in zip(rows, completions, strict=True):
             row["written_by"] = [int(by_llm) for by_llm in completion.written_by]
             row["scores"] = completion.scores
-            for name in WORK:
+            for name in (*WORK, *VERIFIED) if generator.verify else WORK:
                 row[name] = getattr(completion.stats, name)
+            if generator.verify:
+                row["agreed"] = completion.agreed
         return [without_unknown_ids(item, known) if isinstance(item, list) else item for item in items]
 
     return routed
 
 
 def pair_parameters(generator: RoutedGenerator) -> dict[str, int]:
-    """Parameters of the SLM, the LLM and the router; 0 for a policy that has none."""
+    """Parameters of the SLM, the LLM and the router or value head; 0 for a policy that has none."""
     policy = generator.policy
     router = policy.router.num_parameters() if isinstance(policy, RouterPolicy) else 0
+    if isinstance(policy, ValuePolicy):
+        router = sum(parameter.numel() for parameter in policy.head.parameters())
     return {"slm": generator.slm.num_parameters(), "llm": generator.llm.num_parameters(), "router": router}
 
 
@@ -90,20 +96,22 @@ def routing_summary(folder: str | Path, manifest: dict[str, Any], parameters: di
         parameters: see `pair_parameters`.
 
     Returns:
-        The sums of `RoutedStats`, and if anything was written `llm_rate`, `activated_parameters` and `full_cost`
-        (parameters a token, see `tokalign.routing.decode.costs`) and `tokens_per_second` of one process.
+        The sums of `RoutedStats`, and if anything was written `llm_rate`, `activated_parameters`, `full_cost` and
+        `weight_reads` (parameters a token, see `tokalign.routing.decode.costs`) and `tokens_per_second` of one process.
     """
     stats = RoutedStats()
     for index in range(manifest["shards"]):
         file = pq.ParquetFile(Path(folder) / shard_name(index, manifest["shards"]))
-        for batch in file.iter_batches(batch_size=256, columns=["written_by", *WORK]) if manifest["rows"] else ():
+        work = [name for name in (*WORK, *VERIFIED) if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=256, columns=["written_by", *work]) if manifest["rows"] else ():
             for row in batch.to_pylist():
                 by_llm = sum(row["written_by"])
-                stats += RoutedStats(len(row["written_by"]) - by_llm, by_llm, *[row[name] for name in WORK])
+                stats += RoutedStats(len(row["written_by"]) - by_llm, by_llm, *[row[name] for name in work])
     report: dict[str, Any] = {"parameters": parameters, **asdict(stats)}
     if stats.tokens:
         report["llm_rate"] = stats.llm_rate
         report["activated_parameters"] = activated_parameters(stats, parameters["slm"], parameters["llm"])
         report["full_cost"] = full_cost(stats, parameters["slm"], parameters["llm"], parameters["router"])
+        report["weight_reads"] = weight_reads(stats, parameters["slm"], parameters["llm"], parameters["router"])
         report["tokens_per_second"] = stats.tokens / max(manifest["seconds"], 1e-3)
     return report

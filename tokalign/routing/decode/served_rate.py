@@ -67,7 +67,11 @@ def served_threshold(
                 best = served
             if abs(rate - target_rate) <= tolerance:
                 break
-            policy.threshold = float(np.quantile(scores, 1 - target_rate, method="higher"))
+            # A hand-off is good for a span of LLM tokens, so fewer of them make the rate where a policy has long ones.
+            handoffs = sum(completion.stats.handoffs for completion in done)
+            span = sum(completion.stats.llm_tokens for completion in done) / handoffs if handoffs else 1.0
+            share = target_rate if span == 1 else target_rate / (span * (1 - target_rate) + target_rate)
+            policy.threshold = float(np.quantile(scores, 1 - share, method="higher"))
     finally:
         policy.threshold = before
     assert best is not None

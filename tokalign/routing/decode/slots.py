@@ -1,112 +1,59 @@
 """Two models kept in step: a causal LM with a KV cache in which every row has its own length.
 
-Slot j of a row holds position j, so rows need no common length, nothing is ever padded, trimmed or rolled back, and
-a row can be given another's slots. A forward pass extends any subset of the rows, each by any number of tokens: new
-tokens are aligned on the right, the padding before them is written to a slot that nobody reads, and a mask (rows, 1,
-new, slots) lets each token see the slots up to its own position. Where the rows are equally long no mask is needed,
-which is always so for a single row and is the fast path of attention.
+Slot j of a row holds position j (of a sliding-window layer, slot p modulo their number holds position p), so rows need
+no common length, nothing is ever padded or trimmed, a row can be given another's slots, and what a row has read last
+can be forgotten. Rows are kept by size class, each class in one buffer a layer: a long row does not widen the short
+ones. A forward pass extends any subset of the rows, each by any number of tokens, laid side by side
+(`row_attention.py`).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from tokalign.internals.transformers import Cache, DynamicLayer, DynamicSlidingWindowLayer, attention_of
+from tokalign.internals.transformers import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    attention_of,
+    attention_set,
+    configs_of,
+    takes_attention,
+)
+from tokalign.routing.decode.row_attention import GATHERED, NAME, SLACK, Kind, Layout, Piece, SlotLayer
 
-ROOM = 64  # slots reserved at a time: a copy every 64 tokens
-SPARE = 2  # buffers that are more than this many times as large as the rows need are given back
-FORWARD_TOKENS = 16384  # most tokens of several rows in one forward pass; one longer row goes alone
-PADDING = 256  # padded tokens in a pass that are always worth the pass they save
-PADDED_SHARE = 1.5  # beyond that, a pass may hold this many times its real tokens
+ROOM = 64  # tokens that a row which is let in should have room for
+SMALLEST = 256  # slots of the smallest class: each class in a pass costs attention a call of its own
+SPARE = 4  # a class gives places back when more than 1 in this many, and 1 more, are empty
+FORWARD_TOKENS = 16384  # most tokens in one forward pass
+PROBE = 0.2  # largest relative difference of logits from the model's own that is still rounding
 
 
-class Layout:
-    """Where the rows of the forward pass in progress are, shared by the layers of one cache.
+@dataclass
+class Row:
+    """One row of a cache.
 
     Attributes:
-        capacity: rows and slots of the buffers; slot `capacity[1]` takes the padding.
-        part: the rows as a slice, where they are adjacent and in order, or None.
-        index: (R,) the rows.
-        past: slots before the new tokens where all rows have equally many and there is no padding, or None.
-        slots: (R, T) slot of each new token; unused where `past` is known.
-        length: slots that are shown to attention.
-        new: T.
+        size: its class, by slots; 0 while it has read nothing.
+        place: in the buffer of its class.
+        written: slots written so far; more than its length after something was forgotten.
+        ids: what it has read, kept for models that may have to read it anew.
+        long: whether it was read with the frequencies for long texts (longrope).
     """
 
-    capacity: tuple[int, int] = (0, 0)
-    part: slice | None
-    index: torch.Tensor
-    past: int | None
-    slots: torch.Tensor
-    length: int = 0
-    new: int = 0
-
-
-class SlotLayer(DynamicLayer):
-    """Keys and values (rows, heads, slots + 1, d) of one layer; transformers sees those of the pass in progress."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, layout: Layout) -> None:
-        super().__init__()
-        self.layout = layout
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new (R, heads, T, d) into their slots and return all that the rows hold, (R, heads, L, d)."""
-        if not self.is_initialized:
-            self.keys, self.values = self._empty(key_states), self._empty(value_states)
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
-
-    def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        # Rows that are adjacent and equally long are one block of the buffer, which is written and shown without a
-        # copy. All other rows are written by index, and gathered for attention where they are not adjacent.
-        at = self.layout
-        if at.part is not None and at.past is not None:
-            buffer[at.part, :, at.past : at.length] = new
-            return buffer[at.part, :, : at.length]
-        rows = at.index.to(buffer.device)
-        buffer[rows[:, None], :, at.slots.to(buffer.device)] = new.transpose(1, 2)
-        return buffer[at.part, :, : at.length] if at.part is not None else buffer[:, :, : at.length][rows]
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        # Zeros, not whatever is in memory: attention multiplies what is masked by 0, and 0 times NaN is NaN.
-        rows, slots = self.layout.capacity
-        return like.new_zeros(rows, like.shape[1], slots + 1, like.shape[3])
-
-    def reset(self) -> None:
-        """Hold nothing, and no memory for it (transformers 5.16 keeps the buffers and fills them with zeros)."""
-        self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = False
-
-    def fit(self) -> None:
-        """Move to buffers of the layout's capacity."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = self._empty(old)
-            rows, slots = min(len(old), len(new)), min(old.shape[2], new.shape[2]) - 1
-            new[:rows, :, :slots] = old[:rows, :, :slots]
-            setattr(self, name, new)
-
-    def copy(self, source: int, targets: int | list[int], length: int) -> None:
-        """Give rows the first slots of another row."""
-        for buffer in (self.keys, self.values):
-            buffer[targets, :, :length] = buffer[source, :, :length]
-
-    def get_seq_length(self) -> int:
-        return self.layout.length - self.layout.new
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.layout.length, 0
+    size: int = 0
+    place: int = 0
+    written: int = 0
+    ids: list[int] = field(default_factory=list)
+    long: bool = False
 
 
 class CachedModel:
@@ -115,55 +62,100 @@ class CachedModel:
     Rows are numbered from 0 without gaps. `lengths[r]` is how many tokens of row r the model has read.
 
     Args:
-        model: in evaluation mode, with `sdpa` or `eager` attention.
+        model: in evaluation mode, with `sdpa` or `eager` attention; a PEFT model runs with the adapter that is active.
 
     Raises:
-        ValueError: a model whose cache does not keep one key a position (recurrent, chunked, shared), or another kind
-            of attention.
+        ValueError: a model whose cache does not keep one key a position (recurrent, shared), or another kind of
+            attention.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-        embedding: Any = model.get_input_embeddings()
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        kinds = layer_kinds(model)
+        self.model: Any = _unwrapped(model)
+        embedding: Any = self.model.get_input_embeddings()
         self.device: torch.device = embedding.weight.device
-        self.windows = check_model(model)
         self.lengths: list[int] = []
-        self._layout = Layout()
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        self._layers = [SlotLayer(self._layout) for _ in DynamicCache(config=model.config).layers]
+        self._rows: list[Row] = []
+        self._members: dict[int, list[int]] = {}  # of each class, the row at each place
+        self._configs = configs_of(self.model)
+        config = self.model.config.get_text_config()
+        self._layout = Layout(eager=attention_of(config) == "eager")
+        self._window = max((kind.window for kind in kinds if kind.window is not None), default=None)
+        self._switch = _longrope_switch(config)
+        # Llama 4 takes positions from what the cache says stands before, and not from those that it is given.
+        self._places_from_cache = getattr(config, "attn_temperature_tuning", False)
+        self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._layers = [SlotLayer(self._layout, kind) for kind in kinds]
         self._cache = Cache(layers=list(self._layers))
+
+    @property
+    def held(self) -> int:
+        """Slots that the rows take now; the buffers have up to a third more. Sliding layers take their window only."""
+        return sum(row.size for row in self._rows)
+
+    def cost(self, row: int, more: int) -> int:
+        """Slots that `more` further tokens of a row would add to `held`; a row that is not there yet holds nothing."""
+        if row >= len(self.lengths):
+            return slots_for(more)
+        return max(0, slots_for(self.lengths[row] + more) - self._rows[row].size)
 
     def add(self) -> None:
         """One row more, which has read nothing."""
         self.lengths.append(0)
+        self._rows.append(Row())
 
     @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Forget a row; the last row takes its number."""
-        # The last row moves into the gap, so that rows stay numbered without one and most passes can use slices.
-        last = len(self.lengths) - 1
-        if row != last and self.lengths[last]:
-            self._copy(last, row, self.lengths[last])
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-        if not self.lengths:  # an idle batch holds no memory
-            self._layout.capacity = (0, 0)
-            for layer in self._layers:
-                layer.reset()
-        elif math.prod(self._layout.capacity) > SPARE * math.prod(self._needed()):
-            self._fit(self._needed())
+        gone = self._rows[row]
+        self._vacate(gone)
+        self._shrink(gone.size)
+        last = self._rows.pop()
+        length = self.lengths.pop()
+        if row < len(self._rows):
+            self._rows[row], self.lengths[row] = last, length
+            if last.size:
+                self._members[last.size][last.place] = row
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what follows a row's first `length` tokens; does nothing where it has read no more than that.
+
+        A sliding layer may have given up what the row needs to go on from there: then the row forgets everything, and
+        its length is 0. That is never so within `row_attention.SLACK` tokens.
+        """
+        # A slot past the length is never shown before it is written again, so nothing needs to be cleared.
+        if length < self.lengths[row]:
+            if not self._intact(row, length):
+                self._rows[row].written = length = 0
+            self.lengths[row] = length
+            del self._rows[row].ids[length:]
+
+    @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Zero what a row holds that may be NaN: what is masked is multiplied by 0, and 0 times NaN is NaN."""
+        self._clear(self._rows[row])
 
     @torch.inference_mode()
     def share(self, source: int, targets: list[int], length: int) -> None:
-        """Give rows that have read nothing the first `length` tokens of another row."""
-        self._reserve(max(targets) + 1, length)
-        self._copy(source, targets, length)
-        for row in targets:
-            self.lengths[row] = length
+        """Give rows that have read nothing the first `length` tokens of another row.
+
+        They stay empty where a sliding layer of that row has given up what they need.
+        """
+        if not self._intact(source, length):
+            return
+        self._place(dict.fromkeys(targets, length))
+        given = self._rows[source]
+        for target in targets:
+            self.lengths[target] = length
+            row = self._rows[target]
+            row.ids, row.written, row.long = given.ids[:length], given.written, given.long
+        places = [(self._rows[target].size, self._rows[target].place) for target in targets]
+        # Where a sliding layer has wrapped, the window is anywhere in its slots.
+        self._copy(given, places, length if self._window is None else given.written, length)
 
     @torch.inference_mode()
     def extend(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], *, hidden: bool = False
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], *, hidden: bool = False, keep: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Read the next tokens of some rows.
 
@@ -171,172 +163,311 @@ class CachedModel:
             rows: ascending.
             tokens: at least one a row.
             hidden: whether to give the states too.
+            keep: logits of how many tokens a row to give.
 
         Returns:
-            Logits (R, V) after each row's last token and, if asked, the states (R, d) that the LM head got there.
+            Logits (R, V) after each row's last token, or (R, keep, V) after its last `keep` tokens where that is more
+            than 1, aligned on the right (what stands before a row's first new token means nothing); if asked, the
+            states (R, d) that the LM head got at the last token.
         """
-        counts = [len(each) for each in tokens]
-        # Nearly every step: one token a row needs no padding, so there is nothing to cut into passes.
-        if max(counts) == 1 or len(rows) == 1:
-            return self._forward(rows, tokens, counts, hidden)
-        order, results = [], []
-        for part in forward_parts(counts):
-            part.sort()
-            order += part
-            chosen = ([rows[i] for i in part], [tokens[i] for i in part], [counts[i] for i in part])
-            results.append(self._forward(*chosen, hidden))
-        if len(results) == 1:
-            return results[0]
-        back = torch.tensor(order, device=self.device).argsort()
-        logits, states = zip(*results, strict=True)
-        return torch.cat(logits)[back], torch.cat(states)[back] if hidden else None
+        todo = {row: list(each) for row, each in zip(rows, tokens, strict=True)}
+        # longrope has one set of frequencies for texts up to a length and one for longer texts, and takes that of the
+        # longest row of a pass. So each kind of row has passes of its own, and a row that crosses is read anew.
+        groups: list[list[int]] = [list(todo)]
+        if self._switch is not None:
+            groups = [[], []]
+            for row, new in todo.items():
+                state, whole = self._rows[row], self.lengths[row] + len(new)
+                long = whole > self._switch
+                if self.lengths[row] and long != state.long:
+                    todo[row] = state.ids + new
+                    self.lengths[row], state.ids = 0, []
+                state.long = long
+                state.ids += todo[row]
+                groups[long].append(row)
+        results: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        for group in filter(None, groups):
+            # Nearly always all rows fit in one pass.
+            for part, ends in self._passes(group, todo, keep):
+                logits, states = self._forward(part, hidden, keep)
+                if len(part) == len(todo) == len(ends):
+                    return logits, states
+                for i, row in enumerate(part):
+                    if row in ends:
+                        results[row] = logits[i], states[i] if states is not None else None
+        chosen = [results[row] for row in rows]
+        states = torch.stack([cast(torch.Tensor, each[1]) for each in chosen]) if hidden else None
+        return torch.stack([each[0] for each in chosen]), states
 
-    def _forward(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int], hidden: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Tokens are aligned on the right, so that column -1 is the last token of every row. A row with fewer new tokens
-        # than the widest has padding before them, whose positions may even be negative.
-        at, lengths = self._layout, self.lengths
-        width = max(counts)
-        starts = [lengths[row] + count - width for row, count in zip(rows, counts, strict=True)]  # may be negative
-        at.new, at.length = width, max(starts) + width
-        self._reserve(rows[-1] + 1, at.length)
-        even = min(counts) == width and min(starts) == max(starts)
-        at.past = starts[0] if even else None
-        at.part = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else None
-        # One transfer: ids beside the position of the first of them.
-        table = torch.tensor(
-            [[*[0] * (width - count), *each, start] for each, count, start in zip(tokens, counts, starts, strict=True)],
-            device=self.device,
-        )
-        ids, positions = table[:, :-1], table[:, -1:] + torch.arange(width, device=self.device)
-        mask: Any = None
-        # What the layers need depends on how regular the pass is: nothing but a slice (even, adjacent), slots of every
-        # token (even, apart), or slots and a mask (uneven).
-        if not even or at.part is None:
-            at.index = torch.tensor(list(rows), device=self.device)
-        if not even:
-            padding = (
-                torch.arange(width, device=self.device) < width - torch.tensor(counts, device=self.device)[:, None]
-            )
-            at.slots = positions.masked_fill(padding, at.capacity[1])
-            # Padding sees slot 0, because a row of a softmax that sees nothing is not a number.
-            positions = positions.clamp(min=0)
-            mask = self._masks(positions)
-        elif at.part is None:
-            at.slots = positions
+    def _passes(
+        self, rows: list[int], todo: dict[int, list[int]], keep: int
+    ) -> list[tuple[dict[int, list[int]], set[int]]]:
+        """Forward passes of at most FORWARD_TOKENS tokens: the tokens of each row, and the rows that end there."""
+        passes: list[tuple[dict[int, list[int]], set[int]]] = [({}, set())]
+        room = FORWARD_TOKENS
+        for row in rows:
+            left = todo[row]
+            while left:
+                take = min(len(left), room)
+                # The last `keep` tokens come in one pass, and a text of longrope's in one.
+                if len(left) - keep < take < len(left):
+                    take = len(left) - keep
+                if take < len(left) and (take <= 0 or self._switch is not None):
+                    take = len(left) if room == FORWARD_TOKENS else 0
+                if take > 0:
+                    passes[-1][0][row], left = left[:take], left[take:]
+                    room -= take
+                if left:
+                    passes.append(({}, set()))
+                    room = FORWARD_TOKENS
+                else:
+                    passes[-1][1].add(row)
+        return [each for each in passes if each[0]]
+
+    def _forward(self, todo: dict[int, list[int]], hidden: bool, keep: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One pass; logits and states of the rows in the order of `todo`."""
+        lengths = self.lengths
+        self._place({row: lengths[row] + len(new) for row, new in todo.items()})
+        # Rows that are adjacent in a buffer and have equally many tokens come together, so that attention reads them
+        # as one block. Rows with many tokens go alone: their attention is work enough.
+        order = sorted(todo, key=lambda row: (len(todo[row]), self._rows[row].size, self._rows[row].place))
+        width = self._layers[0].width
+
+        def joins(before: int, row: int) -> bool:
+            """Whether a row is read together with the one before it."""
+            # In place where they are adjacent. Else their keys must be gathered, which on a CPU soon costs more than a
+            # call for each; on a GPU each call is a launch, and a copy of the keys costs little beside it.
+            adjacent = self._rows[row].place == self._rows[before].place + 1
+            return adjacent or self.device.type != "cpu" or width * lengths[row] <= GATHERED
+
+        groups: list[list[int]] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        ends: dict[int, int] = {}  # of each row, the token of the pass after its last
+        pieces: list[Piece] = []
+        for row in order:
+            new, state, start = todo[row], self._rows[row], lengths[row]
+            first = len(ids)
+            ids += new
+            positions += range(start, start + len(new))
+            ends[row] = len(ids)
+            lengths[row] = start + len(new)
+            state.written = max(state.written, lengths[row])
+            last = pieces[-1] if pieces else None
+            if last and last.size == state.size and last.new == len(new) <= SLACK and joins(groups[-1][-1], row):
+                groups[-1].append(row)
+                last.tokens = slice(last.tokens.start, len(ids))
+                last.ends.append(lengths[row])
+            else:
+                groups.append([row])
+                pieces.append(Piece(state.size, slice(0), slice(first, len(ids)), [lengths[row]], len(new)))
+        for piece, members in zip(pieces, groups, strict=True):
+            places = [self._rows[row].place for row in members]
+            if places[-1] - places[0] == len(places) - 1:
+                piece.places = slice(places[0], places[-1] + 1)
+            else:
+                piece.places = torch.tensor(places, device=self.device)
+        self._layout.pieces = pieces
+        table = torch.tensor([ids, positions], device=self.device)
+        kept = [
+            max(end - back, end - len(todo[row]))
+            for row, end in ((r, ends[r]) for r in todo)
+            for back in range(keep, 0, -1)
+        ]
+        index = torch.tensor(kept, device=self.device)
+        if self._places_from_cache:
+            self._layout.before = table[1] - torch.arange(len(ids), device=self.device)
         # The hook takes what the LM head reads. `output_hidden_states` would keep the states of all layers.
         caught: list[torch.Tensor] = []
         handle = (
-            self.model.base_model.register_forward_hook(lambda _, __, out: caught.append(out.last_hidden_state[:, -1]))
+            self.model.base_model.register_forward_hook(lambda _, __, out: caught.append(out.last_hidden_state))
             if hidden
             else None
         )
         try:
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                return_dict=True,
-                **self._keep,
-            )
+            with attention_set(self._configs, NAME):
+                output = self.model(
+                    input_ids=table[:1],
+                    position_ids=table[1:],
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    return_dict=True,
+                    **({"logits_to_keep": index} if self._keeps else {}),
+                )
         finally:
             if handle is not None:
                 handle.remove()
-        for row, count in zip(rows, counts, strict=True):
-            lengths[row] += count
         # Of a model that is spread over devices, the last one gives the logits.
-        return output.logits[:, -1].to(self.device), caught[0].to(self.device) if hidden else None
+        logits = output.logits[0].to(self.device)
+        if not self._keeps:
+            logits = logits[index]
+        if keep > 1:
+            logits = logits.unflatten(0, (len(todo), keep))
+        return logits, caught[0][0].to(self.device)[index[keep - 1 :: keep]] if hidden else None
 
-    def _masks(self, positions: torch.Tensor) -> Any:
-        """Which slots each new token sees, (R, 1, T, L); by kind of layer where the model has two kinds."""
-        slots = torch.arange(self._layout.length, device=self.device)
-        causal = slots <= positions[:, None, :, None]
-        masks = {}
-        for kind, window in self.windows.items():
-            seen = causal if window is None else causal & (slots > positions[:, None, :, None] - window)
-            if attention_of(self.model.config.get_text_config()) == "eager":  # adds the mask to its scores
-                lowest = torch.finfo(self.model.dtype).min
-                seen = torch.zeros_like(seen, dtype=self.model.dtype).masked_fill_(~seen, lowest)
-            masks[kind] = seen
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+    def _intact(self, row: int, length: int) -> bool:
+        """Whether sliding layers still have what follows from a row's first `length` tokens."""
+        written = self._rows[row].written
+        if self._window is None or not length:
+            return True
+        kept = Kind(self._window).slots(self._rows[row].size)
+        return written <= kept or length - self._window >= written - kept
 
-    def _reserve(self, rows: int, slots: int) -> None:
-        """Make room, if there is too little.
+    def _place(self, ends: dict[int, int]) -> None:
+        """Give rows a place in the class of their new lengths, moving what they hold."""
+        moving = {row: size for row, end in ends.items() if (size := slots_for(end)) > self._rows[row].size}
+        # Room for all that come, with an eighth to spare: a batch that grows by a row at a time must not copy
+        # everything at each step.
+        for size, more in Counter(moving.values()).items():
+            live = len(self._members.setdefault(size, [])) + more
+            if live > self._layout.capacity.get(size, 0):
+                self._fit(size, live + live // 8)
+        left: set[int] = set()
+        for row, size in moving.items():
+            state, members = self._rows[row], self._members[size]
+            old = Row(state.size, state.place)
+            state.size, state.place = size, len(members)
+            members.append(row)
+            if old.size:
+                length = self.lengths[row] if self._window is None else state.written
+                self._copy(old, [(size, state.place)], length, self.lengths[row])
+                self._clear(old)
+                self._vacate(old)
+                left.add(old.size)
+        for size in left:
+            self._shrink(size)
 
-        New buffers fit the rows that are live now in both directions: many short rows that come after a long one do
-        not get its length. With `drop`, what is held at any time is at most what the rows needed at the last copy.
-        """
-        held = self._layout.capacity
-        if rows > held[0] or slots > held[1]:
-            self._fit(self._needed(rows, slots))
+    def _vacate(self, row: Row) -> None:
+        """Free a place; the last row of the class moves into it."""
+        if not row.size:
+            return
+        members = self._members[row.size]
+        last = members.pop()
+        if row.place < len(members):
+            moved = self._rows[last]
+            self._copy(moved, [(row.size, row.place)], moved.written, moved.written)
+            self._clear(moved)
+            moved.place, members[row.place] = row.place, last
 
-    def _needed(self, rows: int = 0, slots: int = 0) -> tuple[int, int]:
-        """Rows and slots for all rows in flight, at least these, and a little room."""
-        # An eighth more rows and ROOM more slots than are needed: a batch that grows by a row or a token at a time must
-        # not copy everything it holds at each step.
-        live = max(rows, len(self.lengths))
-        return live + live // 8, max([slots, *self.lengths]) + ROOM
-
-    def _fit(self, capacity: tuple[int, int]) -> None:
-        self._layout.capacity = capacity
+    def _clear(self, row: Row) -> None:
+        """Zero a place. Whoever moves leaves zeros, since it is not known yet whether what it held are numbers."""
         for layer in self._layers:
-            if layer.is_initialized:
-                layer.fit()
+            for buffer in layer.buffers.get(row.size, ()):
+                buffer[row.place] = 0
 
-    def _copy(self, source: int, targets: int | list[int], length: int) -> None:
+    def _shrink(self, size: int) -> None:
+        """Give back places that a class has too many of."""
+        live, capacity = len(self._members.get(size, ())), self._layout.capacity.get(size, 0)
+        if capacity and (not live or capacity - live > live // SPARE + 1):
+            self._fit(size, live)
+
+    def _fit(self, size: int, places: int) -> None:
+        self._layout.capacity[size] = places
         for layer in self._layers:
-            layer.copy(source, targets, length)
+            layer.fit(size)
+
+    def _copy(self, source: Row, targets: list[tuple[int, int]], slots: int, length: int) -> None:
+        """Copy the first slots of a row: `slots` in sliding layers, `length` in the others."""
+        for layer in self._layers:
+            layer.copy((source.size, source.place), targets, length if layer.kind.window is None else slots)
 
 
-def check_model(model: PreTrainedModel) -> dict[str, int | None]:
-    """The kinds of attention layer of a model that `CachedModel` can run: sliding window in tokens, or None.
+def slots_for(length: int) -> int:
+    """Slots that a row of this many tokens takes: SMALLEST times 1, 1.5, 2, 3, 4, 6 …, so at most half too many."""
+    if not length:
+        return 0
+    size = SMALLEST << ((length - 1) // SMALLEST).bit_length()
+    return 3 * size // 4 if size > SMALLEST and length <= 3 * size // 4 else size
+
+
+def layer_kinds(model: PreTrainedModel | PeftModel) -> list[Kind]:
+    """What each attention layer of a model that `CachedModel` can run sees.
 
     Raises:
         ValueError: see `CachedModel`.
     """
-    config: PreTrainedConfig = model.config.get_text_config()
-    name = f"{type(model).__name__} (model_type {config.model_type!r})"
-    windows: dict[str, int | None] = {}
-    for layer in DynamicCache(config=model.config).layers:
-        if type(layer) is DynamicLayer:
-            windows["full_attention"] = None
-        elif type(layer) is DynamicSlidingWindowLayer:
-            windows["sliding_attention"] = layer.sliding_window
-        else:
-            windows.clear()
-            break
-    if not windows or "position_ids" not in inspect.signature(model.forward).parameters:
+    inner: Any = _unwrapped(model)
+    config: PreTrainedConfig = inner.config.get_text_config()
+    name = f"{type(inner).__name__} (model_type {config.model_type!r})"
+    layers = DynamicCache(config=inner.config).layers
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    kinds = [
+        Kind(layer.sliding_window, chunked) if isinstance(layer, DynamicSlidingWindowLayer) else Kind()
+        for layer in layers
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    ]
+    if len(kinds) < len(layers):
         raise ValueError(
             f"{name} keeps more than one key a position in its cache, which routed decoding on transformers cannot "
             "extend row by row: use a model with full or sliding-window attention."
+        )
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"{name} takes no position_ids, so routed decoding on transformers cannot tell it where the tokens of "
+            "several rows stand: use a model with rotary or learned positions."
+        )
+    if not takes_attention(inner):
+        raise ValueError(
+            f"{name} computes its attention in its own code, which routed decoding on transformers cannot give rows of "
+            "unequal length: use a model that takes transformers' AttentionInterface."
         )
     if attention_of(config) not in ("sdpa", "eager"):
         raise ValueError(
             f"{name} was loaded with attn_implementation={attention_of(config)!r}, which takes no mask for rows "
             "of unequal length: load it with attn_implementation='sdpa'."
         )
-    return windows
+    return kinds
 
 
-def forward_parts(counts: Sequence[int]) -> list[list[int]]:
-    """Rows with these numbers of new tokens, cut into forward passes; gives indices into `counts`.
+@torch.inference_mode()
+def check_model(model: PreTrainedModel | PeftModel) -> None:
+    """Refuse a model that `CachedModel` cannot run: by its configuration, and by what it computes.
 
-    A pass reads all weights, so few are better, but each of its rows is padded to the longest: short rows share one
-    pass, and a long prompt does not drag rows that need one token along.
+    Two short rows are read side by side and compared with the model's own forward passes, because a family may take
+    positions, masks or earlier tokens from elsewhere than from what it is given.
+
+    Raises:
+        ValueError: see `CachedModel`; or logits that are not those of the model itself.
     """
-    # Longest first, so that the first row of a part is its width and every later one is padded to it.
-    parts: list[list[int]] = []
-    width = real = 0
-    for i in sorted(range(len(counts)), key=lambda i: -counts[i]):
-        padded = width * (len(parts[-1]) + 1) if parts else 0
-        fits = padded <= FORWARD_TOKENS and padded <= max(PADDING, PADDED_SHARE * (real + counts[i]))
-        if not parts or not fits:
-            parts.append([])
-            width = counts[i]
-            real = 0
-        parts[-1].append(i)
-        real += counts[i]
-    return parts
+    cached = CachedModel(model)
+    vocabulary = cached.model.config.get_text_config().vocab_size
+    texts = [[(7 * i + start) % vocabulary for i in range(count)] for start, count in ((3, 9), (5, 6))]
+    for text in texts:
+        cached.add()
+        cached.extend([len(cached.lengths) - 1], [text[:4]])
+    logits, _ = cached.extend([0, 1], [text[4:] for text in texts], keep=2)
+    got = logits.double()
+    own = torch.stack([model(input_ids=torch.tensor([text], device=cached.device)).logits[0, -2:] for text in texts])
+    want = own.to(got)
+    off = float((got - want).norm() / want.norm())
+    # What is not a number is a row's own error when it comes: the weights may be at fault.
+    if off > PROBE:
+        raise ValueError(
+            f"{type(cached.model).__name__} gives other logits for a row beside another than alone ({off:.2f} of their "
+            "size apart), so routed decoding on transformers cannot batch it: use another family of models."
+        )
+
+
+def _unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model that an adapter sits in.
+
+    Raises:
+        ValueError: an adapter that is a prompt of its own and not in the layers.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The adapter {model.active_adapter!r} is a learned prompt ({model.peft_type}), which routed decoding does "
+            "not put before its rows: use a LoRA adapter, or merge it."
+        )
+    return cast(PreTrainedModel, model.get_base_model())
+
+
+def _longrope_switch(config: PreTrainedConfig) -> int | None:
+    """Length from which longrope takes the frequencies for longer texts; None for other models."""
+    given = getattr(config, "rope_parameters", None) or {}
+    for each in (given, *given.values()):
+        if isinstance(each, dict) and each.get("rope_type") == "longrope":
+            return int(each["original_max_position_embeddings"])
+    return None

@@ -28,7 +28,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
-from tokalign.internals.transformers import file_or_none, init
+from tokalign.internals.transformers import base_of, file_or_none, init
 from tokalign.routing.labels.features import INPUTS, row_features
 from tokalign.stage.hashes import weights_hash
 
@@ -265,10 +265,15 @@ class TokenRouter(PreTrainedModel):
         return RouterOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
-    def scores(self, hidden: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    def scores(
+        self, hidden: torch.Tensor | None, logits: torch.Tensor, *, predicted: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores (N,) float32 in [0, 1] of N next tokens, from the SLM's `hidden` (N, d) and `logits` (N, V).
 
         Call it on a router in `eval()` mode, with the embedding attached if it reads the predicted token.
+
+        Args:
+            predicted: (N,) ids to score instead of the likeliest, for a router that reads the token.
         """
         features = row_features(
             hidden,
@@ -278,7 +283,8 @@ class TokenRouter(PreTrainedModel):
             needs=self.config.inputs,
         )
         if "predicted" in features:
-            features["token_embedding"] = self.token_embedding(features.pop("predicted"))
+            likeliest = features.pop("predicted")
+            features["token_embedding"] = self.token_embedding(likeliest if predicted is None else predicted)
         return cast(torch.Tensor, self(**features).logits).float().sigmoid()
 
     # ------------------------------------------------------------------------------------------- the SLM's embedding
@@ -345,12 +351,13 @@ class TokenRouter(PreTrainedModel):
         return f", {name}" if name else ""
 
     def check_slm(self, slm: str | Path) -> None:
-        """Refuse an SLM, by hub id or folder, that is not the one whose features the router was trained on.
+        """Refuse an SLM (or an adapter on one), by hub id or folder, that is not the one whose features the router was
+        trained on.
 
         Raises:
             ValueError: other hidden size, or other weights (`tokalign.stage.hashes.weights_hash`).
         """
-        hidden = AutoConfig.from_pretrained(str(slm)).get_text_config().hidden_size
+        hidden = AutoConfig.from_pretrained(base_of(str(slm))).get_text_config().hidden_size
         if hidden != self.config.hidden_size:
             raise ValueError(
                 f"{slm} has hidden size {hidden}, but the router was trained for {self.config.hidden_size}; use the "
@@ -374,6 +381,7 @@ def embedding_shape(slm: str | Path) -> tuple[int, int]:
 
 def _embedding_tensor(slm: str) -> tuple[str, str]:
     """File and name of the input embedding among a model's safetensors files; a hub model's other files stay away."""
+    slm = base_of(slm)  # an adapter has no embedding of its own
     config = AutoConfig.from_pretrained(slm)
     text = config.get_text_config()
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING

@@ -78,6 +78,9 @@ class ServerLimits:
     max_running: int = field(default=64, metadata={"help": "Completions written at once."})
     max_queue: int = field(default=256, metadata={"help": "Completions that may wait; more are refused with 429."})
     request_timeout: float = field(default=600.0, metadata={"help": "Seconds that a request may take, queue included."})
+    header_timeout: float = field(
+        default=10.0, metadata={"help": "Seconds in which a connection must have sent a request's headers."}
+    )
     drain_timeout: float = field(default=30.0, metadata={"help": "Seconds for running requests after SIGTERM."})
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class ServerLimits:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: allow at least 1.")
-        for name in ("max_queue", "request_timeout", "drain_timeout"):
+        for name in ("max_queue", "request_timeout", "header_timeout", "drain_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more.")
         if self.max_choices > self.max_running + self.max_queue:

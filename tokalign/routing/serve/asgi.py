@@ -117,7 +117,8 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         if self._key is not None and scope["path"] != "/health":
             sent = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(sent, b"Bearer " + self._key.encode()):
+            scheme, _, key = sent.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._key.encode()):
                 return ApiError(
                     401, "The API key is missing or wrong: send it as a bearer token.", code="invalid_api_key"
                 )

@@ -14,7 +14,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from tokalign.generation.protocol import Ids, SamplingParams
-from tokalign.routing.decode.backend import LLMUnavailable, RoutedBackend, RoutedToken
+from tokalign.routing.decode.backend import LLMUnavailable, RoutedBackend, RoutedToken, RowFailed
 from tokalign.routing.serve.api import ApiError
 from tokalign.routing.serve.detokenize import Detokenizer
 
@@ -126,8 +126,8 @@ async def deltas(
     log alone.
 
     Raises:
-        ApiError: 400 where the backend refused the request, 502 where a model's server failed or refused it, 503 where
-            the LLM is out of reach.
+        ApiError: 400 where the backend refused the request, 500 with its reason where one completion failed alone, 502
+            where a model's server failed or refused it, 503 where the LLM is out of reach.
         Exception: anything else that went wrong in the backend.
     """
     news: asyncio.Queue[Delta | Exception] = asyncio.Queue(_AHEAD)
@@ -158,7 +158,10 @@ async def deltas(
             message = "The large model cannot be reached: try again later."
             await news.put(ApiError(503, message, code="llm_unavailable", retry_after=OUTAGE_RETRY))
         except Exception as error:
-            if isinstance(error, ValueError) and not waited.is_set():
+            if isinstance(error, RowFailed):
+                logger.error("A completion failed: %s", error)
+                await news.put(ApiError(500, str(error), code="completion_failed"))
+            elif isinstance(error, ValueError) and not waited.is_set():
                 await news.put(ApiError(400, str(error)))
             elif isinstance(error, ConnectionError) or (isinstance(error, ValueError) and error.__cause__ is not None):
                 logger.error("A model's server failed or refused a request: %s", error)

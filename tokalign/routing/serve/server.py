@@ -26,9 +26,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope, Send
 
+from tokalign.internals.uvicorn import punctual_protocol
 from tokalign.routing.decode.backend import RoutedBackend, RoutedToken
 from tokalign.routing.serve.answers import Answer
-from tokalign.routing.serve.api import ApiError, ChatRequest, CompletionRequest, Request, parse, sampling_params
+from tokalign.routing.serve.api import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Request,
+    ignored_header,
+    parse,
+    sampling_params,
+)
 from tokalign.routing.serve.arguments import ServerLimits
 from tokalign.routing.serve.asgi import STOPPING, Gate, Reply, Watched
 from tokalign.routing.serve.budget import BudgetController
@@ -40,7 +49,12 @@ logger = logging.getLogger(__name__)
 
 _HEALTH_SECONDS = 5.0  # longest wait for the LLM's own answer
 _FAREWELL_SECONDS = 2.0  # longest that a client may take to read why its request failed
+_MOST_TOLD = 1000  # names of ignored fields that the log tells, each once: a client can make up more
 _FAILED = ApiError(500, "The server failed at this request; its log says why.")
+
+
+class BackendDied(RuntimeError):
+    """The backend cannot serve any more, and neither can the server."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ class _Server:
         self._encoder = ThreadPoolExecutor(1, "encode")
         backend.tokenizer("")  # sets padding and truncation once, which is no longer safe when streams decode
         self._moved = asyncio.Event()
+        self._told: set[str] = set()
 
     @property
     def running(self) -> int:
@@ -117,6 +132,8 @@ class _Server:
                 logger.exception("The threshold could not be moved to %g.", self.budget.threshold)
 
     async def health(self) -> tuple[int, dict[str, Any]]:
+        if self.backend.dead is not None:
+            return 503, {"status": "dead", "running": self.running, "queued": self.waiting}
         if self.draining:
             return 503, {"status": "draining", "running": self.running, "queued": self.waiting}
         try:
@@ -141,14 +158,23 @@ class _Server:
                 limit = self.settings.max_body_bytes
                 raise ApiError(413, f"The body is longer than {limit} bytes: send a shorter prompt.")
         asked = parse(bytes(body), kind)
-        if asked.model not in (None, self.settings.model):
+        new = asked.ignored - self._told
+        if new and len(self._told) < _MOST_TOLD:
+            self._told |= new
+            logger.warning("Fields of requests that are ignored, told once each: %s.", ignored_header(new))
+        if asked.model is not None:
+            self.check_model(asked.model)
+        return asked
+
+    def check_model(self, name: str) -> None:
+        """Refuse, with 404, any name but the pair's."""
+        if name != self.settings.model:
             raise ApiError(
                 404,
-                f"There is no model {asked.model[:80]!r} here: use {self.settings.model!r}.",
+                f"There is no model {name[:80]!r} here: use {self.settings.model!r}.",
                 param="model",
                 code="model_not_found",
             )
-        return asked
 
     async def encode(self, asked: Request) -> list[list[int]]:
         """Its prompts' ids, within the limits."""
@@ -226,7 +252,7 @@ class _Server:
         whole = {id(draw): Delta(draw) for draw in draws}
         async for delta in news:
             whole[id(delta.draw)].add(delta)
-        headers = {"x-routing-llm-rate": f"{answer.llm_rate:.4f}", **_degraded(answer)}
+        headers = {"x-routing-llm-rate": f"{answer.llm_rate:.4f}", **_notes(asked, answer)}
         await reply.json(200, answer.whole(list(whole.values())), headers)
 
     async def _send_stream(
@@ -235,7 +261,7 @@ class _Server:
         async for delta in news:
             if not reply.started:
                 kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-                await reply.start(200, {**kind, **_degraded(answer)})
+                await reply.start(200, {**kind, **_notes(asked, answer)})
             for chunk in answer.chunks(delta):
                 await reply.event(chunk)
         if asked.stream_options.include_usage:
@@ -258,8 +284,10 @@ class _Server:
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
 
-def _degraded(answer: Answer) -> dict[str, str]:
-    return {"x-routing-degraded": "slm-only"} if answer.degraded else {}
+def _notes(asked: Request, answer: Answer) -> dict[str, str]:
+    """Headers about what was not done as asked."""
+    notes = {"x-routing-degraded": "slm-only"} if answer.degraded else {}
+    return notes | {"x-routing-ignored": ignored_header(names)} if (names := asked.ignored) else notes
 
 
 def _refusal_of(error: Exception) -> ApiError:
@@ -335,12 +363,19 @@ def create_app(backend: RoutedBackend, settings: ServerSettings, budget: BudgetC
     async def chat(request: fastapi.Request) -> fastapi.Response:
         return await post(request, ChatRequest)
 
+    card = {"id": settings.model, "object": "model", "created": server.created, "owned_by": "tokalign"}
+    card["max_model_len"] = backend.max_length
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": settings.model, "object": "model", "created": server.created, "owned_by": "tokalign"}
-        return {"object": "list", "data": [{**model, "max_model_len": backend.max_length}]}
+        return {"object": "list", "data": [card]}
 
-    @app.get("/health")
+    @app.get("/v1/models/{name:path}")  # names of models have slashes
+    async def model(name: str) -> dict[str, Any]:
+        server.check_model(name)
+        return card
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         status, body = await server.health()
         return JSONResponse(body, status)
@@ -356,7 +391,8 @@ class GracefulServer(uvicorn.Server):
     """uvicorn that drains at the first SIGTERM or Ctrl-C: new requests get 503 while the running ones finish.
 
     uvicorn alone closes its port at once, and a load balancer learns of it by refused connections. A second signal
-    does not wait for running requests.
+    does not wait for running requests. When the backend dies the server ends too: a process that is gone is started
+    again, one that answers nothing is not.
 
     Args:
         app: from `create_app`.
@@ -364,14 +400,29 @@ class GracefulServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 8000):
         # The access log would double every request; /metrics counts them.
-        super().__init__(uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=5, lifespan="on"))
-        self._shared: _Server = app.state.server
+        self.shared: _Server = app.state.server
+        protocol = punctual_protocol(self.shared.settings.header_timeout)
+        super().__init__(
+            uvicorn.Config(app, host, port, http=protocol, access_log=False, timeout_graceful_shutdown=5, lifespan="on")
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._died: BaseException | None = None
 
     async def serve(self, sockets: list[Any] | None = None) -> None:
+        """Serve until a signal has drained it.
+
+        Raises:
+            BackendDied: it ended because the backend did.
+        """
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+        if (error := self._died) is not None:
+            raise BackendDied(f"The backend has died ({type(error).__name__}: {error}): start the server again.")
+
+    async def on_tick(self, counter: int) -> bool:
+        self._died = self.shared.backend.dead  # asked while it is there: closing frees it
+        return await super().on_tick(counter) or self._died is not None
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         assert self._loop is not None
@@ -385,6 +436,6 @@ class GracefulServer(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        logger.info("Draining: %d completions run, %d wait.", self._shared.running, self._shared.waiting)
-        await self._shared.drain()
+        logger.info("Draining: %d completions run, %d wait.", self.shared.running, self.shared.waiting)
+        await self.shared.drain()
         self.should_exit = True

@@ -13,7 +13,9 @@ from tokalign.routing.decode.backend import RoutedBackend
 from tokalign.routing.decode.policies import prompts_of_labels
 from tokalign.routing.serve.arguments import PairEngineArguments, ServerArguments, ServerLimits
 from tokalign.routing.serve.budget import BudgetController
-from tokalign.routing.serve.server import GracefulServer, ServerSettings, create_app, exposure_warning
+from tokalign.routing.serve.server import BackendDied, GracefulServer, ServerSettings, create_app, exposure_warning
+
+__all__ = ["BackendDied", "load_backend", "serve", "server_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ async def serve(
 
     Raises:
         ValueError, ConnectionError, ImportError: one sentence, for what cannot be served.
+        BackendDied: so that the process ends with an error, and whoever watches it starts it again.
     """
     settings = server_settings(pair, engine, server, limits)
     if server.target_rate is not None:  # a bad rate should not cost the loading of two models
@@ -76,6 +79,14 @@ def load_backend(pair: PairArguments, engine: PairEngineArguments, limits: Serve
 
         generator = RoutedGenerator.from_pretrained(**vars(pair), max_rows=limits.max_running)
         return TransformersBackend(generator)
+    if pair.verify:
+        raise ValueError(
+            "--verify needs --engine transformers: vLLM's own speculative decoding drafts by a small model."
+        )
+    if pair.score != "argmax":
+        raise ValueError(
+            "--score drawn needs --engine transformers: vLLM draws a token after the router has scored it."
+        )
     from tokalign.routing.decode.vllm.backend import VLLMBackend
 
     options = {name: getattr(engine, name) for name in ("gpu_memory_utilization", "max_model_len")}

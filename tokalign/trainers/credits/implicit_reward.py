@@ -5,8 +5,9 @@
 
 π_φ was trained by DPO (or as PRIME's implicit process reward model) from π_ref. r_s is the dense reward of both papers;
 A_t is PRIME's: each token's reward less what the other completions of the group have per token on average, r̄_j, summed
-to the end. It is added to the advantage of the outcome, as there. β = 0.05 and γ = 1 by default. These two and the
-form of the mean were written from memory of PRIME and not compared with its text.
+to the end (its equation 5). It is added to the advantage of the outcome, as there. β is 0.05, as in the paper, and γ 1.
+PRIME's released code subtracts something else: a group of n has each token's reward times n/(n−1), less the sum of all
+n means over n−1. So a token is also moved by its distance from its own completion's mean. `form="released"` does that.
 
 It costs two forwards of the frozen base. Left out: PRIME trains π_φ on, on the policy's own completions; here it stays
 as it was given. RTO's PPO, which learns a critic from r_t, is not this either.
@@ -14,7 +15,7 @@ as it was given. RTO's PPO, which learns a critic from r_t, is not this either.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,15 +32,26 @@ class ImplicitRewardCredit:
             configuration's `credit_negative`.
         beta: β.
         gamma: γ, in [0, 1].
+        form: of the baseline, "paper" or "released" (see above).
 
     Raises:
-        ValueError: no model is named, or one without a reference.
+        ValueError: no model is named, one without a reference, or another form.
     """
 
     __name__ = "implicit_reward"
     mode = "advantage"
 
-    def __init__(self, model: str | None = None, reference: str | None = None, beta: float = 0.05, gamma: float = 1.0):
+    def __init__(
+        self,
+        model: str | None = None,
+        reference: str | None = None,
+        beta: float = 0.05,
+        gamma: float = 1.0,
+        form: Literal["paper", "released"] = "paper",
+    ):
+        if form not in ("paper", "released"):
+            raise ValueError(f"form is {form!r}: use 'paper' or 'released'.")
+        self.form = form
         self.model, self.reference, self.beta, self.gamma = model, reference, beta, gamma
         self.reads = ["credit_model"] if model is None else []
 
@@ -73,6 +85,9 @@ class ImplicitRewardCredit:
         gathered = trainer.accelerator.gather(torch.where(has, means, torch.nan))
         first = trainer.accelerator.process_index * len(means)
         baseline = mean_of_others(gathered, group_size(trainer))[first : first + len(means)]
+        if self.form == "released":
+            others = others_of(gathered, group_size(trainer))[first : first + len(means)]
+            rewards = rewards + (rewards - means[:, None]) / others.clamp(min=1)[:, None]
         return returns((rewards - baseline[:, None]) * mask, self.gamma)
 
     def _base(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
@@ -89,11 +104,14 @@ def mean_of_others(values: torch.Tensor, group: int) -> torch.Tensor:
 
     0 where there is no other.
     """
-    grouped = values.view(-1, group)
-    here = (~grouped.isnan()).float()
-    known = grouped.nan_to_num(0.0)
-    count = here.sum(dim=1, keepdim=True) - here
-    return ((known.sum(dim=1, keepdim=True) - known) / count.clamp(min=1)).view(-1)
+    known = values.view(-1, group).nan_to_num(0.0)
+    return (known.sum(dim=1, keepdim=True) - known).view(-1) / others_of(values, group).clamp(min=1)
+
+
+def others_of(values: torch.Tensor, group: int) -> torch.Tensor:
+    """How many other members the group of each of (N,) values has; NaN is no member."""
+    here = (~values.view(-1, group).isnan()).float()
+    return (here.sum(dim=1, keepdim=True) - here).view(-1)
 
 
 def returns(rewards: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -23,6 +23,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
+from tokalign.generation.completions import EncodedIds
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.backend import check_threshold
 from tokalign.routing.decode.orchestrator import Orchestrator, Piece
@@ -96,7 +97,7 @@ class VLLMBackend(Orchestrator):
         threshold = check_threshold(own.threshold if threshold is None else threshold)
         pair = describe_pair(slm, llm, route_token_id, trust_remote_code=trust_remote_code)
         shared, vocab_size = pair.shared_vocab, pair.config.vocab_size
-        key = os.environ.get(api_key_env) or "none"  # the client insists on some key
+        key = os.environ.get(api_key_env) or "none"
         large = ServedLLM(
             llm_urls, llm_name, api_key=key, timeout=llm_timeout, max_retries=max_retries, logprobs=logprobs,
             banned=range(shared, pair.llm_vocab or shared),
@@ -172,6 +173,11 @@ class EngineSLM:
         self.vocab_size: int = self.engine.model_config.get_vocab_size()
         self.max_length: int = self.engine.model_config.max_model_len
 
+    @property
+    def dead(self) -> BaseException | None:
+        """See `SmallModel`; vLLM's engine does not come back."""
+        return self.engine.dead_error if self.engine.errored else None
+
     def open(self, params: SamplingParams) -> EngineTurns:
         """See `SmallModel`."""
         return EngineTurns(self, params)
@@ -195,13 +201,13 @@ class EngineTurns:
         self._inputs: asyncio.Queue[Any] = asyncio.Queue()
         self._held = 0  # tokens that the session has kept
 
-    async def write(self, prefix: list[int], most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
+    async def write(self, prefix: EncodedIds, most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
         """See `Turns`."""
         from vllm import TokensPrompt
 
         sampling = self._sampling(most, seed)
         if not self.slm.sessions:
-            prompt = TokensPrompt(prompt_token_ids=prefix)
+            prompt = TokensPrompt(prompt_token_ids=list(prefix))  # the engine keeps it
             outputs = self.slm.engine.generate(prompt, sampling, uuid.uuid4().hex)
             async with aclosing(outputs):
                 first = True
@@ -259,6 +265,7 @@ class EngineTurns:
         return VLLMParams(
             temperature=self.params.temperature,
             top_p=self.params.top_p,
+            **self.params.vllm_options,
             max_tokens=most,
             seed=seed,
             stop_token_ids=[self.slm.route_token_id, *self.params.stop_token_ids],

@@ -30,30 +30,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from packaging.version import Version
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from tokalign.routing.decode.vllm.architectures import ARCHITECTURES, check_architecture
+
 if TYPE_CHECKING:
     from tokalign.routing.decode.arguments import SLMServerArguments
 
 OLDEST_VLLM, NEXT_VLLM = "0.30.0", "0.33"  # from, and below
 EXTENSION = "tokalign.routing.decode.vllm.plugin.RouterWorkerExtension"  # spelt out: by `python -m`, this is __main__
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-)
 
 
 def register() -> None:
-    """Entry point: make the `Routed…` architectures known to vLLM, by name alone; nothing else is imported.
+    """Entry point: make the `Routed…` and `Probed…` architectures known to vLLM, by name alone; nothing is imported.
 
     Every vLLM process of an installation runs this, routed or not, so the version is not checked here.
     """
     from vllm import ModelRegistry
 
     for name in ARCHITECTURES:
-        ModelRegistry.register_model(f"Routed{name}", f"tokalign.routing.decode.vllm.models:Routed{name}")
+        for kind in ("Routed", "Probed"):
+            ModelRegistry.register_model(f"{kind}{name}", f"tokalign.routing.decode.vllm.models:{kind}{name}")
 
 
 def check_vllm_version(version: str | None = None) -> None:
@@ -178,19 +173,13 @@ def routed_overrides(
     Raises:
         ValueError: an architecture without a routed class.
     """
-    architecture = (config.architectures or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"The SLM's architecture is {architecture} but routed decoding on vLLM knows {', '.join(ARCHITECTURES)}: "
-            "use the transformers engine."
-        )
     settings = {
         "path": router,
         "route_token_id": route_token_id,
         "threshold": threshold,
         "shared_vocab": shared_vocab or config.vocab_size,
     }
-    return {"architectures": [f"Routed{architecture}"], "token_router": settings}
+    return {"architectures": [f"Routed{check_architecture(config)}"], "token_router": settings}
 
 
 def routed_engine_options(overrides: dict[str, Any]) -> dict[str, Any]:

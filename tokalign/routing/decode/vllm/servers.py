@@ -7,31 +7,32 @@ a server that answers with text alone is refused, since text is never encoded ag
 from __future__ import annotations
 
 import asyncio
-import itertools
+import json
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-import openai
-
-from tokalign.generation.openai_engine import (
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
-    NEUTRAL_SAMPLING,
+from tokalign.generation.completions import (
+    AsyncServer,
     BrokenAnswer,
+    EncodedIds,
+    Server,
+    ServerFailure,
+    Unreachable,
+    choices_of,
+    completion_body,
     read_choice,
 )
-from tokalign.generation.protocol import SamplingParams
-from tokalign.internals.openai import reading_stream
+from tokalign.generation.openai_engine import FIRST_PAUSE, LONGEST_PAUSE
+from tokalign.generation.protocol import Ids, SamplingParams
 from tokalign.routing.decode.backend import LLMUnavailable
 from tokalign.routing.decode.orchestrator import Piece
 
 SPAN_AT_ONCE = 16  # tokens of the LLM that come in one answer; more are streamed
 CONNECT_SECONDS = 5.0  # for a connection to the LLM
 PROBE_SECONDS = 3.0  # for its answer to a look whether it is there
-# The client lets json's own errors through, and stumbles over an answer that is no object
-_CLIENT_FAILS = (openai.OpenAIError, ValueError, RecursionError, AttributeError)
+STARTING_SECONDS = 30.0  # for an answer while a pair is put together
 
 
 def cut_piece(
@@ -45,10 +46,6 @@ def cut_piece(
     return Piece(ids, logprobs, read, end)
 
 
-class _TextWithoutIds(ValueError):
-    """The server speaks the protocol, but in text."""
-
-
 class ServedSLM:
     """`SmallModel` behind a vLLM server that was started with the plug-in and the same route token.
 
@@ -59,34 +56,33 @@ class ServedSLM:
         ValueError: it takes no threshold or routes by another token, or not at all.
     """
 
+    dead = None  # a server may come back
+
     def __init__(
         self, url: str, route_token_id: int, vocab_size: int, threshold: float, *, api_key: str, timeout: float,
         logprobs: bool = True,
     ):  # fmt: skip
         self.url, self.route_token_id, self.vocab_size, self.logprobs = url, route_token_id, vocab_size, logprobs
         self.model, self.max_length = _served_model([url], None, api_key, "SLM")
-        with openai.OpenAI(base_url=url, api_key=api_key, timeout=30.0, max_retries=0) as client:
-            self._agree(client, threshold)
-        self._client = openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=0)
-
-    def _agree(self, client: openai.OpenAI, threshold: float) -> None:
-        root = client.with_options(base_url=_root(self.url))
+        server = Server(url, key=api_key, timeout=STARTING_SECONDS)
         try:
-            root.post("/collective_rpc", cast_to=object, body=_threshold_call(0.0))
+            self._agree(server, threshold)
+        finally:
+            server.close()
+        self._server = AsyncServer(url, key=api_key, timeout=timeout)
+
+    def _agree(self, server: Server, threshold: float) -> None:
+        fields = {"model": self.model, "max_tokens": 1, "temperature": 0.0, "return_token_ids": True}
+        try:
+            server.post("/collective_rpc", _threshold_call(0.0))
             try:
-                answer: Any = client.completions.create(
-                    model=self.model,
-                    prompt=[0],
-                    max_tokens=1,
-                    temperature=0.0,
-                    extra_body={"return_token_ids": True, "stop_token_ids": [self.route_token_id]},
-                )
+                answer = server.complete(completion_body([0], fields | {"stop_token_ids": [self.route_token_id]}))
             finally:
-                root.post("/collective_rpc", cast_to=object, body=_threshold_call(threshold))
-        except _CLIENT_FAILS as error:
+                server.post("/collective_rpc", _threshold_call(threshold))
+        except ServerFailure as error:
             raise self._failure(error) from error
-        choices = getattr(answer, "choices", None)
-        ids = getattr(choices[0], "token_ids", None) if isinstance(choices, list) and choices else None
+        choices = choices_of(answer)
+        ids = choices[0].get("token_ids") if choices else None
         if ids != [self.route_token_id]:
             raise ValueError(
                 f"The SLM's server {self.url} wrote {str(ids)[:80]} where all is routed, not the route token "
@@ -100,23 +96,22 @@ class ServedSLM:
 
     async def set_threshold(self, value: float) -> None:
         """See `SmallModel`; over the server's development interface, which is the one that stock vLLM has."""
-        root = self._client.with_options(base_url=_root(self.url))
         try:
-            await root.post("/collective_rpc", cast_to=object, body=_threshold_call(value))
-        except openai.OpenAIError as error:
+            await self._server.post("/collective_rpc", _threshold_call(value))
+        except ServerFailure as error:
             raise self._failure(error) from error
 
-    def _failure(self, error: Exception) -> Exception:
-        if isinstance(error, openai.NotFoundError):
+    def _failure(self, error: ServerFailure) -> Exception:
+        if error.status == 404:
             return ValueError(
                 f"The SLM's server {self.url} takes no new threshold: start it with VLLM_SERVER_DEV_MODE=1 in its "
                 "environment, or run the SLM in this process."
             )
-        return ConnectionError(f"The SLM's server {self.url} failed ({_one_line(error)}): check that it runs.")
+        return ConnectionError(f"The SLM's server {self.url} failed ({error}): check that it runs.")
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self._server.close()
 
 
 class ServedTurns:
@@ -126,14 +121,14 @@ class ServedTurns:
         self.slm, self.params = slm, params
         self._read = 0
 
-    async def write(self, prefix: list[int], most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
+    async def write(self, prefix: EncodedIds, most: int, seed: int | None) -> AsyncGenerator[Piece, None]:
         """See `Turns`."""
         slm = self.slm
         unseen = len(prefix) - self._read
         try:
             async with aclosing(
                 _stream_completion(
-                    slm._client,
+                    slm._server,
                     slm.model,
                     prefix,
                     self.params,
@@ -149,10 +144,8 @@ class ServedTurns:
                 async for piece in pieces:
                     self._read += len(piece.ids)
                     yield piece
-        except (openai.OpenAIError, BrokenAnswer) as error:
-            raise ConnectionError(
-                f"The SLM's server {slm.url} failed ({_one_line(error)}): check that it runs."
-            ) from error
+        except ServerFailure as error:
+            raise ConnectionError(f"The SLM's server {slm.url} failed ({error}): check that it runs.") from error
 
     async def close(self) -> None:
         """See `Turns`; a server keeps nothing."""
@@ -178,24 +171,23 @@ class ServedLLM:
     ):  # fmt: skip
         self.urls, self.max_retries, self.logprobs = list(urls), max_retries, logprobs
         self.model, self.max_length = _served_model(self.urls, name, api_key, "LLM")
-        patience = openai.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
-        self._clients = [
-            openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=patience, max_retries=0) for url in self.urls
-        ]
+        self._servers = [AsyncServer(url, key=api_key, timeout=timeout, connect=CONNECT_SECONDS) for url in self.urls]
         self._silent: set[int] = set()  # servers that have hung since they were last well
         self._bias = {str(token): -100 for token in banned}
 
     async def write(
-        self, prefix: list[int], params: SamplingParams, most: int, seed: int | None, *, place: int, unseen: int
+        self, prefix: EncodedIds, params: SamplingParams, most: int, seed: int | None, *, place: int, unseen: int
     ) -> AsyncGenerator[Piece, None]:
         """See `LargeModel`. A stream that breaks is taken up again behind what has come of it."""
-        prefix = list(prefix)
+        start = len(prefix)  # the caller's list grows by what is given out
+        written: list[int] = []
         problem = ""
         silent: set[int] = set()
-        for attempt in itertools.count():
-            rounds, turn = divmod(attempt, len(self.urls))
-            if rounds > self.max_retries or len(silent) == len(self.urls):
+        answered: int | None = None  # the server that failed at it last, if that one answers at all
+        for attempt in range(len(self.urls) * (self.max_retries + 1)):
+            if len(silent) == len(self.urls):
                 break
+            rounds, turn = divmod(attempt, len(self.urls))
             if rounds and turn == 0:
                 await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (rounds - 1)) * random.uniform(0.5, 1.5))
             at = (place + attempt) % len(self.urls)
@@ -204,38 +196,42 @@ class ServedLLM:
             try:
                 async with aclosing(
                     _stream_completion(
-                        self._clients[at],
+                        self._servers[at],
                         self.model,
-                        prefix,
+                        EncodedIds([*prefix[:start], *written]) if written else prefix,
                         params,
-                        most,
+                        most - len(written),
                         seed,
                         self.logprobs,
-                        unseen,
+                        1 if written else unseen,
                         stop_token_ids=list(params.stop_token_ids),
                         whole=most <= SPAN_AT_ONCE,
                         bias=self._bias,
                     )
                 ) as pieces:
                     async for piece in pieces:
+                        written += piece.ids
                         yield piece
-                        prefix += piece.ids
-                        most -= len(piece.ids)
-                        unseen = 1
                         if piece.end:
                             return
                 raise BrokenAnswer("the stream ended early")
-            except (openai.APIError, BrokenAnswer) as error:
-                status = getattr(error, "status_code", 500)
-                if status not in (408, 409, 429) and status < 500:
+            except ServerFailure as error:
+                if not error.passing:
                     raise ValueError(
-                        f"The LLM's server {self.urls[at]} refused a request: {_one_line(error)} Check its model's "
+                        f"The LLM's server {self.urls[at]} refused a request: {error} Check its model's "
                         f"name ({self.model}) and its longest context."
                     ) from error
-                if isinstance(error, openai.APITimeoutError):
+                if error.silent:
                     silent.add(at)
                     self._silent.add(at)
-                problem = f"{self.urls[at]}: {_one_line(error)}"
+                busy = error.status in (408, 409, 429, 503)
+                answered = None if busy or isinstance(error, Unreachable) else at
+                problem = f"{self.urls[at]}: {error}"
+        # A text that a model cannot read (its numbers overflow, say) is no outage: nobody else is to go without the LLM
+        if answered is not None and await self._writes(answered):
+            raise ConnectionError(
+                f"The LLM's servers fail at this request and answer others ({problem}): look for what is in its text."
+            )
         raise LLMUnavailable(f"The LLM cannot be reached ({problem}): check that its servers run.")
 
     async def healthy(self) -> bool:
@@ -251,26 +247,33 @@ class ServedLLM:
                 task.cancel()
 
     async def _well(self, at: int) -> bool:
-        client = self._clients[at].with_options(timeout=PROBE_SECONDS)
         try:
-            await client.with_options(base_url=_root(self.urls[at])).get("/health", cast_to=object)
-            if at in self._silent:
-                await client.completions.create(model=self.model, prompt=[0], max_tokens=1)
-        except (openai.OpenAIError, ValueError):  # the latter for what is not JSON
+            await self._servers[at].get("/health", PROBE_SECONDS)
+        except ServerFailure:
+            return False
+        if at in self._silent and not await self._writes(at):
             return False
         self._silent.discard(at)
         return True
 
+    async def _writes(self, at: int) -> bool:
+        """Whether a server writes a token now."""
+        body = completion_body([0], {"model": self.model, "max_tokens": 1})
+        try:
+            return bool(choices_of(await self._servers[at].complete(body, PROBE_SECONDS)))
+        except ServerFailure:
+            return False
+
     async def close(self) -> None:
         """Close the connections."""
-        for client in self._clients:
-            await client.close()
+        for server in self._servers:
+            await server.close()
 
 
 async def _stream_completion(
-    client: openai.AsyncOpenAI,
+    server: AsyncServer,
     model: str,
-    prefix: list[int],
+    prefix: Ids,
     params: SamplingParams,
     most: int,
     seed: int | None,
@@ -286,70 +289,75 @@ async def _stream_completion(
 
     Args:
         unseen: tokens of `prefix` that the server reads at least; more if it says how many it had in its cache.
+
+    Raises:
+        ServerFailure: there is no answer, or only half of one.
+        ValueError: it is text without ids.
     """
-    body: dict[str, Any] = {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": stop_token_ids}
-    usage = {} if whole else {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    try:
-        answer: Any = await client.completions.create(
-            model=model,
-            prompt=prefix,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            max_tokens=most,
-            seed=seed,
-            logprobs=0 if logprobs else None,
-            stream=not whole,
-            extra_body=body | usage | NEUTRAL_SAMPLING,
-            logit_bias=bias or None,
-        )
-        if whole:
-            yield _piece_of(answer, unseen, len(prefix), route)
-            return
-        first = True
-        async with answer:
-            with reading_stream():
-                async for chunk in answer:
-                    if getattr(chunk, "choices", None):
-                        yield _piece_of(chunk, unseen if first else 1, len(prefix) if first else 0, route)
-                        first = False
-    except _TextWithoutIds:
-        raise
-    except (ValueError, RecursionError) as error:  # the client lets json's own errors through
-        raise BrokenAnswer("the answer is not JSON") from error
+    length = len(prefix)  # it grows by what is given out
+    fields: dict[str, Any] = {
+        "model": model,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_tokens": most,
+        "seed": seed,
+        "logprobs": 0 if logprobs else None,
+        "stream": not whole,
+        "return_token_ids": True,
+        "skip_special_tokens": False,
+        "stop_token_ids": stop_token_ids,
+        **params.vllm_options,
+    }
+    if bias:
+        fields["logit_bias"] = bias
+    if whole:
+        yield _piece_of(await server.complete(completion_body(prefix, fields)), unseen, length, route)
+        return
+    fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    first = True
+    async with aclosing(server.stream(completion_body(prefix, fields))) as events:
+        async for event in events:
+            if event.get("choices"):
+                yield _piece_of(event, unseen if first else 1, length if first else 0, route)
+                first = False
 
 
-def _piece_of(answer: Any, unseen: int, prompt: int, route: int | None) -> Piece:
-    choices = getattr(answer, "choices", None)
-    if not isinstance(choices, list) or len(choices) != 1:
+def _piece_of(answer: dict[str, Any], unseen: int, prompt: int, route: int | None) -> Piece:
+    choices = choices_of(answer)
+    if len(choices) != 1:
         raise BrokenAnswer("the answer holds several choices" if choices else "the answer holds no choice")
     ids, logprobs = read_choice(choices[0])
     if ids is None:
-        raise _TextWithoutIds(
+        raise ValueError(
             "A server answered without token ids: serve both models with vLLM, because text is never encoded again."
         )
-    details = getattr(getattr(answer, "usage", None), "prompt_tokens_details", None)
-    cached = getattr(details, "cached_tokens", None)
-    if prompt and details is not None:
+    usage = answer.get("usage")
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    if prompt and isinstance(details, dict):
+        cached = details.get("cached_tokens")
         unseen = prompt - (cached if type(cached) is int and 0 <= cached <= prompt else 0)
-    return cut_piece(ids, logprobs, getattr(choices[0], "finish_reason", None), unseen, route)
+    return cut_piece(ids, logprobs, choices[0].get("finish_reason"), unseen, route)
 
 
 def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str) -> tuple[str, int]:
     """The model's name and longest context on the first server that answers."""
     problem = ""
     for url in urls:
+        server = Server(url, key=api_key, timeout=STARTING_SECONDS)
         try:
-            with openai.OpenAI(base_url=url, api_key=api_key, timeout=30.0, max_retries=0) as client:
-                listed: Any = client.models.list()
-        except _CLIENT_FAILS as error:
-            problem = f"{url}: {_one_line(error)}"
+            models = server.get("models").get("data")
+        except ServerFailure as error:
+            problem = f"{url}: {error}"
             continue
-        models = getattr(listed, "data", None)
+        finally:
+            server.close()
         lengths = {}
         for model in models if isinstance(models, list) else ():
-            length = getattr(model, "max_model_len", None)
-            if isinstance(getattr(model, "id", None), str) and (length is None or (type(length) is int and length > 0)):
-                lengths[model.id] = length or 2**31
+            if not isinstance(model, dict) or not isinstance(model.get("id"), str):
+                continue
+            length = model.get("max_model_len")
+            if length is None or (type(length) is int and length > 0):
+                lengths[model["id"]] = length or 2**31
         if not lengths:
             problem = f"{url}: it lists no model"
             continue
@@ -360,14 +368,5 @@ def _served_model(urls: Sequence[str], name: str | None, api_key: str, side: str
     raise ConnectionError(f"No server of the {side} answers ({problem}): start it, or correct its address.")
 
 
-def _threshold_call(value: float) -> dict[str, Any]:
-    return {"method": "set_router_threshold", "args": [value]}
-
-
-def _root(url: str) -> str:
-    """A server's address without the /v1 of its API."""
-    return url.rstrip("/").removesuffix("/v1")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _threshold_call(value: float) -> bytes:
+    return json.dumps({"method": "set_router_threshold", "args": [value]}).encode()
