@@ -271,7 +271,7 @@ def figures(results: dict[str, Any]) -> dict[str, Figure]:
             axis.plot(
                 *zip(*points, strict=True), marker="o", linestyle=style, color=f"C{k}" if k < 10 else "k", label=policy
             )
-        axis.set(xlabel=f"{name}, M parameters a token", ylim=(40, 102))
+        axis.set(xlabel=f"{name}, M parameters a token")
         axis.grid(alpha=0.3)
     figure.axes[0].set(ylabel="accuracy, per cent")
     figure.axes[1].legend(fontsize=7)

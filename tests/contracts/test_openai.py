@@ -16,6 +16,6 @@ def test_it_has_what_our_clients_use() -> None:
     assert issubclass(http.TimeoutException, http.RequestError) and not issubclass(http.InvalidURL, http.RequestError)
     http.Client(
         timeout=http.Timeout(3.0, connect=1.0),
-        limits=http.Limits(max_connections=None, max_keepalive_connections=None),
+        limits=http.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
         follow_redirects=True,
     ).close()

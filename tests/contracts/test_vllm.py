@@ -22,7 +22,9 @@ from vllm.outputs import RequestOutput  # noqa: E402
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+from vllm.v1.sample.sampler import Sampler  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2  # noqa: E402
+from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2  # noqa: E402
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerBase  # noqa: E402
 
@@ -88,6 +90,17 @@ def test_runners_sample_from_compute_logits_outside_the_captured_forward(runner)
     assert "compute_logits_local" not in source or 'hasattr(self.model, "compute_logits_local")' in source
 
 
+def test_log_probs_of_named_ids_are_taken_before_a_request_biases_them() -> None:
+    """By both runners: a probe's number is the log-prob of an id that its request bans."""
+    source = inspect.getsource(Sampler.forward)
+    assert source.index("self.compute_logprobs(logits)") < source.index("self.apply_logits_processors(")
+    assert "self.gather_specific_token_logprobs(" in source
+    source = inspect.getsource(SamplerV2)
+    assert "logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)" in source, "bias is written elsewhere"
+    assert "logprob_token_ids_state=self.logprob_token_ids_state" in source
+    assert "logprob_token_ids" in names(vllm.SamplingParams)
+
+
 def test_workers_take_our_extension() -> None:
     assert names(WorkerBase.get_model) == ["self"]
     ours = [name for name in dir(RouterWorkerExtension) if not name.startswith("__")]
@@ -99,7 +112,8 @@ def test_workers_take_our_extension() -> None:
 def test_the_asynchronous_engine_keeps_its_arguments() -> None:
     assert names(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
     assert names(AsyncLLM.from_engine_args)[:1] == ["engine_args"]
-    assert "shutdown" in vars(AsyncLLM) and "num_cached_tokens" in names(RequestOutput.__init__)
+    assert {"shutdown", "errored", "dead_error"} <= vars(AsyncLLM).keys()
+    assert "num_cached_tokens" in names(RequestOutput.__init__)
     assert names(StreamingInput) == ["prompt", "sampling_params"]
 
 

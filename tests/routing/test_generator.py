@@ -421,6 +421,8 @@ def test_the_pair_loads_from_folders(folders):
     [
         ({"llm_span": 0}, "llm_span is 0"),
         ({"max_rows": 0}, "max_rows is 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"llm_wait": "soon"}, "llm_wait is 'soon'"),
         ({"llm_tokenizer": tiny_tokenizer(ALPHABET[::-1])}, "is not the LLM's"),
     ],
 )

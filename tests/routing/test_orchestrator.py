@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import tiny_tokenizer
 from tokalign.generation import SamplingParams
-from tokalign.routing.decode.backend import LLMUnavailable
+from tokalign.routing.decode.backend import LLMUnavailable, RowFailed
 from tokalign.routing.decode.orchestrator import NEVER, Orchestrator, Piece
 from tokalign.routing.decode.vllm import servers as vllm_servers
 from tokalign.routing.decode.vllm.servers import ServedLLM, ServedSLM, cut_piece
@@ -297,7 +297,7 @@ def test_where_the_slm_has_no_word_the_llm_writes_or_that_request_fails_alone():
 
     slm, _, backend = pair(1.5)  # the LLM is not to be asked
     failed, sound = asyncio.run(run(backend))
-    assert isinstance(failed, ValueError) and "The SLM gave logits that are not finite numbers" in str(failed)
+    assert isinstance(failed, RowFailed) and "The SLM gave logits that are not finite numbers" in str(failed)
     assert [(t.id, t.by_llm) for t in sound] == by_hand([21, 7, 8], 1.5, 12) and slm.inside == 0
 
     async def outage():
@@ -309,7 +309,7 @@ def test_where_the_slm_has_no_word_the_llm_writes_or_that_request_fails_alone():
             await backend.close()
 
     failed, sound = asyncio.run(outage())
-    assert isinstance(failed, ValueError) and [t.by_llm for t in sound] == [False] * 12
+    assert isinstance(failed, RowFailed) and [t.by_llm for t in sound] == [False] * 12
 
 
 def test_a_threshold_that_falls_meanwhile_is_no_failure():

@@ -129,6 +129,9 @@ def test_names_keys_and_limits_come_from_the_arguments(pair, monkeypatch):
         ({"max_tokens": 0}, r"^max_tokens is 0"),
         ({"llm_urls": ["http://localhost:1/v1"]}, r"^--llm_urls belongs to --engine vllm"),
         ({"engine": "vllm"}, r"^llm_urls is empty"),
+        ({"engine": "vllm", "verify": True}, r"^--verify needs --engine transformers"),
+        ({"engine": "vllm", "score": "drawn"}, r"^--score drawn needs --engine transformers"),
+        ({"verify": True, "llm_span": 4}, r"^llm_span is 4: with verify the LLM writes 1 token"),
         ({"engine": "vllm", "llm_urls": ["http://127.0.0.1:9/v1"]}, r"127.0.0.1:9"),
     ],
 )

@@ -44,16 +44,17 @@ def never_ending(monkeypatch) -> None:
     monkeypatch.setattr(RoutedGenerator, "__init__", init)
 
 
-def test_concurrent_requests_get_what_generate_gives():
+@pytest.mark.parametrize("verify", [False, True])
+def test_concurrent_requests_get_what_generate_gives(verify):
     prompts = make_prompts(10)
     params = [SamplingParams(n=2, seed=i, max_tokens=12) for i in range(10)]
-    expected = RoutedGenerator(SLM, LLM, TOKENIZER, Toy()).generate(prompts, params)
+    expected = RoutedGenerator(SLM, LLM, TOKENIZER, Toy(), verify=verify).generate(prompts, params)
 
     async def one(server, prompt, p, k):
         return [token async for token in server.generate(prompt, p, sample=k)]
 
     async def main():
-        server = backend(max_rows=6)
+        server = backend(max_rows=6, verify=verify)
         assert (server.threshold, server.max_length, server.degraded) == (0.5, 512, False)
         assert await server.llm_healthy()
         jobs = [(one(server, prompt, p, k)) for prompt, p in zip(prompts, params, strict=True) for k in range(2)]

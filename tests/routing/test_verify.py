@@ -7,8 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
-from tests.routing.test_generator import GREEDY, LLM, SAMPLED, SLM, TOKENIZER, Toy, make_prompts, same, tiny_router
+from tests.routing.test_generator import (
+    GREEDY,
+    LLM,
+    SAMPLED,
+    SLM,
+    TOKENIZER,
+    VOCAB,
+    Toy,
+    make_prompts,
+    same,
+    tiny_router,
+)
 from tests.routing.test_schedule import poisoned
 from tokalign.generation.protocol import SamplingParams
 from tokalign.generation.sampling import sample, uniforms
@@ -216,3 +228,18 @@ def test_penalties_and_narrow_sampling_are_the_llms_too():
     results = pair(EntropyPolicy(99.0), most_draft=6).generate(prompts, each)
     same(results, alone)
     assert any(not all(c.written_by) for (c,) in results[1:3])  # drafts of rows with penalties are kept too
+
+
+def test_layers_with_a_sliding_window_are_rolled_back_too():
+    torch.manual_seed(1)
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, sliding_window=8, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    llm = MistralForCausalLM(config).eval()
+    slm, prompts = near(llm, 0.02), make_prompts(4)
+    each = [SamplingParams(seed=i, max_tokens=60, temperature=0.8 * (i % 2)) for i in range(4)]
+    alone = RoutedGenerator(slm, llm, TOKENIZER, AlwaysLLM()).generate(prompts, each)
+    results = RoutedGenerator(slm, llm, TOKENIZER, NeverLLM(), verify=True, max_rows=3).generate(prompts, each)
+    same(results, alone)
+    assert max(len(c.token_ids) for (c,) in results) > 4 * 8 and stats_of(results).slm_tokens > 20

@@ -12,6 +12,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from tests.support import tiny_tokenizer
 from tokalign.cli.main import main
+from tokalign.routing.decode.orchestrator import Orchestrator
 from tokalign.routing.decode.vllm import plugin as vllm_plugin
 from tokalign.routing.decode.vllm.architectures import ARCHITECTURES
 from tokalign.routing.decode.vllm.plugin import (
@@ -213,6 +214,17 @@ def test_a_handback_that_the_engine_does_not_have(handback, message):
 
     with pytest.raises(ValueError, match=message):
         EngineSLM("model", {}, {"async_scheduling": True}, handback=handback)
+
+
+@pytest.mark.parametrize("errored", [False, True])
+def test_an_engine_that_has_ended_says_so(errored):
+    pytest.importorskip("vllm")
+    from tokalign.routing.decode.vllm.backend import EngineSLM
+
+    slm, end = EngineSLM.__new__(EngineSLM), RuntimeError("gone")
+    slm.engine, slm.max_length = SimpleNamespace(errored=errored, dead_error=end), 9
+    backend = Orchestrator(slm, SimpleNamespace(max_length=9), TOKENIZER, threshold=0.5, shared_vocab=VOCAB)
+    assert backend.dead is (end if errored else None)
 
 
 # The head on a made-up model

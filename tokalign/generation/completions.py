@@ -152,7 +152,8 @@ def _options(key: str, timeout: float, connect: float | None) -> dict[str, Any]:
     return {
         "headers": {"authorization": f"Bearer {key}"},
         "timeout": http.Timeout(timeout, connect=min(timeout, connect or timeout)),
-        "limits": http.Limits(max_connections=None, max_keepalive_connections=None),
+        # uvicorn, which vLLM's servers run on, hangs up after 5 idle seconds: not while a request is on its way to it
+        "limits": http.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
         "follow_redirects": True,
     }
 

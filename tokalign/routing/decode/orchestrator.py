@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign.generation.completions import EncodedIds
 from tokalign.generation.protocol import Ids, SamplingParams, check_prompts
-from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken, check_threshold
+from tokalign.routing.decode.backend import LLMUnavailable, RoutedStats, RoutedToken, RowFailed, check_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class Orchestrator:
                     # An engine that routes nothing stops only where its model has no word, as after an overflow. The
                     # LLM writes there otherwise; who may not ask it has nothing to write.
                     if not routes and told == self._told:
-                        raise ValueError(
+                        raise RowFailed(
                             "The SLM gave logits that are not finite numbers, and no LLM may be asked: look for what "
                             "is in the prompt, or load the SLM in a wider type."
                         )

@@ -245,8 +245,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of the pass in progress, as transformers calls it: (1, heads, N, d) each, result (1, N, heads, d).
 
-    Raises:
-        ValueError: a model that adds to the scores what `sdpa` does not.
+    What a family adds to its scores by further arguments is left to its own `eager` attention; `check_model` notices
+    where `sdpa` would need it.
     """
     layer: SlotLayer = _updated.layer
 
@@ -268,13 +268,6 @@ def attend(
         theirs = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         return theirs(module, q, k, v, mask, scaling=scaling, **{**kwargs, "dropout": 0.0})[0].transpose(1, 2)
 
-    if not layer.layout.eager:
-        for name in ("softcap", "position_bias", "s_aux"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{type(module).__name__} has {name} in its attention, which `sdpa` does not compute: load the "
-                    "model with attn_implementation='eager'."
-                )
     pieces = layer.layout.pieces
     results = []
     for piece in pieces:

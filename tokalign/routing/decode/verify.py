@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -156,7 +157,8 @@ class VerifiedBatch(RoutedBatch):
             if row.penalties is None:
                 own = [next(drawn) for _ in range(count)]
             else:
-                own = self._draws_in_turn(row, draft, lambda j, i=i: self._draws(places, at, counts, [(i, j)])[0])
+                one = partial(self._draws, places, at, counts)
+                own = self._draws_in_turn(row, draft, i, one)
             new = self._keep(place, row, draft, own)
             given += new
             last = new[-1][1]
@@ -190,15 +192,17 @@ class VerifiedBatch(RoutedBatch):
         return as_lists(*self._draw(logits[row_of, -1 - back], columns, [places[i] for i, _ in positions]))
 
     @staticmethod
-    def _draws_in_turn(row: RoutedRow, draft: Draft, draw: Callable[[int], list[float]]) -> list[list[float]]:
-        """The LLM's draws up to the first that is not the draft's, each with the penalties of what stands before it."""
+    def _draws_in_turn(
+        row: RoutedRow, draft: Draft, i: int, draws: Callable[[list[tuple[int, int]]], list[list[float]]]
+    ) -> list[list[float]]:
+        """The draws of row `i` up to the first that is not the draft's, each with the penalties of what is before."""
         assert row.penalties is not None
         tokens = row.tokens[len(row.tokens) - draft.length :]
         for token in tokens:
             row.penalties.add(token, -1)
         own: list[list[float]] = []
         for j in range(len(tokens) + 1):
-            own.append(draw(j))
+            own += draws([(i, j)])
             if j == len(tokens) or own[-1][0] != tokens[j]:
                 break
             row.penalties.add(tokens[j])

@@ -18,6 +18,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from tokalign.generation.completions import EncodedIds, Prefix
 from tokalign.generation.protocol import Engine, Ids, SamplingParams, continue_from_prefixes
 from tokalign.routing.labels.divergence import Row, differences, llm_choices, row_name
 from tokalign.routing.labels.sentences import SentenceRule
@@ -127,11 +128,19 @@ def continue_forks(
                 extend(i, completion.token_ids, completion.finish_reason, stops=False)
     # All other branches together, a sentence a round: the engine can stop at a mark, but only the rule knows which mark
     # ends a sentence. Without a rule there is one round.
+    # The prefixes of an answer share its ids: as lists of their own they would need the square of its length.
     stop_ids = tuple(sorted(rule.marks)) if rule is not None else ()
+    answers: dict[tuple[int, int], EncodedIds] = {}
+
+    def prefix(i: int) -> Prefix:
+        fork = forks[i]
+        key = id(fork.prompt_ids), id(fork.completion_ids)
+        if key not in answers:
+            answers[key] = EncodedIds([*fork.prompt_ids, *fork.completion_ids])
+        return Prefix(answers[key], len(fork.prompt_ids) + fork.position, branches[i])
+
     while pending := [i for i, reason in enumerate(reasons) if reason is None]:
-        prefixes = [
-            [*forks[i].prompt_ids, *forks[i].completion_ids[: forks[i].position], *branches[i]] for i in pending
-        ]
+        prefixes = [prefix(i) for i in pending]
         each = [params(i, stop_token_ids=stop_ids) for i in pending]
         for i, (completion,) in zip(pending, engine.generate(prefixes, each), strict=True):
             extend(i, completion.token_ids, completion.finish_reason, stops=True)

@@ -88,6 +88,9 @@ class _Live(Collector):
         positions.add_metric(["llm"], stats.llm_positions)
         yield positions
         yield CounterMetricFamily("tokalign_routing_handoffs", "Tokens taken from the SLM.", value=stats.handoffs)
+        yield CounterMetricFamily(
+            "tokalign_routing_drafted", "Tokens drafted for the LLM to verify.", value=stats.drafted
+        )
         gauges = {
             "llm_rate": ("Share of the tokens that the LLM wrote, since the start.", stats.llm_rate),
             "threshold": ("Score from which on a token goes to the LLM.", self._backend.threshold),
