@@ -3,6 +3,8 @@ r"""Speed of routed decoding at the shapes of real pairs: random weights, decisi
     python -m benchmarks.experiments.routed_decoding                                      # Qwen2.5 0.5B + 3B, bf16, CPU
     python -m benchmarks.experiments.routed_decoding --pair 1.5b 3b --router_only true    # the router's time alone
     python -m benchmarks.experiments.routed_decoding --pair 1.5b 8b --device cuda --batch_sizes 1 16 64
+    python -m benchmarks.experiments.routed_decoding --pair thin-2 thin-24 --ask_router false \
+        --vocab_size 8192 --batch_sizes 4 16 32
 
 What is decided does not matter to speed, so the decisions are drawn once (12 % of the positions) and replayed, and the
 real router is run and its answer thrown away. The weights are random, but each model's head makes one token follow
@@ -10,6 +12,11 @@ another: the LLM writes v + 1 behind v, and so does the SLM but at the replayed 
 the tokens, and lossless decoding can be timed beside routing: `verified` (the policy looks where the models differ, as
 a perfect router would), `drafts of 16` (it never does) and, at batch 1, transformers' assisted generation. All of them
 write the LLM's text.
+
+The `thin` shapes are no published models: many narrow layers, whose step costs nearly the same for 32 rows as for one.
+That is how a GPU behaves on which reading the weights takes the time, so they show on a CPU what waiting for the LLM
+in company is worth there. From two rows on `lock step` is routed decoding whose rows never wait for others (`llm_wait`
+0). Prompts and completions can be of unequal length.
 
 All ways run in the same process, in turns. `ideal` is what the forward passes of routed decoding would take if nothing
 else cost anything: stock transformers forwards of each model with a filled cache, timed alone, times how often routed
@@ -37,7 +44,7 @@ from tokalign.routing.decode.policies import AlwaysLLM, NeverLLM, NextTokens, Re
 from tokalign.routing.router.model import TokenRouter, TokenRouterConfig
 
 QWEN25 = {"num_key_value_heads": 2}
-# Hidden size, MLP size, layers, heads and the rest of the published configurations; `tiny` is none, for short runs
+# Hidden size, MLP size, layers, heads and the rest of the published configurations; `tiny` and the thin ones are none
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     name: (
         (Qwen2Config, Qwen2ForCausalLM) if "num_key_value_heads" in extra else (Qwen3Config, Qwen3ForCausalLM),
@@ -46,6 +53,8 @@ SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     )
     for name, hidden, mlp, layers, heads, extra in (
         ("tiny", 256, 1024, 4, 4, QWEN25),
+        ("thin-2", 64, 64, 2, 2, QWEN25),
+        ("thin-24", 64, 64, 24, 2, QWEN25),
         ("0.5b", 896, 4864, 24, 14, QWEN25),
         ("1.5b", 1536, 8960, 28, 12, QWEN25),
         ("3b", 2048, 11008, 36, 16, QWEN25),
@@ -66,12 +75,23 @@ class Arguments:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     rate: float = field(default=0.12, metadata={"help": "Share of positions that the LLM writes."})
     prompt_length: int = 64
+    longest_prompt: int | None = field(
+        default=None,
+        metadata={"help": "Prompts from `prompt_length` to this many tokens, evenly spread; unset: equal."},
+    )
     new_tokens: int = 50
+    shortest_output: int | None = field(
+        default=None,
+        metadata={"help": "Completions from this many to `new_tokens` tokens, evenly spread; unset: equal."},
+    )
     vocab_size: int = 151936
     device: str = "cpu"
     dtype: str = "bfloat16"
+    ask_router: bool = field(
+        default=True, metadata={"help": "Run the router at every step; a thin model's step is far less work than that."}
+    )
     router_only: bool = field(default=False, metadata={"help": "Only the router's share of a step of the SLM."})
-    repeats: int = field(default=3, metadata={"help": "Turns of the three ways; medians are reported."})
+    repeats: int = field(default=3, metadata={"help": "Turns of all ways; medians are reported."})
     seed: int = 0
     output_dir: str = "runs/benchmarks/routed_decoding"
 
@@ -191,62 +211,80 @@ class Forwards:
         return self.known[rows, width]
 
 
-def decisions(batch: int, arguments: Arguments) -> list[set[int]]:
+def spread(low: int, high: int, count: int, seed: int) -> list[int]:
+    """`count` whole numbers from `low` to `high`, evenly spread, in a random order; one number is the middle."""
+    shares = [(i / (count - 1) if count > 1 else 0.5) for i in range(count)]
+    numbers = [round(low + share * (high - low)) for share in shares]
+    random.Random(seed).shuffle(numbers)
+    return numbers
+
+
+def decisions(lengths: list[int], arguments: Arguments) -> list[set[int]]:
     """For every row the steps that the LLM writes: the wanted share of them, at random places of its own.
 
     The first step is left out, so that no row starts with a hand-off of the prompt.
+
+    Args:
+        lengths: tokens that each row writes.
     """
     draw = random.Random(arguments.seed)
-    count = round(arguments.rate * arguments.new_tokens)
-    return [set(draw.sample(range(1, arguments.new_tokens), count)) for _ in range(batch)]
+    return [set(draw.sample(range(1, length), round(arguments.rate * length))) for length in lengths]
 
 
-def ideal_seconds(steps: list[set[int]], slm: Forwards, llm: Forwards, arguments: Arguments) -> float:
-    """What the forwards that routed decoding needs take by themselves, the prompts' prefills included."""
-    batch, total = len(steps), 0.0
-    seen = [0] * batch  # tokens that the LLM has seen of each row
-    for t in range(arguments.new_tokens):
-        length = arguments.prompt_length + t
-        total += slm.seconds(batch, arguments.prompt_length if t == 0 else 1)
-        routed = [row for row in range(batch) if t in steps[row]]
-        unseen = [length - seen[row] for row in routed]
+def ideal_seconds(steps: list[set[int]], prompts: list[int], outputs: list[int], slm: Forwards, llm: Forwards) -> float:
+    """What the forwards that routed decoding in lock step needs take by themselves, the prompts' prefills included.
+
+    Args:
+        prompts, outputs: tokens of each row's prompt and completion.
+    """
+    total = 0.0
+    seen = [0] * len(steps)  # tokens that the LLM has seen of each row
+    for t in range(max(outputs)):
+        going = [row for row, length in enumerate(outputs) if t < length]
+        total += slm.seconds(len(going), math.ceil(sum(prompts) / len(prompts)) if t == 0 else 1)
+        routed = [row for row in going if t in steps[row]]
+        unseen = [prompts[row] + t - seen[row] for row in routed]
         if routed:  # one pass without padding: a long prompt drags no short hand-off along
             total += llm.seconds(len(routed), math.ceil(sum(unseen) / len(routed)))
         for row in routed:
-            seen[row] = length
+            seen[row] = prompts[row] + t
     return total
 
 
 def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Arguments) -> dict[str, Any]:
-    """The three ways in turns, and the ideal, for one batch size."""
-    draw = random.Random(arguments.seed + 1)
-    prompts = [[draw.randrange(1000) for _ in range(arguments.prompt_length - 1)] for _ in range(batch)]
+    """All ways in turns, and the ideal, for one batch size."""
+    draw, most = random.Random(arguments.seed + 1), arguments.new_tokens
+    lengths = spread(arguments.prompt_length, arguments.longest_prompt or arguments.prompt_length, batch, 0)
+    outputs = spread(arguments.shortest_output or most, most, batch, 1)
+    prompts = [[draw.randrange(1000) for _ in range(length - 1)] for length in lengths]
     # A row counts up from its own number, and meets no other row's and none of the tokenizer's special tokens
     starts = [1000 + row * (arguments.new_tokens + 1) for row in range(batch)]
     prompts = [[*prompt, start] for prompt, start in zip(prompts, starts, strict=True)]
     # ReplayPolicy finds a row's decisions by its seed
-    params = [SamplingParams(temperature=0, max_tokens=arguments.new_tokens, seed=row) for row in range(batch)]
-    steps = decisions(batch, arguments)
+    params = [SamplingParams(temperature=0, max_tokens=count, seed=row) for row, count in enumerate(outputs)]
+    steps = decisions(outputs, arguments)
     tokenizer = word_tokenizer(arguments.vocab_size)
     teach(llm, [])
     teach(slm, [start + step for start, row in zip(starts, steps, strict=True) for step in row])
-    routed = RoutedReplay(steps, router)
+    routed = RoutedReplay(steps, router) if arguments.ask_router else ReplayPolicy(steps)
     policies = {"SLM only": NeverLLM(), "routed": routed, "LLM only": AlwaysLLM()}
     engines = {name: RoutedGenerator(slm, llm, tokenizer, policy) for name, policy in policies.items()}
+    if batch > 1:
+        engines["lock step"] = RoutedGenerator(slm, llm, tokenizer, routed, llm_wait=0)
     for name, policy in (("verified", routed), ("drafts of 16", NeverLLM())):
         engines[name] = RoutedGenerator(slm, llm, tokenizer, policy, verify=True)
     ways = {name: lambda e=engine: e.generate(prompts, params) for name, engine in engines.items()}
     if batch == 1:  # it takes one sequence at a time
-        ways[ASSISTED] = lambda: assisted(slm, llm, prompts[0], arguments)
+        ways[ASSISTED] = lambda: assisted(slm, llm, prompts[0], outputs[0], arguments.device)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     written, looks = 0, {}
     for turn in track(range(arguments.repeats + 1), description=f"batch {batch}"):
         for name, way in ways.items():
             results: list[Any] = []
             taken = timed(lambda w=way, r=results: r.extend(w()), arguments.device)
-            wrong = [
-                c for c, start in zip(results, starts, strict=True) if not counts_up(c[0].token_ids, start, arguments)
-            ]
+            # the LLM's text is the numbers behind the prompt's last one, none missing
+            texts = [list(range(start + 1, start + 1 + count)) for start, count in zip(starts, outputs, strict=True)]
+            wrong = [c[0].token_ids for c in results] != texts
             if wrong and name != "SLM only":
                 raise RuntimeError(f"{name} does not write the LLM's text: a random model must go on as it was taught.")
             if turn:  # the first is to warm up
@@ -256,12 +294,13 @@ def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Argu
             if name != ASSISTED:
                 looks[name] = sum(c.stats.handoffs for (c,) in results)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    past = arguments.prompt_length + arguments.new_tokens // 2
+    past = (sum(lengths) + sum(outputs) // 2) // batch
     forwards = {"slm": Forwards(slm, past, arguments), "llm": Forwards(llm, past, arguments)}
-    ideal = ideal_seconds(steps, forwards["slm"], forwards["llm"], arguments)
-    tokens = batch * arguments.new_tokens
+    ideal = ideal_seconds(steps, lengths, outputs, forwards["slm"], forwards["llm"])
+    tokens = sum(outputs)
     return {
         "batch": batch,
+        "tokens": tokens,
         "llm_rate": written / tokens,
         "seconds": seconds,
         "tokens_per_second": {name: tokens / s for name, s in medians.items()},
@@ -277,20 +316,15 @@ def compare(batch: int, slm: Any, llm: Any, router: TokenRouter, arguments: Argu
     }
 
 
-def counts_up(ids: list[int], start: int, arguments: Arguments) -> bool:
-    """Whether a completion is the LLM's: the numbers behind the prompt's last one, none missing."""
-    return ids == list(range(start + 1, start + 1 + arguments.new_tokens))
-
-
-def assisted(slm: Any, llm: Any, prompt: list[int], arguments: Arguments) -> list[list[Completion]]:
+def assisted(slm: Any, llm: Any, prompt: list[int], count: int, device: str) -> list[list[Completion]]:
     """transformers' assisted generation, greedy: the SLM drafts, the LLM verifies."""
-    ids = torch.tensor([prompt], device=arguments.device)
+    ids = torch.tensor([prompt], device=device)
     written = llm.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         assistant_model=slm,
         do_sample=False,
-        max_new_tokens=arguments.new_tokens,
+        max_new_tokens=count,
     )
     return [[Completion(written[0, len(prompt) :].tolist(), [], "length")]]
 

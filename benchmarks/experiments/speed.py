@@ -69,6 +69,12 @@ def step_ratios(result: Result) -> list[Result]:
     return rows
 
 
+# Speed over the LLM alone. The thin pair's steps cost nearly the same for any number of rows, as on a GPU.
+GOALS: dict[tuple[str, int], tuple[str, float]] = {
+    ("thin-2 + thin-24", 16): ("≥", 1.4),
+    ("thin-2 + thin-24", 32): ("≥", 1.2),
+    ("0.5b + 3b", 16): ("≥", 1.0),
+}
 TENFOLD = 10  # how many times the SLM's step the LLM's takes where the goal of 2.8 is meant
 
 
@@ -78,11 +84,15 @@ def routed_ratios(result: Result) -> list[Result]:
     name, what, rows = "routed decoding, share of the ideal", "ideal time / ours", []
     for r in result["results"]:
         detail = f"{pair}, batch {r['batch']}, {100 * r['llm_rate']:.0f} % LLM, step times 1 : {r['step_ratio']:.1f}"
-        goal = ("≥", 2.8) if r["step_ratio"] >= TENFOLD else None
+        goal = GOALS.get((pair, r["batch"]), ("≥", 2.8) if r["step_ratio"] >= TENFOLD else None)
         rows += [
-            ratio(name, what, ("≥", 0.85), r["share_of_ideal"], detail, how),
+            # of thin layers all is launching, which the ideal of stock models in lock step has otherwise
+            ratio(name, what, None if "thin" in pair else ("≥", 0.85), r["share_of_ideal"], detail, how),
             ratio("routed decoding, speed", "routed / LLM only", goal, r["speedup_over_llm_only"], detail, how),
         ]
+        if (lock := r["tokens_per_second"].get("lock step")) is not None:
+            faster = r["tokens_per_second"]["routed"] / lock
+            rows.append(ratio("routed decoding, delayed", "ours / lock step", None, faster, detail, how))
     return rows
 
 
@@ -119,13 +129,13 @@ def credit_step_ratios(result: Result) -> list[Result]:
 
 
 def routed_rates(result: Result) -> list[Result]:
-    """Tokens a second of the three ways and of the ideal, by batch size."""
-    tokens, pair = result["arguments"]["new_tokens"], result["arguments"]["pair"]
+    """Tokens a second of all ways and of the ideal, by batch size."""
+    pair = result["arguments"]["pair"]
     return [
         {
             "pair": pair,
             "batch": r["batch"],
-            "tokens_per_second": r["tokens_per_second"] | {"ideal": r["batch"] * tokens / r["ideal_seconds"]},
+            "tokens_per_second": r["tokens_per_second"] | {"ideal": r["tokens"] / r["ideal_seconds"]},
         }
         for r in result["results"]
     ]
@@ -184,6 +194,22 @@ PARTS: dict[str, Part] = {
     ),
     "routed decoding, batch 16": Part(
         "routed_decoding", routed_ratios, None, "--pair 0.5b 3b --batch_sizes 16 --new_tokens 25 --repeats 2", None
+    ),
+    "routed decoding, thin layers": Part(
+        "routed_decoding",
+        routed_ratios,
+        None,
+        "--pair thin-2 thin-24 --ask_router false --vocab_size 8192 --dtype float32 --batch_sizes 4 16 32"
+        " --prompt_length 20 --longest_prompt 60 --new_tokens 100 --repeats 3",
+        None,
+    ),
+    "routed decoding, unequal rows": Part(
+        "routed_decoding",
+        routed_ratios,
+        None,
+        "--pair 0.5b 3b --batch_sizes 4 --prompt_length 64 --longest_prompt 1024 --shortest_output 10 --new_tokens 40"
+        " --repeats 1",
+        None,
     ),
     "routed decoding, larger LLM": Part(
         "routed_decoding", routed_ratios, None, "--pair 0.5b 7b --batch_sizes 1 --new_tokens 64 --repeats 2", None

@@ -14,6 +14,7 @@ def routed_result(**changes) -> dict:
     """What routed_decoding.py writes for one batch size."""
     found = {
         "batch": 1,
+        "tokens": 50,
         "llm_rate": 0.12,
         "tokens_per_second": {"SLM only": 10.0, "routed": 5.0, "LLM only": 2.0},
         "ideal_seconds": 9.0,
