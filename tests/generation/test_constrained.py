@@ -254,17 +254,14 @@ def test_a_server_is_sent_the_schema_and_refuses_a_spaced_tokenizer(tmp_path):
     engine = OpenAIEngine(arguments)
     sent = []
 
-    def create(**request):
-        sent.append(request)
-        choice = SimpleNamespace(
-            index=0, token_ids=[7], logprobs=SimpleNamespace(token_logprobs=[-1.0]), finish_reason="stop"
-        )
-        return SimpleNamespace(choices=[choice])
+    def complete(body):
+        sent.append(json.loads(body))
+        logprobs = {"token_logprobs": [-1.0]}
+        return {"choices": [{"index": 0, "token_ids": [7], "logprobs": logprobs, "finish_reason": "stop"}]}
 
-    engine._clients = [SimpleNamespace(completions=SimpleNamespace(create=create), close=lambda: None)]
+    engine._servers = [SimpleNamespace(complete=complete)]
     engine.generate([[7], [8]], [SamplingParams(json_schema=DIGIT), SamplingParams()])
-    structures = [request["extra_body"].get("structured_outputs") for request in sent]
-    assert sorted(structures, key=str) == [None, {"json": DIGIT}]
+    assert sorted([request.get("structured_outputs") for request in sent], key=str) == [None, {"json": DIGIT}]
     words = OpenAIEngine(dataclasses.replace(arguments, model=str(tmp_path / "words")))
     with pytest.raises(ValueError, match="Prompt 1 has a json_schema, which a server cannot hold this word-level"):
         words.generate([[7], [8]], [SamplingParams(), SamplingParams(json_schema=DIGIT)])

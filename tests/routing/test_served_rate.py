@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from tests.support import tiny_model, tiny_tokenizer
 from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import AlwaysLLM, EntropyPolicy
-from tokalign.routing.decode.served_rate import served_threshold
+from tokalign.routing.decode.served_rate import between, served_threshold
 
 TOKENIZER = tiny_tokenizer()
 SLM = tiny_model(len(TOKENIZER), seed=0)
@@ -32,6 +33,14 @@ def test_decoding_with_the_threshold_serves_the_rate(target):
     rate = sum(sum(completion.written_by) for completion in done) / tokens
     assert rate == found.llm_rate and tokens == found.tokens and found.prompts == 24
     assert rate == pytest.approx(target, abs=0.04)
+
+
+def test_a_threshold_lies_between_the_scores_and_routes_the_share():
+    scores = np.random.default_rng(0).permutation(np.arange(10.0))
+    for share, routed in ((0.3, 3), (0.04, 1), (0.97, 10), (1.0, 10)):  # at least one, as the quantile has it
+        threshold = between(scores, share)
+        assert (scores >= threshold).sum() == routed
+        assert (threshold in scores) == (routed == 10)
 
 
 def test_refusals():

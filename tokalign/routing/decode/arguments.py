@@ -53,8 +53,11 @@ class PairArguments:
         default=False, metadata={"help": "Run code that comes with the checkpoints. Only for sources you trust."}
     )
     llm_wait: str = field(
-        default="auto",
-        metadata={"help": "transformers: the LLM runs when so many rows wait for it; `auto` measures, 0 is at once."},
+        default="quarter",
+        metadata={
+            "help": "transformers: the LLM runs when so many rows wait for it, or a quarter of those in flight; "
+            "`auto` measures the models, 0 is at once."
+        },
     )
     prefill_chunk: int = field(
         default=512,

@@ -80,7 +80,7 @@ class RoutedGenerator:
         verify: bool = False,
         most_draft: int = 16,
         on_verified: Callable[[list[int], list[bool | None]], None] | None = None,
-        llm_wait: int | str = "auto",
+        llm_wait: int | str = "quarter",
         prefill_chunk: int = 512,
         token_budget: int = 65536,
         max_rows: int = 256,
@@ -95,9 +95,9 @@ class RoutedGenerator:
         for name, number in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk), ("most_draft", most_draft)):
             if number < 1:
                 raise ValueError(f"{name} is {number}: allow at least 1.")
-        if llm_wait != "auto" and not str(llm_wait).isdecimal():
-            raise ValueError(f'llm_wait is {llm_wait!r}: give a number of rows, or "auto".')
-        self.llm_wait = None if llm_wait == "auto" else int(llm_wait)
+        if llm_wait not in ("auto", "quarter") and not str(llm_wait).isdecimal():
+            raise ValueError(f'llm_wait is {llm_wait!r}: give a number of rows, "quarter" or "auto".')
+        self.llm_wait = llm_wait if llm_wait in ("auto", "quarter") else int(llm_wait)
         self.prefill_chunk = prefill_chunk
         self.slm, self.llm, self.tokenizer, self.policy = slm.eval(), llm.eval(), tokenizer, policy
         self.llm_span, self.token_budget, self.max_rows = llm_span, token_budget, max_rows

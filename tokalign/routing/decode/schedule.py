@@ -55,7 +55,7 @@ class Pair(Protocol):
     tokenizer: PreTrainedTokenizerBase
     policy: RoutingPolicy
     llm_span: int
-    llm_wait: int | None  # None is "auto"
+    llm_wait: int | str  # or "quarter" (of the rows in flight), "auto" (see `Pace`)
     prefill_chunk: int
     most_draft: int
     on_verified: Callable[[list[int], list[bool | None]], None] | None
@@ -228,7 +228,8 @@ class RoutedBatch:
         for row in near:
             row.waited += 1
         if near:
-            enough = self._pace.rows(len(near) + others) if most is None else most
+            rows = len(near) + others
+            enough = self._pace.rows(rows) if most == "auto" else -(-rows // 4) if most == "quarter" else int(most)
             if not others or len(near) >= enough or max(row.waited for row in near) > LONGEST_WAIT:
                 return routed
         return sorted(far)

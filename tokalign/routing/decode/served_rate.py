@@ -71,8 +71,16 @@ def served_threshold(
             handoffs = sum(completion.stats.handoffs for completion in done)
             span = sum(completion.stats.llm_tokens for completion in done) / handoffs if handoffs else 1.0
             share = target_rate if span == 1 else target_rate / (span * (1 - target_rate) + target_rate)
-            policy.threshold = float(np.quantile(scores, 1 - share, method="higher"))
+            policy.threshold = between(scores, share)
     finally:
         policy.threshold = before
     assert best is not None
     return best
+
+
+def between(scores: np.ndarray, share: float) -> float:
+    """A threshold that this share of the scores (N,) reaches: the middle of two of them, since the rounding of another
+    run may put a token whose score is the threshold on either side of it."""
+    ordered = np.sort(scores)
+    first = min(max(len(ordered) - round(share * len(ordered)), 0), len(ordered) - 1)  # that is routed
+    return float((ordered[max(first - 1, 0)] + ordered[first]) / 2)
