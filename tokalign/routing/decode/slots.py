@@ -84,6 +84,8 @@ class CachedModel:
         self._switch = _longrope_switch(config)
         # Llama 4 takes positions from what the cache says stands before, and not from those that it is given.
         self._places_from_cache = getattr(config, "attn_temperature_tuning", False)
+        # accelerate moves tensors to the first device, and what is chosen from stands on the last.
+        self._spread = len({*getattr(self.model, "hf_device_map", {}).values()}) > 1
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._layers = [SlotLayer(self._layout, kind) for kind in kinds]
         self._cache = Cache(layers=list(self._layers))
@@ -292,7 +294,7 @@ class CachedModel:
                     past_key_values=self._cache,
                     use_cache=True,
                     return_dict=True,
-                    **({"logits_to_keep": index} if self._keeps else {}),
+                    **({"logits_to_keep": kept if self._spread else index} if self._keeps else {}),
                 )
         finally:
             if handle is not None:
