@@ -313,3 +313,22 @@ def test_a_model_that_is_spread_over_devices_is_given_places_and_no_tensor():
         expected, state = whole(model.eval(), text)
         torch.testing.assert_close(logits[row, -1], expected, atol=5e-4, rtol=1e-4)
         torch.testing.assert_close(states[row], state, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_what_is_forgotten_because_it_is_not_finite_is_not_seen_beside_a_longer_row(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.inf
+    cached, texts = CachedModel(model), [[7, 8, 9] * 100, [10, 11] * 170]
+    with torch.inference_mode():
+        for _ in texts:
+            cached.add()
+        cached.extend([0, 1], texts)
+        cached.extend([0], [[12, 5, 13]])
+        cached.wipe(0, 300)
+        cached.truncate(0, 300)
+        logits, _ = cached.extend([0, 1], [[14], [15]])
+    for row, (text, new) in enumerate(zip(texts, (14, 15), strict=True)):
+        torch.testing.assert_close(logits[row], whole(model, [*text, new])[0], atol=5e-4, rtol=1e-4)
