@@ -31,13 +31,16 @@ LATENT = dict(
 )  # fmt: skip
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
-    "original_max_position_embeddings": 40,
 }  # fmt: skip
 FAMILIES = {
     "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
     "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {}),
     "qwen3 moe": (hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM, EXPERTS),
-    "phi3 longrope": (hf.Phi3Config, hf.Phi3ForCausalLM, {"rope_parameters": LONGROPE}),
+    "phi3 longrope": (
+        hf.Phi3Config,
+        hf.Phi3ForCausalLM,
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40},  # which its configuration asks for apart
+    ),
     "mistral window": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 7}),
     "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, {"sliding_window": 7}),
     "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, {"sliding_window": 7}),

@@ -121,6 +121,7 @@ def test_published_policies_by_their_options(pair, tmp_path):
         ({"policy": "random"}, "--policy random needs --rate"),
         ({"policy": "random", "rate": 0.1, "threshold": 0.5}, "--threshold does not belong to --policy random"),
         ({"policy": "always", "router": "r"}, "--router does not belong to --policy always"),
+        ({"policy": "hysteresis", "threshold": 0.8, "most": 4, "verify": True}, "--back and --most say how long"),
     ],
 )
 def test_arguments_that_do_not_belong_together(pair, tmp_path, options, sentence):

@@ -235,3 +235,59 @@ def simulated(
 def test_the_pace_finds_nearly_the_best_number_of_rows(batch, share, span, slm, llm):
     best = max(simulated(batch, wait, share, span, slm, llm) for wait in range(1, batch + 1))
     assert simulated(batch, 0, share, span, slm, llm, Pace()) > 0.94 * best
+
+
+class Counted(int):
+    """A token id that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = int.__hash__
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return int.__eq__(self, other)
+
+
+def test_prompts_that_begin_alike_are_not_compared_each_with_each():
+    """256 chats with one system prompt of 4,000 tokens would be a billion comparisons."""
+    rows, common = 12, 40
+    batch = RoutedBatch(endless(NeverLLM(), prefill_chunk=8))
+    for i in range(rows):
+        prompt = [*[7] * common, 8 + i]
+        batch.add([Counted(token) for token in prompt], SamplingParams(max_tokens=60, seed=i))
+    Counted.compared = 0
+    while batch:
+        batch.step()
+    assert Counted.compared <= 4 * rows * common
+
+
+def test_a_row_that_has_been_overtaken_often_enough_is_not_overtaken_behind_another(monkeypatch):
+    monkeypatch.setattr(slots, "SMALLEST", 8)
+    batch = RoutedBatch(endless(NeverLLM(), token_budget=400))
+    batch.add([7] * 150, SamplingParams(max_tokens=200, seed=0))
+    batch.step()
+    # A younger row that had to give way before it wrote anything is the head of the queue
+    for _ in range(2):
+        batch.add([8] * 300, SamplingParams(max_tokens=10, seed=0))
+    batch.waiting[1].overtaken = MOST_OVERTAKEN
+    batch.add([9] * 5, SamplingParams(max_tokens=4, seed=0))
+    batch.step()
+    assert len(batch.rows) == 1 and [row.overtaken for row in batch.waiting] == [0, MOST_OVERTAKEN, 0]
+
+
+def test_rows_that_wait_hold_no_counts_of_the_vocabulary():
+    batch = RoutedBatch(endless(Toy(), max_rows=1))
+    for i in range(3):
+        batch.add([7, 8], SamplingParams(max_tokens=4, seed=i, frequency_penalty=0.5))
+    batch.step()
+    assert [row.penalties is None for row in (*batch.rows, *batch.waiting)] == [False, True, True]
+
+
+def test_the_pace_is_not_told_of_a_step_that_has_read_a_shared_prompt():
+    batch = RoutedBatch(endless(NeverLLM(), llm_wait="auto"))
+    for i in range(2):
+        batch.add([7] * 200, SamplingParams(max_tokens=9, seed=i))
+    batch.step()
+    assert not batch._pace._since
+    batch.step()
+    assert batch._pace._since == 1

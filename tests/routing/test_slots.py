@@ -295,3 +295,40 @@ def test_a_row_that_is_not_finite_leaves_nothing_where_it_has_been(monkeypatch):
     model.add()
     model.extend([2], [[7] * 17])
     assert model.extend([0, 1, 2], [[7], [7], [7]])[0].isfinite().all()
+
+
+def test_a_model_that_is_spread_over_devices_is_given_places_and_no_tensor():
+    """accelerate would move a tensor to the first device; what it is to choose from stands on the last."""
+    model = tiny_model(60)
+    given: list = []
+    model.register_forward_pre_hook(lambda _, __, named: given.append(named.get("logits_to_keep")), with_kwargs=True)
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    cached = CachedModel(model)
+    for _ in range(2):
+        cached.add()
+    texts = [[7, 8, 9], [10, 11]]
+    logits, states = cached.extend([0, 1], texts, keep=2, hidden=True)
+    assert given == [[3, 4, 0, 1]]  # the two tokens of the second row stand first
+    for row, text in enumerate(texts):
+        expected, state = whole(model.eval(), text)
+        torch.testing.assert_close(logits[row, -1], expected, atol=5e-4, rtol=1e-4)
+        torch.testing.assert_close(states[row], state, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_what_is_forgotten_because_it_is_not_finite_is_not_seen_beside_a_longer_row(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.inf
+    cached, texts = CachedModel(model), [[7, 8, 9] * 100, [10, 11] * 170]
+    with torch.inference_mode():
+        for _ in texts:
+            cached.add()
+        cached.extend([0, 1], texts)
+        cached.extend([0], [[12, 5, 13]])
+        cached.wipe(0, 300)
+        cached.truncate(0, 300)
+        logits, _ = cached.extend([0, 1], [[14], [15]])
+    for row, (text, new) in enumerate(zip(texts, (14, 15), strict=True)):
+        torch.testing.assert_close(logits[row], whole(model, [*text, new])[0], atol=5e-4, rtol=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from tokalign.generation.protocol import SamplingParams
 from tokalign.routing.decode.backend import RowFailed
 from tokalign.routing.decode.generator import RoutedGenerator
 from tokalign.routing.decode.policies import NeverLLM
+from tokalign.routing.decode.schedule import RoutedBatch
 from tokalign.routing.decode.slots import CachedModel
 from tokalign.routing.decode.transformers_backend import MOST_FAILURES, TransformersBackend
 
@@ -106,6 +109,8 @@ def test_the_threshold_holds_from_the_next_decision_on(monkeypatch):
             tokens.append(token)
             if len(tokens) == 5:
                 await server.set_threshold(0.0)
+                with pytest.raises(ValueError, match="threshold is not a number"):
+                    await server.set_threshold(math.nan)
                 assert server.threshold == 0.0
         await server.close()
         return tokens
@@ -221,6 +226,88 @@ def test_a_backend_whose_steps_all_fail_says_that_it_is_dead(monkeypatch):
         assert not server._batch and not server._in_flight
         with pytest.raises(RuntimeError, match=r"has ended \(ZeroDivisionError: no device\): start another one"):
             await ask(server)  # at once, and not when a time limit strikes
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_a_failed_step_ends_what_has_begun_and_what_waits_for_a_place_goes_on(monkeypatch):
+    never_ending(monkeypatch)
+    extend, faults = CachedModel.extend, []
+
+    def faulty(self, *args, **options):
+        if faults:
+            raise faults.pop()
+        return extend(self, *args, **options)
+
+    async def all_of(server, prompt, params):
+        return [token.id async for token in server.generate(prompt, params)]
+
+    async def main():
+        server = backend(max_rows=1)
+        short = replace(FOREVER, max_tokens=4)
+        expected = [await all_of(server, prompt, short) for prompt in ([7, 8], [9])]
+        await anext(begun := server.generate([7, 8, 9], FOREVER))
+        waiting = [asyncio.create_task(all_of(server, prompt, short)) for prompt in ([7, 8], [9])]
+        await until(lambda: len(server._in_flight) == 3)
+        monkeypatch.setattr(CachedModel, "extend", faulty)
+        faults.append(torch.OutOfMemoryError("injected"))
+        with pytest.raises(RuntimeError, match="send it again"):
+            async for _ in begun:
+                pass
+        assert await asyncio.gather(*waiting) == expected
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_cannot_be_queued_is_told_and_the_next_is_served(monkeypatch):
+    add, faults = RoutedBatch.add, [MemoryError("injected")]
+
+    def faulty(self, *args, **options):
+        if faults:
+            raise faults.pop()
+        return add(self, *args, **options)
+
+    async def all_of(server):
+        return [token.id async for token in server.generate([7, 8], replace(FOREVER, max_tokens=3))]
+
+    async def main():
+        server = backend()
+        monkeypatch.setattr(RoutedBatch, "add", faulty)
+        with server._changed:  # the worker finds both at once
+            both = [asyncio.create_task(all_of(server)) for _ in range(2)]
+            await asyncio.sleep(0)
+        failed, served = await asyncio.wait_for(asyncio.gather(*both, return_exceptions=True), 20)
+        assert isinstance(failed, RuntimeError) and "MemoryError" in str(failed) and served
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_event_loops_do_not_wait_for_a_row_to_be_freed(monkeypatch):
+    never_ending(monkeypatch)
+    drop, free = CachedModel.drop, []
+
+    async def main():
+        server = backend()
+
+        def lock() -> bool:
+            got = server._changed.acquire(timeout=5)
+            if got:
+                server._changed.release()
+            return got
+
+        def watched(self, row):  # on a real model this copies keys and values
+            with ThreadPoolExecutor(1) as other:
+                free.append(other.submit(lock).result())
+            drop(self, row)
+
+        monkeypatch.setattr(CachedModel, "drop", watched)
+        await anext(stream := server.generate([7, 8], FOREVER))
+        await stream.aclose()
+        await until(lambda: not server._in_flight and not server._batch)
+        assert free == [True, True]
         await server.close()
 
     asyncio.run(main())

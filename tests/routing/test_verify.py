@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from tests.routing.test_generator import (
     GREEDY,
@@ -243,3 +243,41 @@ def test_layers_with_a_sliding_window_are_rolled_back_too():
     results = RoutedGenerator(slm, llm, TOKENIZER, NeverLLM(), verify=True, max_rows=3).generate(prompts, each)
     same(results, alone)
     assert max(len(c.token_ids) for (c,) in results) > 4 * 8 and stats_of(results).slm_tokens > 20
+
+
+def test_no_draft_reaches_over_the_length_at_which_longrope_changes():
+    torch.manual_seed(1)
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4,
+    }  # fmt: skip
+    config = Phi3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, rope_parameters=rope, max_position_embeddings=512,
+        original_max_position_embeddings=40, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    llm = Phi3ForCausalLM(config).eval()
+    prompts = [[7 + i + j for j in range(30 + i)] for i in range(11)]  # some end just before the switch, one at it
+    each = [SamplingParams(seed=i, max_tokens=24, temperature=0.5 * (i % 2)) for i in range(11)]
+    alone = RoutedGenerator(llm, llm, TOKENIZER, AlwaysLLM()).generate(prompts, each)
+    for slm in (llm, near(llm, 0.02)):
+        results = RoutedGenerator(slm, llm, TOKENIZER, NeverLLM(), verify=True, max_rows=4).generate(prompts, each)
+        same(results, alone)
+    assert stats_of(results).slm_tokens > 20
+
+
+@pytest.mark.parametrize("budget", [65536, 150])
+@pytest.mark.parametrize("poisoned_side", [0, 1])
+def test_a_draft_at_which_a_model_overflows_is_dropped_and_not_the_row(poisoned_side, budget, monkeypatch):
+    monkeypatch.setattr(slots, "SMALLEST", 8)
+    monkeypatch.setattr(schedule, "ROOM", 8)
+    models = near(LLM, 0.02), copy.deepcopy(LLM)
+    with torch.no_grad():
+        models[0].lm_head.weight[5] = 2 * models[0].lm_head.weight[9]  # often drafted, never written by the LLM
+        models[1].lm_head.weight[5] = 0
+        models[poisoned_side].get_input_embeddings().weight[5] = torch.inf
+    prompts = make_prompts(8)
+    alone = RoutedGenerator(*models, TOKENIZER, AlwaysLLM()).generate(prompts, GREEDY)
+    generator = RoutedGenerator(*models, TOKENIZER, NeverLLM(), verify=True, max_rows=5, token_budget=budget)
+    results = generator.generate(prompts, GREEDY)
+    same(results, alone)
+    assert stats_of(results).slm_tokens > 20

@@ -58,6 +58,11 @@ class GenerateArguments:
 def main(pair: PairArguments, sampling: RoutedSamplingArguments, arguments: GenerateArguments) -> dict[str, Any]:
     state = process_state()
     options = {name: getattr(arguments, name) for name in ("rate", "back", "most", "value_head", "calls")}
+    if pair.verify and (arguments.back is not None or arguments.most is not None):
+        raise ValueError(
+            "--back and --most say how long the LLM writes, and with --verify it writes 1 token behind each draft: "
+            "leave them out."
+        )
     policy = named_policy(arguments.policy, router=pair.router, threshold=pair.threshold, **options)
     if arguments.value_head is not None:
         options["value_head"] = hashlib.sha256(Path(arguments.value_head).read_bytes()).hexdigest()

@@ -208,7 +208,8 @@ class SlotLayer(DynamicLayer):
         if start == 0 and min(piece.ends) == end and not windowed and new > 1:
             return own(query, key, value, None, True)
         length = min(end, slots)
-        keys, values = (old[:, :, :length][piece.places] for old in buffers)
+        places = piece.places if isinstance(piece.places, slice) else piece.places.to(key.device)
+        keys, values = (old[:, :, :length][places] for old in buffers)
         if new == 1 and min(piece.ends) == end and not windowed:
             return own(query, keys, values, None, False)
         groups = query.shape[1] // key.shape[1]
@@ -217,14 +218,15 @@ class SlotLayer(DynamicLayer):
 
     def _write(self, piece: Piece, buffers: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor) -> None:
         slots, end = buffers[0].shape[2], piece.ends[0]
-        new = min(piece.new, slots)
+        new, places = min(piece.new, slots), piece.places
+        if not isinstance(places, slice):
+            places = places.to(key.device)  # layers may be on other devices than the embedding
         if min(piece.ends) == max(piece.ends) and (end - new) % slots + new <= slots:
             # Equally long rows are one block of the buffer.
             first = (end - new) % slots
             for mine, theirs in zip(buffers, (key, value), strict=True):
-                mine[piece.places, :, first : first + new] = theirs[:, :, -new:]
+                mine[places, :, first : first + new] = theirs[:, :, -new:]
             return
-        places = piece.places
         if isinstance(places, slice):
             places = torch.arange(places.start, places.stop, device=key.device)
         ends = torch.tensor(piece.ends, device=key.device)[:, None]

@@ -77,6 +77,7 @@ class RoutedRow:
     sample: int
     limit: int  # most new tokens: max_tokens, or what the models' positions leave
     tokens: list[int]  # prompt and completion so far
+    mark: int  # hash of the prompt: only where it is the same are two prompts compared
     span: int = 0  # tokens that the LLM may still write before the SLM is asked again
     score: float | None = None  # of the next token, once the SLM has been asked
     waited: int = 0  # steps since it was routed
@@ -125,9 +126,8 @@ class RoutedBatch:
             limit = min(limit, longest - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._next_key += 1
-        row = RoutedRow(self._next_key, tuple(prompt), params, seed, sample, limit, list(prompt))
-        row.penalties = params.penalties(prompt, self.generator.shared_vocab, self._models[0].device)
-        self.waiting.append(row)
+        ids = tuple(prompt)
+        self.waiting.append(RoutedRow(self._next_key, ids, params, seed, sample, limit, list(ids), hash(ids)))
         return self._next_key
 
     def cancel(self, key: int) -> None:
@@ -255,9 +255,8 @@ class RoutedBatch:
         while self.waiting and len(rows) < self.generator.max_rows:
             row = self.waiting[0]
             fits = not rows or held + row.slots <= budget
-            if (passed and passed[0].overtaken == MOST_OVERTAKEN) or (
-                not fits and (row.age or len(passed) == LOOK_AHEAD)
-            ):
+            blocked = any(larger.overtaken >= MOST_OVERTAKEN for larger in passed)
+            if blocked or (not fits and (row.age or len(passed) == LOOK_AHEAD)):
                 break
             self.waiting.popleft()
             if not fits:
@@ -266,6 +265,8 @@ class RoutedBatch:
             for larger in passed:
                 larger.overtaken += 1
             held += row.slots
+            if row.penalties is None:  # not before, since the queue may be long and a vocabulary large
+                row.penalties = row.params.penalties(row.prompt, self.generator.shared_vocab, self._models[0].device)
             rows.append(row)
             for model in self._models:
                 model.add()
@@ -339,14 +340,15 @@ class RoutedBatch:
         # Long pieces only make somebody wait who reads along.
         alone = len(self.rows) == 1 or not any(row.age for row in self.rows)
         room = chunk * ALONE if alone else chunk
-        fresh = [p for p in places if not model.lengths[p]]
+        fresh, at_first = [p for p in places if not model.lengths[p]], room
         # A row that this model has not met may share its prompt with others: read it once.
         if fresh:
             places, room = self._share_prompts(side, places, fresh, room)
         left = [len(self.rows[p].tokens) - model.lengths[p] for p in places]
         counts = self._pieces(places, left, room, keep)
         reading = [(p, n, n == whole) for p, n, whole in zip(places, counts, left, strict=True) if n]
-        self._steady, self._tokens_read = max(left, default=0) <= self._few, sum(counts)
+        self._steady = room == at_first and max(left, default=0) <= self._few
+        self._tokens_read = sum(counts)
         if not reading:
             return [], torch.empty(0), None
         now = [p for p, *_ in reading]
@@ -393,8 +395,9 @@ class RoutedBatch:
         held_up: set[int] = set()
         leaders = []
         for prompt, same in alike.items():
-            length = len(prompt) - 1
-            read = {p: model.lengths[p] for p, row in enumerate(self.rows) if model.lengths[p] and row.prompt == prompt}
+            length, mark = len(prompt) - 1, self.rows[same[0]].mark
+            alive = [p for p, row in enumerate(self.rows) if row.mark == mark and model.lengths[p]]
+            read = {p: model.lengths[p] for p in alive if self.rows[p].prompt == prompt}
             source = next((p for p in read if 0 < length <= read[p]), None)
             if source is not None:
                 model.share(source, same, length)

@@ -59,7 +59,8 @@ class Row:
 class CachedModel:
     """A causal LM and the keys and values of the rows in flight.
 
-    Rows are numbered from 0 without gaps. `lengths[r]` is how many tokens of row r the model has read.
+    Rows are numbered from 0 without gaps. `lengths[r]` is how many tokens of row r the model has read. `switch` is the
+    length from which longrope takes other frequencies (None: another model).
 
     Args:
         model: in evaluation mode, with `sdpa` or `eager` attention; a PEFT model runs with the adapter that is active.
@@ -81,16 +82,21 @@ class CachedModel:
         config = self.model.config.get_text_config()
         self._layout = Layout(eager=attention_of(config) == "eager")
         self._window = max((kind.window for kind in kinds if kind.window is not None), default=None)
-        self._switch = _longrope_switch(config)
+        self.switch = _longrope_switch(config)
         # Llama 4 takes positions from what the cache says stands before, and not from those that it is given.
         self._places_from_cache = getattr(config, "attn_temperature_tuning", False)
+        # accelerate moves tensors to the first device, and what is chosen from stands on the last.
+        self._spread = len({*getattr(self.model, "hf_device_map", {}).values()}) > 1
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._layers = [SlotLayer(self._layout, kind) for kind in kinds]
         self._cache = Cache(layers=list(self._layers))
 
     @property
     def held(self) -> int:
-        """Slots that the rows take now; the buffers have up to a third more. Sliding layers take their window only."""
+        """Slots that the rows take now; of each class the buffers have up to a quarter and one row more.
+
+        Sliding layers take their window only.
+        """
         return sum(row.size for row in self._rows)
 
     def cost(self, row: int, more: int) -> int:
@@ -131,9 +137,16 @@ class CachedModel:
             del self._rows[row].ids[length:]
 
     @torch.inference_mode()
-    def wipe(self, row: int) -> None:
-        """Zero what a row holds that may be NaN: what is masked is multiplied by 0, and 0 times NaN is NaN."""
-        self._clear(self._rows[row])
+    def wipe(self, row: int, start: int = 0) -> None:
+        """Zero what a row holds from its token `start` on, which may be NaN: 0 times NaN is NaN, also where masked."""
+        state = self._rows[row]
+        if not start:
+            self._clear(state)
+            return
+        for layer in self._layers:
+            for buffer in layer.buffers.get(state.size, ()):
+                slots = torch.arange(start, max(start, state.written), device=buffer.device) % buffer.shape[2]
+                buffer[state.place][:, slots] = 0
 
     @torch.inference_mode()
     def share(self, source: int, targets: list[int], length: int) -> None:
@@ -174,11 +187,11 @@ class CachedModel:
         # longrope has one set of frequencies for texts up to a length and one for longer texts, and takes that of the
         # longest row of a pass. So each kind of row has passes of its own, and a row that crosses is read anew.
         groups: list[list[int]] = [list(todo)]
-        if self._switch is not None:
+        if self.switch is not None:
             groups = [[], []]
             for row, new in todo.items():
                 state, whole = self._rows[row], self.lengths[row] + len(new)
-                long = whole > self._switch
+                long = whole > self.switch
                 if self.lengths[row] and long != state.long:
                     todo[row] = state.ids + new
                     self.lengths[row], state.ids = 0, []
@@ -212,7 +225,7 @@ class CachedModel:
                 # The last `keep` tokens come in one pass, and a text of longrope's in one.
                 if len(left) - keep < take < len(left):
                     take = len(left) - keep
-                if take < len(left) and (take <= 0 or self._switch is not None):
+                if take < len(left) and (take <= 0 or self.switch is not None):
                     take = len(left) if room == FORWARD_TOKENS else 0
                 if take > 0:
                     passes[-1][0][row], left = left[:take], left[take:]
@@ -292,7 +305,7 @@ class CachedModel:
                     past_key_values=self._cache,
                     use_cache=True,
                     return_dict=True,
-                    **({"logits_to_keep": index} if self._keeps else {}),
+                    **({"logits_to_keep": kept if self._spread else index} if self._keeps else {}),
                 )
         finally:
             if handle is not None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from tokalign.generation.protocol import Ids, SamplingParams
-from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed
+from tokalign.routing.decode.backend import RoutedStats, RoutedToken, RowFailed, check_threshold
 from tokalign.routing.decode.generator import RoutedGenerator
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class TransformersBackend:
         return self.generator.policy.threshold
 
     async def set_threshold(self, value: float) -> None:
-        self.generator.policy.threshold = value
+        self.generator.policy.threshold = check_threshold(value)
 
     async def llm_healthy(self) -> bool:
         return self.dead is None and self._worker.is_alive()
@@ -132,8 +132,8 @@ class TransformersBackend:
         """Serve until the backend closes.
 
         An error that is not of one row leaves caches in an unknown state. It ends the requests in flight, and the batch
-        starts afresh for those that wait. After `MOST_FAILURES` in a row without a token the device or the process is
-        broken, and the last of them is raised.
+        starts afresh for those that wait to begin. After `MOST_FAILURES` in a row without a token the device or the
+        process is broken, and the last of them is raised.
         """
         failures = 0
         while True:
@@ -148,6 +148,8 @@ class TransformersBackend:
                 if failures == MOST_FAILURES:
                     raise
                 logger.exception("A decoding step failed: the requests in flight end, and the batch starts afresh.")
+                waiting = [row.key for row in self._batch.waiting if not row.age]
+                again = [self._in_flight.pop(key) for key in waiting if key in self._in_flight]
                 self._fail(
                     RuntimeError(
                         f"The decoding step that this request was part of failed ({type(error).__name__}: {error}): "
@@ -155,21 +157,27 @@ class TransformersBackend:
                     )
                 )
                 self._totals, self._batch = self.stats, self.generator.batch()
+                with self._changed:
+                    self._arrived.extendleft(reversed(again))
 
     def _take(self) -> bool:
         """Wait until there is work, then let requests in and cancelled ones out; False once the backend closes."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._arrived or self._batch)
-            arrived, self._arrived = self._arrived, deque()
-            for request in arrived:
-                if not request.cancelled:
-                    key = self._batch.add(request.prompt, request.params, sample=request.sample)
-                    self._in_flight[key] = request
-            # Out of the list before out of the batch: if that fails, the batch goes as a whole.
-            for key in [key for key, request in self._in_flight.items() if request.cancelled]:
-                del self._in_flight[key]
-                self._batch.cancel(key)
-            return not self._closing
+            if self._closing:
+                return False
+        # Not under the lock, for which event loops wait: to free a row may be to copy what the others hold.
+        for _ in range(len(self._arrived)):
+            request = self._in_flight[0] = self._arrived.popleft()  # at once, so that it is told whatever fails
+            if not request.cancelled:
+                key = self._batch.add(request.prompt, request.params, sample=request.sample)
+                self._in_flight[key] = request
+            del self._in_flight[0]
+        # Out of the list before out of the batch: if that fails, the batch goes as a whole.
+        for key in [key for key, request in self._in_flight.items() if request.cancelled]:
+            del self._in_flight[key]
+            self._batch.cancel(key)
+        return True
 
     def _deliver(self, written: list[tuple[int, RoutedToken | RowFailed, RoutedStats]]) -> None:
         """Hand each token, or what ended a row, to the task that waits for it; one call for each event loop."""

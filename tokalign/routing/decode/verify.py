@@ -17,6 +17,7 @@ Nothing is given out before it is verified. With each token goes whether the SLM
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,9 @@ class VerifiedBatch(RoutedBatch):
         self._admit()
         needs_slm = self.generator.policy.needs_slm
         drafts = [self._draft_of(row) for row in self.rows]
+        for row, draft in zip(self.rows, drafts, strict=True):
+            # One pass over more would give the tokens before the switch the frequencies of those behind it.
+            draft.looks |= len(row.tokens) == self._models[1].switch
         failed: list[tuple[int, RowFailed]] = []
         if needs_slm and (drafting := [r for r, draft in enumerate(drafts) if not draft.looks]):
             failed = self._write_drafts(drafting)
@@ -94,6 +98,7 @@ class VerifiedBatch(RoutedBatch):
     def _write_drafts(self, places: list[int]) -> list[tuple[int, RowFailed]]:
         """The SLM's next token of these rows, or a look in its place; returns the rows that have failed."""
         pair, start = self.generator, time.perf_counter()
+        before = {r: self._models[0].lengths[r] for r in places}
         ready, logits, hidden = self._read(0, places, hidden=pair.policy.needs_hidden)
         if not ready:
             return []
@@ -104,6 +109,11 @@ class VerifiedBatch(RoutedBatch):
         table = as_lists(ids, logprobs, pair.policy.scores(seen))
         for r, (number, logprob, score) in zip(ready, table, strict=True):
             row, draft, token = self.rows[r], self._draft_of(self.rows[r]), int(number)
+            if not_numbers(logprob, score) and draft.length:
+                # What the SLM overflows at is its own draft, which the LLM may never write.
+                draft.looks = True
+                self._forget(0, r, min(before[r], len(row.tokens) - draft.length - 1))
+                continue
             if not_numbers(logprob, score):
                 failed.append((r, self._failure(row, logprob, by_llm=False)))
                 continue
@@ -137,6 +147,7 @@ class VerifiedBatch(RoutedBatch):
         """
         start = time.perf_counter()
         keep = max(self._draft_of(self.rows[r]).length + 1 for r in places)
+        before = {r: self._models[1].lengths[r] for r in places}
         places, logits, _ = self._read(1, places, keep=keep)
         if not places:
             return [], {}
@@ -159,6 +170,13 @@ class VerifiedBatch(RoutedBatch):
             else:
                 one = partial(self._draws, places, at, counts)
                 own = self._draws_in_turn(row, draft, i, one)
+            if draft.length and not all(math.isfinite(logprob) for _, logprob in own):
+                # Masked or not, one token at which the LLM overflows reaches all of a pass. Would it have written that?
+                del row.tokens[len(row.tokens) - draft.length :]
+                draft.proposals, draft.length, draft.looks = [], 0, True  # it looks again, without the draft
+                self._models[0].truncate(place, len(row.tokens) - 1)
+                self._forget(1, place, before[place])
+                continue
             new = self._keep(place, row, draft, own)
             given += new
             last = new[-1][1]
@@ -168,6 +186,13 @@ class VerifiedBatch(RoutedBatch):
         if self._steady:
             self._pace.llm(len(places), self._tokens_read, time.perf_counter() - start)
         return given, ended
+
+    def _forget(self, side: int, place: int, kept: int) -> None:
+        """Forget all but the first `kept` tokens of a row, because the rest may be no numbers."""
+        model = self._models[side]
+        kept = kept if model.switch is None else 0  # longrope may have read all of it anew in the last pass
+        model.wipe(place, kept)
+        model.truncate(place, kept)
 
     def _draws(
         self, places: list[int], logits: torch.Tensor, counts: list[int], positions: list[tuple[int, int]]
