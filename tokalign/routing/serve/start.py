@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from tokalign.prompts import rendering_of
@@ -18,6 +18,12 @@ from tokalign.routing.serve.server import BackendDied, GracefulServer, ServerSet
 __all__ = ["BackendDied", "load_backend", "serve", "server_settings"]
 
 logger = logging.getLogger(__name__)
+
+# Options of a pair that vLLM has in other words: where its models stand and how their rows are batched
+TRANSFORMERS_ONLY = {
+    *("device_map", "llm_device_map", "attn_implementation"),
+    *("llm_wait", "prefill_chunk", "token_budget", "most_draft"),
+}
 
 
 async def serve(
@@ -62,6 +68,15 @@ def server_settings(
     )
 
 
+def changed(arguments: PairArguments | PairEngineArguments) -> set[str]:
+    """Options that are not at their defaults, without those that have none and the engine itself."""
+    return {
+        each.name
+        for each in fields(arguments)
+        if each.name != "engine" and each.default is not MISSING and getattr(arguments, each.name) != each.default
+    }
+
+
 def load_backend(pair: PairArguments, engine: PairEngineArguments, limits: ServerLimits) -> RoutedBackend:
     """The pair, ready to generate in the running event loop.
 
@@ -71,9 +86,8 @@ def load_backend(pair: PairArguments, engine: PairEngineArguments, limits: Serve
     if pair.router is None:
         raise ValueError("Serving needs --router, the trained router of the small model.")
     if engine.engine == "transformers":
-        for name in ("llm_urls", "slm_url", "llm_name"):
-            if getattr(engine, name) is not None:
-                raise ValueError(f"--{name} belongs to --engine vllm: add that, or leave it out.")
+        for name in changed(engine):
+            raise ValueError(f"--{name} belongs to --engine vllm: add that, or leave it out.")
         from tokalign.routing.decode.generator import RoutedGenerator
         from tokalign.routing.decode.transformers_backend import TransformersBackend
 
@@ -87,6 +101,8 @@ def load_backend(pair: PairArguments, engine: PairEngineArguments, limits: Serve
         raise ValueError(
             "--score drawn needs --engine transformers: vLLM draws a token after the router has scored it."
         )
+    for name in changed(pair) & TRANSFORMERS_ONLY:
+        raise ValueError(f"--{name} belongs to --engine transformers: vLLM's own options say that, leave it out.")
     from tokalign.routing.decode.vllm.backend import VLLMBackend
 
     options = {name: getattr(engine, name) for name in ("gpu_memory_utilization", "max_model_len")}
